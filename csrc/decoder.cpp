@@ -1,0 +1,158 @@
+// The fused decoder: a tile of rows through all layers in one parallel call.
+#include "decoder.hpp"
+
+#include <algorithm>
+#include <atomic>
+
+#include "errors.hpp"
+#include "random.hpp"
+#include "regions.hpp"
+#include "thread_pool.hpp"
+
+namespace specfast {
+
+Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
+    : model_(std::move(model)),
+      cache_({static_cast<int32_t>(model_->layers.size()), model_->kv_heads, model_->head_dim, model_->precision != Precision::f32},
+             model_->rope_inv_freq, capacity),
+      work_(*model_) {}
+
+void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best) {
+  const Model& model = *model_;
+  ThreadPool& pool = ThreadPool::instance();
+  const size_t threads = static_cast<size_t>(pool.size());
+  const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
+  work_.scratch.resize(threads * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
+  work_.best.resize(threads * kTileRows);
+  const size_t pages = static_cast<size_t>((tile.position + tile.M - 1) / kPagePositions) + 1;
+  work_.partial.resize(pages * static_cast<size_t>(tile.M) * static_cast<size_t>(model.heads) *
+                       static_cast<size_t>(cache_.shape().padded_dim() + 2));
+  pool.run([&](const Team& team) {
+    const Pass pass{team, model, work_, cache_, tile};
+    embed_rows(pass);
+    for (int layer = 0; layer < static_cast<int>(model.layers.size()); layer++) {
+      const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
+      qkv_rope_append(pass, layer);
+      attend_rows(pass, layer);
+      project_rows(pass, w.o, work_.attended);
+      swiglu_rows(pass, layer);
+      project_rows(pass, w.down, work_.activated);
+    }
+    if (first_logits_row < tile.M) logits_rows(pass, first_logits_row, limit, logits, best);
+  });
+}
+
+void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit) {
+  const Model& model = *model_;
+  for (int64_t i = 0; i < count; i++) {
+    if (tokens[i] < 0 || tokens[i] >= model.vocab)
+      throw ShapeError("token " + std::to_string(tokens[i]) + " is outside the vocabulary of " + std::to_string(model.vocab));
+  }
+  const int64_t before = cache_.provisional();
+  const int64_t first = cache_.length() + before;
+  work_.logits.resize(std::max(work_.logits.size(), static_cast<size_t>(logits_rows) * static_cast<size_t>(model.vocab)));
+  best_.assign(static_cast<size_t>(logits_rows), RowMax{});
+  if (!cache_.append(count))
+    throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens; " + std::to_string(first) +
+                           " are in it and " + std::to_string(count) + " more were asked for");
+  try {
+    for (int64_t done = 0; done < count; done += kTileRows) {
+      const int32_t M = static_cast<int32_t>(std::min<int64_t>(kTileRows, count - done));
+      // Row `count - logits_rows` is the first whose logits are wanted.
+      const int64_t wanted = std::max<int64_t>(count - logits_rows, done);
+      const int64_t slot = wanted - (count - logits_rows);
+      const bool any = wanted < done + M;
+      tile({tokens + done, M, first + done}, any ? static_cast<int32_t>(wanted - done) : M, limit,
+           work_.logits.data() + (any ? static_cast<size_t>(slot) * static_cast<size_t>(model.vocab) : 0), best_.data() + (any ? slot : 0));
+    }
+  } catch (...) {
+    cache_.drop_to(before);
+    throw;
+  }
+}
+
+void Sequence::require_finite(int32_t rows) const {
+  for (int32_t m = 0; m < rows; m++) {
+    if (!(best_[static_cast<size_t>(m)].poison == 0.0f))
+      throw NumericalError("logits of row " + std::to_string(m) + " are not finite (NaN or infinite); the weights are damaged or overflow at this precision");
+  }
+}
+
+void Sequence::laws(int32_t rows, const Law& law, float* out) {
+  ThreadPool& pool = ThreadPool::instance();
+  work_.law_scratch.resize(std::max(work_.law_scratch.size(), static_cast<size_t>(pool.size())));
+  const size_t vocab = static_cast<size_t>(model_->vocab);
+  const auto row = [&](int32_t m, LawScratch& scratch) {
+    law_row(*model_->kernels, work_.logits.data() + static_cast<size_t>(m) * vocab, model_->vocab, law, out + static_cast<size_t>(m) * vocab, scratch);
+  };
+  if (rows == 1) return row(0, work_.law_scratch[0]);
+  for (auto& scratch : work_.law_scratch) {  // so that the threads do not allocate
+    scratch.values.reserve(vocab);
+    scratch.ids.reserve(vocab);
+  }
+  pool.run([&](const Team& team) {
+    for (int32_t m = team.id; m < rows; m += team.size) row(m, work_.law_scratch[static_cast<size_t>(team.id)]);
+  });
+}
+
+void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed, uint64_t round,
+                     Proposal& proposal) {
+  const int32_t limit = law.limit(model_->vocab);
+  const size_t vocab = static_cast<size_t>(model_->vocab);
+  const int64_t needed = cache_.length() + count + std::max(gamma - 1, 0);
+  if (needed > cache_.capacity())
+    throw ContextFullError("the draft's context holds " + std::to_string(cache_.capacity()) + " tokens and this round needs " + std::to_string(needed));
+  const int64_t length = cache_.length();
+  proposal.tokens.assign(static_cast<size_t>(gamma), -1);
+  proposal.vocab = model_->vocab;
+  proposal.q.resize(law.greedy() ? 0 : static_cast<size_t>(gamma) * vocab);
+  try {
+    forward(pending, count, gamma > 0 ? 1 : 0, limit);
+    cache_.commit(count);
+    for (int32_t i = 0; i < gamma; i++) {
+      if (i > 0) forward(&proposal.tokens[static_cast<size_t>(i - 1)], 1, 1, limit);
+      require_finite(1);
+      int32_t token = best_[0].index;
+      if (!law.greedy()) {
+        float* q = proposal.q.data() + static_cast<size_t>(i) * vocab;
+        laws(1, law, q);
+        token = sample_token(q, model_->vocab, uniform(seed, round, static_cast<uint32_t>(i), Purpose::draft));
+      }
+      proposal.tokens[static_cast<size_t>(i)] = token;
+    }
+  } catch (...) {
+    cache_.truncate(length);
+    proposal.tokens.clear();
+    throw;
+  }
+}
+
+Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law, double lenience,
+                         uint64_t seed, uint64_t round) {
+  const int32_t gamma = proposal.gamma();
+  const int64_t before = cache_.provisional();
+  std::vector<int32_t> tokens(pending, pending + count);
+  tokens.insert(tokens.end(), proposal.tokens.begin(), proposal.tokens.end());
+  forward(tokens.data(), static_cast<int64_t>(tokens.size()), gamma + 1, law.limit(model_->vocab));
+  try {
+    require_finite(gamma + 1);
+    if (law.greedy()) {
+      std::vector<int32_t> best;
+      for (const RowMax& row : best_) best.push_back(row.index);
+      return verify_greedy(best.data(), proposal.tokens.data(), gamma);
+    }
+    const size_t size = static_cast<size_t>(gamma + 1) * static_cast<size_t>(model_->vocab);
+    if (work_.laws.size() < size) work_.laws.resize(size);
+    laws(gamma + 1, law, work_.laws.data());
+    std::vector<double> u(static_cast<size_t>(gamma) + 1);
+    for (int32_t i = 0; i < gamma; i++) u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
+    u.back() = uniform(seed, round, static_cast<uint32_t>(gamma), Purpose::residual);
+    return verify_tokens(work_.laws.data(), model_->vocab, proposal.q.empty() ? nullptr : proposal.q.data(), proposal.vocab,
+                         proposal.tokens.data(), gamma, u.data(), lenience);
+  } catch (...) {
+    cache_.drop_to(before);
+    throw;
+  }
+}
+
+}  // namespace specfast

@@ -1,0 +1,69 @@
+// Run-time choice of the kernel table.
+#include "dispatch.hpp"
+
+#include <cstdlib>
+
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace specfast {
+namespace {
+
+#if defined(SPECFAST_HAS_AVX512)
+bool cpu_has_avx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+}
+#endif
+
+#if defined(SPECFAST_HAS_NEON)
+bool cpu_has_dotprod() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return true;  // every Apple silicon core has it
+#endif
+}
+#endif
+
+}  // namespace
+
+const std::vector<IsaEntry>& compiled_isas() {
+  static const std::vector<IsaEntry> entries = [] {
+    std::vector<IsaEntry> list{{&scalar_kernels(), true}};
+#if defined(SPECFAST_HAS_AVX512)
+    list.push_back({&avx512_kernels(), cpu_has_avx512()});
+#endif
+#if defined(SPECFAST_HAS_NEON)
+    list.push_back({&neon_kernels(), cpu_has_dotprod()});
+#endif
+    return list;
+  }();
+  return entries;
+}
+
+const KernelTable* find_kernels(const std::string& isa, std::string* why) {
+  std::string wanted = isa;
+  if (wanted.empty()) {
+    if (const char* forced = std::getenv("SPECFAST_ISA")) wanted = forced;
+  }
+  const auto& entries = compiled_isas();
+  std::string names;
+  for (size_t i = entries.size(); i-- > 0;) {
+    const IsaEntry& entry = entries[i];
+    names += (names.empty() ? "" : ", ") + std::string(entry.table->isa);
+    if (wanted.empty() ? entry.supported : wanted == entry.table->isa) {
+      if (entry.supported) return entry.table;
+      *why = "this CPU cannot run '" + wanted + "' kernels: they need " + entry.table->features;
+      return nullptr;
+    }
+  }
+  *why = "no kernels named '" + wanted + "' were compiled; this build has " + names;
+  return nullptr;
+}
+
+}  // namespace specfast

@@ -1,0 +1,185 @@
+// Matmul kernels written once over the vector primitives: lanes along K for floats, panels of 16 outputs for int8.
+#pragma once
+
+namespace {
+
+constexpr int kWeightRows = 4;  // weight rows that share each activation load
+
+/// kWeightRows x MT dot products along K; scales and biases are (groups, 16) floats of the panel.
+template <Format F, class X, int MT>
+void float_block(const Matrix& w, const uint8_t* const* rows, const X* x, int64_t x_stride, const float* scales,
+                 const float* biases, int first_row, float* tile) {
+  Vec acc[kWeightRows][MT];
+  SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+    SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = zero();
+  }
+  if constexpr (is_quantised(F)) {
+    const int groups = w.K / w.group;
+    for (int g = 0; g < groups; g++) {
+      const float* s = scales + g * kPanel + first_row;
+      const float* b = biases + g * kPanel + first_row;
+      for (int k = g * w.group; k < (g + 1) * w.group; k += kLanes) {
+        Vec in[MT];
+        SPECFAST_UNROLL for (int m = 0; m < MT; m++) in[m] = load_x(x + m * x_stride + k);
+        SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+          const Vec q = F == Format::q4 ? load_q4(rows[r], k) : load_q8(rows[r], k);
+          const Vec value = fma(broadcast(s[r]), q, broadcast(b[r]));
+          SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = fma(value, in[m], acc[r][m]);
+        }
+      }
+    }
+  } else {
+    int k = 0;
+    for (; k + kLanes <= w.K; k += kLanes) {
+      Vec in[MT];
+      SPECFAST_UNROLL for (int m = 0; m < MT; m++) in[m] = load_x(x + m * x_stride + k);
+      SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+        const Vec value = load_weight<F>(rows[r], k);
+        SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = fma(value, in[m], acc[r][m]);
+      }
+    }
+    if (k < w.K) {
+      const int part = w.K - k;
+      SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+        const Vec value = load_weight_part<F>(rows[r], k, part);
+        SPECFAST_UNROLL for (int m = 0; m < MT; m++)
+          acc[r][m] = fma(value, load_x_part(x + m * x_stride + k, part), acc[r][m]);
+      }
+    }
+  }
+  SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+    SPECFAST_UNROLL for (int m = 0; m < MT; m++) tile[m * kPanel + first_row + r] = sum(acc[r][m]);
+  }
+}
+
+template <Format F, class X>
+void float_panel(const Matrix& w, const X* x, int64_t x_stride, int M, int n, const float* scales, const float* biases,
+                 float* tile) {
+  for (int r = 0; r < kPanel; r += kWeightRows) {
+    const uint8_t* rows[kWeightRows];
+    SPECFAST_UNROLL for (int i = 0; i < kWeightRows; i++) rows[i] = panel_row(w, n, r + i);
+    for (int m = 0; m < M; m += 4) {
+      const X* in = x + m * x_stride;
+      float* out = tile + m * kPanel;
+      switch (smaller(4, M - m)) {
+        case 1: float_block<F, X, 1>(w, rows, in, x_stride, scales, biases, r, out); break;
+        case 2: float_block<F, X, 2>(w, rows, in, x_stride, scales, biases, r, out); break;
+        case 3: float_block<F, X, 3>(w, rows, in, x_stride, scales, biases, r, out); break;
+        default: float_block<F, X, 4>(w, rows, in, x_stride, scales, biases, r, out); break;
+      }
+    }
+  }
+}
+
+#if defined(SPECFAST_BF16_DOT)
+/// The same with the CPU's bf16 dot instruction: both operands bf16, 32 inputs a step.
+template <int MT>
+void bf16_block(const Matrix& w, const uint8_t* const* rows, const uint16_t* x, int64_t x_stride, int first_row, float* tile) {
+  Vec acc[kWeightRows][MT];
+  SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+    SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = zero();
+  }
+  for (int k = 0; k < w.K; k += 2 * kLanes) {
+    const int part = smaller(2 * kLanes, w.K - k);
+    SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+      const uint16_t* row = reinterpret_cast<const uint16_t*>(rows[r]) + k;
+      SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = dot_bf16(acc[r][m], row, x + m * x_stride + k, part);
+    }
+  }
+  SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+    SPECFAST_UNROLL for (int m = 0; m < MT; m++) tile[m * kPanel + first_row + r] = sum(acc[r][m]);
+  }
+}
+
+void bf16_panel(const Matrix& w, const uint16_t* x, int64_t x_stride, int M, int n, float* tile) {
+  for (int r = 0; r < kPanel; r += kWeightRows) {
+    const uint8_t* rows[kWeightRows];
+    SPECFAST_UNROLL for (int i = 0; i < kWeightRows; i++) rows[i] = panel_row(w, n, r + i);
+    for (int m = 0; m < M; m += 4) {
+      const uint16_t* in = x + m * x_stride;
+      float* out = tile + m * kPanel;
+      switch (smaller(4, M - m)) {
+        case 1: bf16_block<1>(w, rows, in, x_stride, r, out); break;
+        case 2: bf16_block<2>(w, rows, in, x_stride, r, out); break;
+        case 3: bf16_block<3>(w, rows, in, x_stride, r, out); break;
+        default: bf16_block<4>(w, rows, in, x_stride, r, out); break;
+      }
+    }
+  }
+}
+
+void bf16_panel(const Matrix& w, const float* x, int64_t x_stride, int M, int n, float* tile) {
+  float_panel<Format::bf16>(w, x, x_stride, M, n, nullptr, nullptr, tile);
+}
+#else
+template <class X>
+void bf16_panel(const Matrix& w, const X* x, int64_t x_stride, int M, int n, float* tile) {
+  float_panel<Format::bf16>(w, x, x_stride, M, n, nullptr, nullptr, tile);
+}
+#endif
+
+template <class X>
+void float_panel_of(const Matrix& w, const X* x, int64_t x_stride, int M, int n, const float* s, const float* b, float* tile) {
+  switch (w.format) {
+    case Format::q4: return float_panel<Format::q4>(w, x, x_stride, M, n, s, b, tile);
+    case Format::q8: return float_panel<Format::q8>(w, x, x_stride, M, n, s, b, tile);
+    case Format::bf16: return bf16_panel(w, x, x_stride, M, n, tile);
+    case Format::f16: return float_panel<Format::f16>(w, x, x_stride, M, n, s, b, tile);
+    default: return float_panel<Format::f32>(w, x, x_stride, M, n, s, b, tile);
+  }
+}
+
+/// The results of 16 outputs from n on, for all rows, into tile (M, 16).
+void panel(const Matrix& w, const Rows& x, Activation activation, int n, float* scratch, float* tile) {
+  float* scales = scratch;
+  float* biases = scratch + (static_cast<size_t>(w.K) / 32 + 2) * kPanel;
+  if (is_quantised(w.format)) {
+    transpose_scales(w, w.scales, n, scales);
+    transpose_scales(w, w.biases, n, biases);
+  }
+  switch (activation) {
+    case Activation::int8: return int8_panel(w, x, n, scales, biases, tile);
+    case Activation::bf16: return float_panel_of(w, x.bf16, x.stride, x.M, n, scales, biases, tile);
+    case Activation::f32: return float_panel_of(w, x.f32, x.stride, x.M, n, scales, biases, tile);
+  }
+}
+
+inline float* tile_of(const Matrix& w, float* scratch) { return scratch + 2 * (static_cast<size_t>(w.K) / 32 + 2) * kPanel; }
+
+void matmul_rows(const Matrix& w, const Rows& x, Activation activation, int n0, int n1, float* y, int64_t ldy,
+                 const Epilogue& epilogue, float* scratch) {
+  float* tile = tile_of(w, scratch);
+  for (int n = n0; n < n1; n += kPanel) {
+    panel(w, x, activation, n, scratch, tile);
+    const int columns = smaller(kPanel, n1 - n);
+    for (int m = 0; m < x.M; m++) {
+      float* out = y + m * ldy + n;
+      for (int i = 0; i < columns; i += kLanes) {
+        const int part = smaller(kLanes, columns - i);
+        Vec value = load(tile + m * kPanel + i);
+        if (epilogue.bias) value = add(value, load_part(epilogue.bias + n + i, part));
+        if (epilogue.accumulate) value = add(load_part(out + i, part), value);
+        store_part(out + i, value, part);
+      }
+    }
+  }
+}
+
+void swiglu_rows(const Matrix& gate, const Matrix& up, const Rows& x, Activation gate_activation, Activation up_activation,
+                 int n0, int n1, float* h, int64_t ldh, float* scratch) {
+  float* gate_tile = tile_of(gate, scratch);
+  float* up_tile = gate_tile + kTileRows * kPanel;
+  for (int n = n0; n < n1; n += kPanel) {
+    panel(gate, x, gate_activation, n, scratch, gate_tile);
+    panel(up, x, up_activation, n, scratch, up_tile);
+    const int columns = smaller(kPanel, n1 - n);
+    for (int m = 0; m < x.M; m++) {
+      for (int i = 0; i < columns; i += kLanes) {
+        const Vec value = mul(silu(load(gate_tile + m * kPanel + i)), load(up_tile + m * kPanel + i));
+        store_part(h + m * ldh + n + i, value, smaller(kLanes, columns - i));
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,86 @@
+// Size checks and totals of a model.
+#include "model.hpp"
+
+#include <cmath>
+
+#include "errors.hpp"
+
+namespace specfast {
+namespace {
+
+template <class Visit>
+void for_each_matrix(const Model& model, Visit&& visit) {
+  for (const LayerWeights& layer : model.layers) {
+    for (const Matrix* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) visit(*w);
+  }
+  visit(model.head);
+}
+
+void expect(const Matrix& w, int32_t N, int32_t K, const std::string& name) {
+  if (w.N == N && w.K == K) return;
+  throw ShapeError(name + " is (" + std::to_string(w.N) + ", " + std::to_string(w.K) + ") but the config needs (" +
+                   std::to_string(N) + ", " + std::to_string(K) + ")");
+}
+
+void expect(const std::vector<float>& v, int32_t n, const std::string& name, bool optional = false) {
+  if (v.size() == static_cast<size_t>(n) || (optional && v.empty())) return;
+  throw ShapeError(name + " has " + std::to_string(v.size()) + " elements but the config needs " + std::to_string(n));
+}
+
+void expect_range(int64_t value, int64_t low, int64_t high, const char* name) {
+  if (value >= low && value <= high) return;
+  throw ShapeError(std::string(name) + " is " + std::to_string(value) + ", outside " + std::to_string(low) + " to " +
+                   std::to_string(high));
+}
+
+}  // namespace
+
+float Model::attention_scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
+
+size_t Model::pass_bytes() const {
+  size_t total = 0;
+  for_each_matrix(*this, [&](const Matrix& w) { total += w.bytes(); });
+  return total;
+}
+
+double Model::row_macs() const {
+  double total = 0;
+  for_each_matrix(*this, [&](const Matrix& w) { total += static_cast<double>(w.N) * w.K; });
+  return total;
+}
+
+void Model::check() const {
+  expect_range(hidden, 1, 1 << 20, "hidden");
+  expect_range(heads, 1, 4096, "heads");
+  expect_range(kv_heads, 1, heads, "kv_heads");
+  expect_range(head_dim, 2, 1024, "head_dim");
+  expect_range(intermediate, 1, 1 << 22, "intermediate");
+  expect_range(vocab, 1, 1 << 22, "vocab");
+  expect_range(max_context, 1, int64_t{1} << 30, "max_context");
+  if (heads % kv_heads) throw ShapeError("heads (" + std::to_string(heads) + ") is not a multiple of kv_heads (" + std::to_string(kv_heads) + ")");
+  if (head_dim % 2) throw ShapeError("head_dim " + std::to_string(head_dim) + " is odd; RoPE rotates pairs");
+  expect(rope_inv_freq, head_dim / 2, "rope_inv_freq");
+  expect(norm, hidden, "norm");
+  expect(embed, vocab, hidden, "embed");
+  expect(head, vocab, hidden, "head");
+  for (size_t i = 0; i < layers.size(); i++) {
+    const LayerWeights& layer = layers[i];
+    const std::string at = "layer " + std::to_string(i) + " ";
+    expect(layer.input_norm, hidden, at + "input_norm");
+    expect(layer.post_norm, hidden, at + "post_norm");
+    expect(layer.q, q_columns(), hidden, at + "q");
+    expect(layer.k, kv_columns(), hidden, at + "k");
+    expect(layer.v, kv_columns(), hidden, at + "v");
+    expect(layer.o, hidden, q_columns(), at + "o");
+    expect(layer.gate, intermediate, hidden, at + "gate");
+    expect(layer.up, intermediate, hidden, at + "up");
+    expect(layer.down, hidden, intermediate, at + "down");
+    expect(layer.q_bias, q_columns(), at + "q_bias", true);
+    expect(layer.k_bias, kv_columns(), at + "k_bias", true);
+    expect(layer.v_bias, kv_columns(), at + "v_bias", true);
+    expect(layer.q_norm, head_dim, at + "q_norm", true);
+    expect(layer.k_norm, head_dim, at + "k_norm", true);
+  }
+}
+
+}  // namespace specfast

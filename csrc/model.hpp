@@ -1,0 +1,44 @@
+// A decoder's shape and weights: immutable, shared by all sequences.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+#include "rows_buffer.hpp"
+
+namespace specfast {
+
+struct LayerWeights {
+  Matrix q, k, v, o, gate, up, down;
+  std::vector<float> input_norm, post_norm;   // (hidden,)
+  std::vector<float> q_bias, k_bias, v_bias;  // (N,) or empty
+  std::vector<float> q_norm, k_norm;          // (head_dim,) or empty
+};
+
+struct Model {
+  int32_t hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, intermediate = 0, vocab = 0;
+  float rms_eps = 1e-5f;
+  int64_t max_context = 0;
+  std::vector<float> rope_inv_freq;  // (head_dim / 2,)
+  Matrix embed, head;                // the same matrix when tied
+  std::vector<float> norm;           // (hidden,)
+  std::vector<LayerWeights> layers;
+  Precision precision = Precision::int8;
+  const KernelTable* kernels = nullptr;
+
+  int32_t group() const { return heads / kv_heads; }
+  int32_t q_columns() const { return heads * head_dim; }
+  int32_t kv_columns() const { return kv_heads * head_dim; }
+  int32_t qkv_columns() const { return q_columns() + 2 * kv_columns(); }
+  float attention_scale() const;
+  /// Bytes of weights one forward pass streams, the head included.
+  size_t pass_bytes() const;
+  /// Multiply-adds of the matmuls of one row.
+  double row_macs() const;
+  /// Throws ShapeError when a matrix or vector does not fit the sizes above.
+  void check() const;
+};
+
+}  // namespace specfast

@@ -1,0 +1,166 @@
+// The process-wide thread pool.
+#include "thread_pool.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <fstream>
+#include <set>
+#include <sstream>
+#include <string>
+#include <utility>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace specfast {
+namespace {
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+/// Waits until `value` is no longer `old`: some tens of microseconds of spinning, then the kernel's wait.
+void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
+  constexpr int kSpins = 4000;
+  for (int i = 0; i < kSpins; i++) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    pause_cpu();
+  }
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+#if defined(__linux__)
+int read_int(const std::string& path) {
+  std::ifstream file(path);
+  int value = -1;
+  file >> value;
+  return file ? value : -1;
+}
+
+/// CPUs the cgroup's quota allows, or a large number.
+double quota_cpus() {
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (file >> quota >> period && quota != "max" && period > 0) return std::stod(quota) / period;
+  return 1e9;
+}
+#endif
+
+}  // namespace
+
+int usable_cores() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return std::max(1u, std::thread::hardware_concurrency());
+  std::set<std::pair<int, int>> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+    const int core = read_int(topology + "core_id");
+    cores.insert(core < 0 ? std::pair{-1, cpu} : std::pair{read_int(topology + "physical_package_id"), core});
+  }
+  const int count = static_cast<int>(std::min<double>(static_cast<double>(cores.size()), quota_cpus() + 0.5));
+  return std::max(1, count);
+#else
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+#endif
+}
+
+void Barrier::wait() noexcept {
+  const uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.fetch_add(1, std::memory_order_release);
+    phase_.notify_all();
+    return;
+  }
+  wait_for_change(phase_, phase);
+}
+
+struct ThreadPool::Crew {
+  explicit Crew(int threads) : size(threads), barrier(threads) {
+    for (int id = 1; id < threads; id++) workers.emplace_back([this, id] { work(id); });
+  }
+  ~Crew() {
+    stop = true;
+    call.fetch_add(1, std::memory_order_release);
+    call.notify_all();
+    for (auto& worker : workers) worker.join();
+  }
+  void work(int id) {
+    for (uint32_t seen = 0;;) {
+      wait_for_change(call, seen);
+      seen++;
+      if (stop) return;
+      job(context, Team{id, size, &barrier});
+      barrier.wait();
+    }
+  }
+
+  const int size;
+  Barrier barrier;
+  Job job = nullptr;
+  void* context = nullptr;
+  bool stop = false;
+  alignas(64) std::atomic<uint32_t> call{0};
+  std::vector<std::thread> workers;
+};
+
+ThreadPool& ThreadPool::instance() {
+  static ThreadPool* pool = new ThreadPool;  // never destroyed: threads may outlive static destruction
+  return *pool;
+}
+
+int ThreadPool::size() {
+  std::lock_guard<std::mutex> lock(busy_);
+  return wanted_ > 0 ? wanted_ : (wanted_ = usable_cores());
+}
+
+void ThreadPool::set_size(int threads) {
+  std::lock_guard<std::mutex> lock(busy_);
+  wanted_ = std::max(1, threads);
+}
+
+ThreadPool::Crew& ThreadPool::crew() {
+  if (wanted_ <= 0) wanted_ = usable_cores();
+  const int pid = static_cast<int>(getpid());
+  if (crew_ && crew_pid_ != pid) crew_ = nullptr;  // the parent's threads do not exist here
+  if (crew_ && crew_->size != wanted_) {
+    delete crew_;
+    crew_ = nullptr;
+  }
+  if (!crew_) {
+    crew_ = new Crew(wanted_);
+    crew_pid_ = pid;
+  }
+  return *crew_;
+}
+
+void ThreadPool::run_erased(Job job, void* context) {
+  std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
+  if (!lock.owns_lock()) {
+    job(context, Team{});
+    return;
+  }
+  Crew& threads = crew();
+  if (threads.size == 1) {
+    job(context, Team{});
+    return;
+  }
+  threads.job = job;
+  threads.context = context;
+  threads.call.fetch_add(1, std::memory_order_release);
+  threads.call.notify_all();
+  job(context, Team{0, threads.size, &threads.barrier});
+  threads.barrier.wait();
+}
+
+}  // namespace specfast

@@ -1,0 +1,74 @@
+// One pool of threads per process: a call hands every thread the same function, with barriers in between.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace specfast {
+
+/// Threads of one call meet here. Spins briefly, then sleeps, so that a busy machine is not made busier.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+  void wait() noexcept;
+
+ private:
+  const int threads_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+/// What one thread of a call knows: who it is, how many there are, and where they meet.
+struct Team {
+  int id = 0;
+  int size = 1;
+  Barrier* meeting = nullptr;
+
+  void barrier() const noexcept {
+    if (size > 1) meeting->wait();
+  }
+  /// This thread's part [first, last) of n items, cut at multiples of `unit`.
+  void part(int n, int unit, int* first, int* last) const noexcept {
+    const int64_t units = (static_cast<int64_t>(n) + unit - 1) / unit;
+    const int64_t a = units * id / size * unit, b = units * (id + 1) / size * unit;
+    *first = static_cast<int>(a < n ? a : n);
+    *last = static_cast<int>(b < n ? b : n);
+  }
+};
+
+/// Runs functions on all its threads. A second caller at the same time runs alone on its own thread (the results are the
+/// same bits); after a fork the child starts its own threads on first use.
+class ThreadPool {
+ public:
+  static ThreadPool& instance();
+
+  /// Threads a call gets. Set by set_size, else the cores this process may use.
+  int size();
+  void set_size(int threads);
+
+  /// Calls work(team) on every thread and returns when all are done. `work` must not throw.
+  template <class Work>
+  void run(Work&& work) {
+    run_erased([](void* context, const Team& team) { (*static_cast<std::remove_reference_t<Work>*>(context))(team); }, &work);
+  }
+
+ private:
+  struct Crew;  // the threads, replaced as a whole
+  using Job = void (*)(void*, const Team&);
+  void run_erased(Job job, void* context);
+  Crew& crew();
+
+  std::mutex busy_;
+  Crew* crew_ = nullptr;
+  int crew_pid_ = 0;
+  int wanted_ = 0;
+};
+
+/// Physical cores this process may use: its affinity mask, one thread per core, cut by the cgroup's CPU quota.
+int usable_cores();
+
+}  // namespace specfast

@@ -1,0 +1,119 @@
+// csrc holds framework-free kernels (the bindings live in src/); this file: the plain data every kernel is handed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace specfast {
+
+/// Most rows one kernel call takes; more rows are cut into tiles of this many.
+inline constexpr int kTileRows = 16;
+/// Outputs a matmul kernel produces together.
+inline constexpr int kPanel = 16;
+/// Positions of a KV page, and the fixed absolute span over which attention is split.
+inline constexpr int kPagePositions = 256;
+/// Keys stored side by side in the dimension-major K tiles.
+inline constexpr int kKeyTile = 16;
+
+enum class Format : uint8_t { q4, q8, bf16, f16, f32 };
+
+constexpr bool is_quantised(Format f) { return f == Format::q4 || f == Format::q8; }
+
+/// One weight matrix (N, K), row major, owned by somebody else and used in place.
+///
+/// Quantised formats follow MLX's affine layout: packed little-endian uint32 words, lowest bits first, and
+/// w = scale * q + bias with one scale and bias per row and group of `group` inputs.
+struct Matrix {
+  Format format = Format::f32;
+  Format scale_format = Format::f32;  // bf16, f16 or f32
+  int32_t N = 0;
+  int32_t K = 0;
+  int32_t group = 0;
+  const void* weight = nullptr;
+  const void* scales = nullptr;  // (N, K / group)
+  const void* biases = nullptr;  // (N, K / group)
+
+  size_t row_bytes() const {
+    switch (format) {
+      case Format::q4: return static_cast<size_t>(K) / 2;
+      case Format::q8: return static_cast<size_t>(K);
+      case Format::f32: return static_cast<size_t>(K) * 4;
+      default: return static_cast<size_t>(K) * 2;
+    }
+  }
+  size_t scale_bytes() const { return scale_format == Format::f32 ? 4 : 2; }
+  size_t groups() const { return group ? static_cast<size_t>(K) / static_cast<size_t>(group) : 0; }
+  /// Bytes streamed from memory in one pass.
+  size_t bytes() const {
+    return static_cast<size_t>(N) * (row_bytes() + 2 * groups() * scale_bytes());
+  }
+};
+
+/// The activation form a matrix is multiplied with.
+enum class Activation : uint8_t { f32, bf16, int8 };
+
+/// How int8 activations are laid out for the weights they meet: `block` inputs share a scale, and 4-bit weights want
+/// the even inputs of a block before its odd ones (the two nibbles of a byte).
+enum Int8Layout : uint8_t { kQ4Block32, kQ4Block64, kQ8Block32, kQ8Block64, kInt8Layouts };
+
+constexpr int block_of(Int8Layout layout) { return layout == kQ4Block32 || layout == kQ8Block32 ? 32 : 64; }
+constexpr bool interleaved(Int8Layout layout) { return layout == kQ4Block32 || layout == kQ4Block64; }
+constexpr Int8Layout int8_layout(Format format, int group) {
+  return format == Format::q4 ? (group == 32 ? kQ4Block32 : kQ4Block64) : (group == 32 ? kQ8Block32 : kQ8Block64);
+}
+
+/// M rows quantised to int8; block b of row m starts at q + (b * M + m) * block.
+struct Int8Rows {
+  int8_t* q = nullptr;
+  float* scale = nullptr;       // (K / block, M): x ~= scale * q
+  float* scaled_sum = nullptr;  // (K / block, M): scale * sum(q), what the group's bias multiplies
+  int32_t* sum = nullptr;       // (K / block, M): sum(q)
+};
+
+/// M input rows in every form the matrices of one region read; unneeded forms are null.
+struct Rows {
+  int32_t M = 0;
+  int32_t K = 0;
+  int32_t stride = 0;         // elements between rows of f32 and bf16
+  float* f32 = nullptr;       // (M, stride), always present
+  uint16_t* bf16 = nullptr;   // (M, stride), rounded to nearest even
+  Int8Rows int8[kInt8Layouts];
+};
+
+/// What a matmul adds to its result before storing it.
+struct Epilogue {
+  const float* bias = nullptr;  // (N,)
+  bool accumulate = false;      // y += instead of y =
+};
+
+/// Keys and values of one kv head in one page. K is dimension-major in tiles of 16 positions: element (position, d) at
+/// ((position / 16) * head_dim + d) * 16 + position % 16. V is (position, padded_dim) row major.
+struct KvPage {
+  void* k = nullptr;
+  void* v = nullptr;
+  bool half = true;  // f16 storage, else f32
+};
+
+/// Attention of M rows times the `group` query heads of one kv head over one page.
+struct AttendPage {
+  KvPage kv;
+  const float* q = nullptr;  // row m, head g at q + m * q_stride + g * head_dim
+  int64_t q_stride = 0;
+  float* partial = nullptr;  // row m, head g at partial + m * partial_stride + g * (padded_dim + 2): max, sum, acc
+  int64_t partial_stride = 0;
+  int32_t M = 0;
+  int32_t group = 0;
+  int32_t head_dim = 0;
+  int32_t padded_dim = 0;
+  int32_t first_valid = 0;  // keys of this page that row 0 sees; row m sees m more, up to the page's end; may be <= 0
+  float scale = 0;
+};
+
+/// Running maximum of a row of logits; `poison` stays 0 until a value that is not finite is seen.
+struct RowMax {
+  float value = 0;
+  int32_t index = -1;
+  float poison = 0;
+};
+
+}  // namespace specfast

@@ -1,0 +1,41 @@
+// What one forward pass writes besides the KV cache: buffers of up to 16 rows, owned by a sequence.
+#pragma once
+
+#include <vector>
+
+#include "law.hpp"
+#include "model.hpp"
+
+namespace specfast {
+
+struct Workspace {
+  explicit Workspace(const Model& model)
+      : x(rows_of(model.hidden)),
+        normed(model.hidden),
+        qkv(rows_of(model.qkv_columns())),
+        attended(model.q_columns()),
+        activated(model.intermediate) {}
+
+  static size_t rows_of(int32_t columns) { return static_cast<size_t>(kTileRows) * static_cast<size_t>(columns); }
+
+  std::vector<float> x;        // (16, hidden): the residual stream
+  RowsBuffer normed;           // input of qkv, of gate and up, and of the head
+  std::vector<float> qkv;      // (16, qkv columns)
+  std::vector<float> partial;  // (pages, M, heads, padded_dim + 2)
+  RowsBuffer attended;         // input of o
+  RowsBuffer activated;        // input of down
+  std::vector<float> scratch;  // per thread, for matmuls
+  std::vector<float> logits;   // (rows, vocab)
+  std::vector<RowMax> best;    // (threads, 16), then reduced into the first row
+  std::vector<float> laws;     // (rows, vocab)
+  std::vector<LawScratch> law_scratch;  // per thread
+};
+
+/// One tile's place in a forward pass, shared by all its regions.
+struct Tile {
+  const int32_t* tokens = nullptr;  // (M,)
+  int32_t M = 0;
+  int64_t position = 0;  // of row 0
+};
+
+}  // namespace specfast
