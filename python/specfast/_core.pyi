@@ -1,0 +1,240 @@
+"""
+Native kernels and decoder of specfast: NumPy arrays in and out, weights used in place.
+"""
+
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+
+class SpecfastError(Exception):
+    """Base of every error specfast raises."""
+
+class NumericalError(SpecfastError):
+    pass
+
+class ContextFullError(SpecfastError):
+    pass
+
+class ShapeError(SpecfastError):
+    pass
+
+class Matrix:
+    """
+    One weight matrix (N, K), row major, used in place; keeps the arrays that own its memory alive.
+
+    weight, scales and biases are C-contiguous uint8 views. q4 and q8 are MLX's affine layout: packed
+    little-endian words, scales and biases (N, K / group) in scale_format. Raises ShapeError.
+    """
+
+    def __init__(self, format: str, N: int, K: int, weight: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)], *, group: int = 0, scales: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)] | None = None, biases: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)] | None = None, scale_format: str = 'f32') -> None: ...
+
+    @property
+    def N(self) -> int: ...
+
+    @property
+    def K(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes streamed in one pass."""
+
+class Law:
+    """
+    How logits become the law that is sampled: temperature, then top_k, top_p and min_p; 0 is greedy.
+    """
+
+    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, vocab_limit: int = 0) -> None: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+    @property
+    def min_p(self) -> float: ...
+
+    @property
+    def vocab_limit(self) -> int: ...
+
+class Proposal:
+    """
+    Drafted tokens and, where the drafter has them, their laws; the buffers are reused.
+    """
+
+    def __init__(self) -> None: ...
+
+    @property
+    def gamma(self) -> int: ...
+
+    @property
+    def tokens(self) -> NDArray[numpy.int32]: ...
+
+    @property
+    def q(self) -> object: ...
+
+    def set_tokens(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Tokens of a drafter without a law (one-hot)."""
+
+class Verdict:
+    """tau drafted tokens are kept and next_token follows them."""
+
+    @property
+    def tau(self) -> int: ...
+
+    @property
+    def next_token(self) -> int: ...
+
+def law_rows(logits: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], law: Law, isa: str | None = None) -> NDArray[numpy.float32]:
+    """Probabilities (M, V) of logits (M, V)."""
+
+def verify_tokens(p: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)] | None, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], u: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu', writable=False)], lenience: float = 1.0) -> tuple[int, int]:
+    """
+    The token rule on laws p (gamma + 1, V) and q (gamma, V) or None; returns (tau, next_token).
+    """
+
+def sample_token(p: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], u: float) -> int:
+    """Inverse CDF of p (V,) at u, in token order."""
+
+def uniform(seed: int, round: int, position: int, purpose: int) -> float:
+    """A counter-based draw in [0, 1)."""
+
+class Model:
+    """
+    A decoder's weights, used in place, bound to the kernels of one instruction set and one precision.
+
+    Results of a row are the same bits for any number of rows and threads.
+    """
+
+    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list, precision: str = 'int8', isa: str | None = None) -> None: ...
+
+    def forward(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_rows: int = 1) -> NDArray[numpy.float32]:
+        """
+        Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last rows.
+
+        Raises ContextFullError or ShapeError with the cache unchanged.
+        """
+
+    def prefill(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Appends and commits tokens (M,) int32 without logits."""
+
+    def draft(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], gamma: int, law: Law, seed: int, round: int, proposal: Proposal) -> None:
+        """
+        Commits pending (n,) int32, then drafts gamma tokens into proposal; gamma - 1 of them stay provisional.
+        """
+
+    def verify(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], proposal: Proposal | None, law: Law, lenience: float, seed: int, round: int) -> Verdict:
+        """
+        Appends pending and the drafted tokens provisionally in one pass and applies the token rule, or greedy.
+
+        Raises NumericalError on logits that are not finite, with the cache unchanged.
+        """
+
+    @property
+    def hidden(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def intermediate(self) -> int: ...
+
+    @property
+    def vocab(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def max_context(self) -> int: ...
+
+    @property
+    def precision(self) -> str: ...
+
+    @property
+    def isa(self) -> str: ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights one pass streams."""
+
+    @property
+    def macs_per_row(self) -> float:
+        """Multiply-adds of one row's matmuls."""
+
+class Cache:
+    """
+    Keys and values of one sequence, as a transaction: rows are appended provisionally, then committed or dropped.
+
+    capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed.
+    """
+
+    def __init__(self, model: Model, capacity: int = 0) -> None: ...
+
+    @property
+    def length(self) -> int:
+        """Committed positions."""
+
+    @property
+    def provisional(self) -> int:
+        """Positions not yet committed."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def commit(self, n: int) -> None:
+        """Keeps the first n provisional rows and drops the rest."""
+
+    def rollback(self) -> None:
+        """Drops every provisional row."""
+
+    def truncate(self, length: int) -> None:
+        """Drops committed positions from the end, and everything provisional."""
+
+def build_info() -> dict:
+    """
+    Version, compiled and supported instruction sets, kernels by name, the selected ones, threads.
+    """
+
+def set_num_threads(threads: int) -> None:
+    """Threads of every native call; results do not depend on it."""
+
+def num_threads() -> int: ...
+
+def peak_dot(kind: str, isa: str | None = None, milliseconds: float = 50.0) -> float:
+    """
+    Multiply-adds per second, in GMAC/s over all threads, of the dot instruction of precision `kind`.
+    """
+
+def read_bandwidth(buffer: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)], passes: int = 1) -> float:
+    """GB/s over all threads of reading a uint8 array from end to end."""
+
+def matmul_rows(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], matrix: Matrix, precision: str = 'int8', isa: str | None = None) -> NDArray[numpy.float32]:
+    """x (M, K) float32 times matrix (N, K) transposed: (M, N) float32."""
+
+def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], half: bool = True, isa: str | None = None) -> NDArray[numpy.float32]:
+    """
+    Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all float32.
+
+    half stores keys and values as f16, as the cache does unless the precision is f32.
+    """

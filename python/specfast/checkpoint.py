@@ -1,0 +1,220 @@
+"""From a model directory to a native model: tensors are found, compared with the config, and used where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from .architecture import ModelConfig, read_config, read_json
+from .errors import ConfigurationError, ModelFormatError, ShapeError, UnsupportedModelError
+from .safetensors_file import TensorView, open_safetensors
+
+FLOAT_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+PRECISIONS = ("int8", "bf16", "f32")
+_PREFIXES = ("model.", "language_model.model.", "")
+_PROJECTIONS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A native model with what was read beside it."""
+
+    model: _core.Model
+    config: ModelConfig
+    directory: Path
+    precision: str
+
+    @property
+    def name(self) -> str:
+        """The directory's name, for messages."""
+        return self.directory.name
+
+
+def open_weights(directory: Path) -> dict[str, TensorView]:
+    """All tensors of a directory's *.safetensors files, single or sharded.
+
+    Raises:
+        ModelFormatError: no weights, a shard the index names is missing, a file is damaged, or a name occurs twice.
+        UnsupportedModelError: the directory has only pickled or GGUF weights.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(v, str) and "/" not in v for v in names.values()):
+            raise ModelFormatError(f"{index}: 'weight_map' is not a map from tensors to files; download it again")
+        files = [directory / name for name in sorted(set(names.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ModelFormatError(f"{directory}: the index names {', '.join(missing[:3])}, which is missing; download it again")
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+        if pickled:
+            raise UnsupportedModelError(
+                f"{directory}: only pickled weights ({pickled[0]}) are there; they can run code when loaded and are refused. "
+                "Use a *.safetensors version of the model"
+            )
+        raise ModelFormatError(f"{directory}: no *.safetensors file; a model directory needs config.json, weights and tokenizer.json")
+    tensors: dict[str, TensorView] = {}
+    for file in files:
+        for name, tensor in open_safetensors(file).items():
+            if name in tensors:
+                raise ModelFormatError(f"{file}: tensor {name!r} is in another file as well; download the model again")
+            tensors[name] = tensor
+    return tensors
+
+
+class _Weights:
+    """Tensors of one checkpoint under the names of its layout."""
+
+    def __init__(self, directory: Path, config: ModelConfig, tensors: Mapping[str, TensorView]) -> None:
+        self.directory, self.config, self.tensors = directory, config, tensors
+        for prefix in _PREFIXES:
+            if any(f"{prefix}embed_tokens.{part}" in tensors for part in ("weight", "scales")):
+                self.prefix = prefix
+                break
+        else:
+            raise ModelFormatError(f"{directory}: no embed_tokens.weight among {len(tensors)} tensors; this is not a decoder checkpoint")
+
+    def find(self, name: str) -> TensorView:
+        if name not in self.tensors:
+            raise ModelFormatError(f"{self.directory}: tensor {name!r} is missing; download or convert the model again")
+        return self.tensors[name]
+
+    def expect_shape(self, name: str, shape: tuple[int, ...]) -> TensorView:
+        tensor = self.find(name)
+        if tensor.shape != shape:
+            raise ModelFormatError(
+                f"{self.directory}: tensor {name!r} has shape {tensor.shape}, but config.json needs {shape}; "
+                "the two files belong to different models"
+            )
+        return tensor
+
+    def vector(self, name: str, size: int) -> npt.NDArray[np.float32]:
+        values = self.expect_shape(name, (size,)).as_float32()
+        if not np.isfinite(values).all():
+            raise ModelFormatError(f"{self.directory}: tensor {name!r} holds NaN or infinite values; the file is damaged")
+        return values
+
+    def matrix(self, module: str, N: int, K: int) -> _core.Matrix:
+        if f"{module}.scales" not in self.tensors:
+            tensor = self.expect_shape(f"{module}.weight", (N, K))
+            if tensor.dtype not in FLOAT_FORMATS:
+                raise UnsupportedModelError(
+                    f"{self.directory}: tensor '{module}.weight' is {tensor.dtype}; supported: F32, F16, BF16, or MLX affine quantisation"
+                )
+            return _core.Matrix(FLOAT_FORMATS[tensor.dtype], N, K, tensor.data)
+        quantisation = self.config.quantisation
+        kind = quantisation.of(module) if quantisation else None
+        if kind is None:
+            raise ModelFormatError(
+                f"{self.directory}: '{module}' has scales, but config.json does not say how it is quantised ('quantization')"
+            )
+        bits, group = kind
+        if K % group:
+            raise ModelFormatError(f"{self.directory}: '{module}' has {K} inputs, not a multiple of the group size {group}")
+        weight = self.expect_shape(f"{module}.weight", (N, K * bits // 32))
+        scales = self.expect_shape(f"{module}.scales", (N, K // group))
+        biases = self.expect_shape(f"{module}.biases", (N, K // group))
+        if weight.dtype != "U32" or scales.dtype not in FLOAT_FORMATS or biases.dtype != scales.dtype:
+            raise ModelFormatError(
+                f"{self.directory}: '{module}' is stored as {weight.dtype} with {scales.dtype} scales and {biases.dtype} biases, "
+                "but U32 with scales and biases of one floating type is needed"
+            )
+        return _core.Matrix(
+            f"q{bits}", N, K, weight.data,
+            group=group, scales=scales.data, biases=biases.data, scale_format=FLOAT_FORMATS[scales.dtype],
+        )  # fmt: skip
+
+    def layer(self, index: int) -> dict[str, Any]:
+        c = self.config
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        sizes = {
+            "q": (q, c.hidden), "k": (kv, c.hidden), "v": (kv, c.hidden), "o": (c.hidden, q),
+            "gate": (c.intermediate, c.hidden), "up": (c.intermediate, c.hidden), "down": (c.hidden, c.intermediate),
+        }  # fmt: skip
+        at = f"{self.prefix}layers.{index}."
+        layer: dict[str, Any] = {key: self.matrix(at + _PROJECTIONS[key], *size) for key, size in sizes.items()}
+        layer["input_norm"] = self.vector(at + "input_layernorm.weight", c.hidden)
+        layer["post_norm"] = self.vector(at + "post_attention_layernorm.weight", c.hidden)
+        if c.model_type == "qwen2":
+            layer |= {f"{key}_bias": self.vector(f"{at}{_PROJECTIONS[key]}.bias", sizes[key][0]) for key in "qkv"}
+        if c.model_type == "qwen3":
+            layer |= {f"{key}_norm": self.vector(f"{at}self_attn.{key}_norm.weight", c.head_dim) for key in "qk"}
+        for key in _PROJECTIONS if c.model_type != "qwen2" else ("o", "gate", "up", "down"):
+            if f"{at}{_PROJECTIONS[key]}.bias" in self.tensors:
+                raise UnsupportedModelError(f"{self.directory}: a bias on {_PROJECTIONS[key]} is not supported; supported: QKV bias of Qwen2")
+        return layer
+
+
+def default_precision(formats: set[str]) -> str:
+    """int8 where anything is quantised, bf16 for 16-bit weights, f32 for f32 weights."""
+    if formats & {"q4", "q8"}:
+        return "int8"
+    return "bf16" if formats & {"bf16", "f16"} else "f32"
+
+
+def load_model(
+    directory: Path, *, precision: str | None = None, isa: str | None = None, max_context: int | None = None
+) -> LoadedModel:
+    """Loads a model directory in Hugging Face or MLX layout; weights stay where they are mapped.
+
+    Args:
+        directory: config.json, *.safetensors and generation_config.json if any.
+        precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.
+        isa: kernel table to use; None is the best.
+        max_context: bounds the context below the model's own.
+
+    Raises:
+        ModelFormatError, UnsupportedModelError: what the files hold does not fit.
+        ConfigurationError: unknown precision or an impossible context.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    config = read_config(directory)
+    if max_context is not None and not 1 <= max_context <= config.max_context:
+        raise ConfigurationError(f"a context of {max_context} is outside 1 to the model's {config.max_context}")
+    weights = _Weights(directory, config, open_weights(directory))
+    embed = weights.matrix(f"{weights.prefix}embed_tokens", config.vocab, config.hidden)
+    head_name = weights.prefix.removesuffix("model.") + "lm_head"
+    has_head = any(f"{head_name}.{part}" in weights.tensors for part in ("weight", "scales"))
+    head = weights.matrix(head_name, config.vocab, config.hidden) if has_head and not config.tied else None
+    layers = [weights.layer(index) for index in range(config.layers)]
+    matrices = [embed, *([head] if head else []), *(layer[key] for layer in layers for key in _PROJECTIONS)]
+    chosen = precision or default_precision({matrix.format for matrix in matrices})
+    try:
+        model = _core.Model(
+            hidden=config.hidden,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            intermediate=config.intermediate,
+            vocab=config.vocab,
+            rms_eps=config.rms_eps,
+            rope_inv_freq=np.asarray(config.rope_inv_freq, dtype=np.float32),
+            max_context=max_context or config.max_context,
+            embed=embed,
+            head=head,
+            norm=weights.vector(f"{weights.prefix}norm.weight", config.hidden),
+            layers=layers,
+            precision=chosen,
+            isa=isa,
+        )
+    except ShapeError as error:
+        raise ModelFormatError(f"{directory}: {error}") from None
+    return LoadedModel(model, config, directory, chosen)

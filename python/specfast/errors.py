@@ -1,0 +1,37 @@
+"""Every exception specfast raises, under one base: messages name the observed value, the limit and the remedy."""
+
+from __future__ import annotations
+
+from ._core import ContextFullError, NumericalError, ShapeError, SpecfastError
+
+__all__ = [
+    "ConfigurationError",
+    "ContextFullError",
+    "DownloadError",
+    "IncompatibleDraftError",
+    "ModelFormatError",
+    "NumericalError",
+    "ShapeError",
+    "SpecfastError",
+    "UnsupportedModelError",
+]
+
+
+class ConfigurationError(SpecfastError):
+    """An option outside its range, or options that contradict each other."""
+
+
+class ModelFormatError(SpecfastError):
+    """A model directory or file that is missing, truncated, damaged or inconsistent."""
+
+
+class UnsupportedModelError(SpecfastError):
+    """A sound model whose architecture, quantisation or option is not supported; says what is."""
+
+
+class IncompatibleDraftError(SpecfastError):
+    """A draft whose tokens are not the target's."""
+
+
+class DownloadError(SpecfastError):
+    """A model that could not be fetched from the hub."""

@@ -1,0 +1,131 @@
+"""Memory-mapped safetensors files with a strictly checked header: tensors are views, nothing is copied."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ModelFormatError
+
+MAX_HEADER_BYTES = 100_000_000
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """One tensor of a mapped file; `data` is a read-only uint8 view of the file's own pages."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: npt.NDArray[np.uint8]
+
+    def as_float32(self) -> npt.NDArray[np.float32]:
+        """The tensor's values as a new float32 array; F32, F16 and BF16 only."""
+        if self.dtype == "F32":
+            values = self.data.view("<f4").astype(np.float32)
+        elif self.dtype == "F16":
+            values = self.data.view("<f2").astype(np.float32)
+        elif self.dtype == "BF16":
+            values = (self.data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            raise ModelFormatError(f"expected floating-point values (F32, F16 or BF16), found {self.dtype}")
+        return values.reshape(self.shape)
+
+
+def _damaged(path: Path, what: str) -> ModelFormatError:
+    return ModelFormatError(f"{path}: {what}. The file is damaged or incomplete; download or convert it again.")
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return entries
+
+
+def _read_header(path: Path, view: memoryview) -> tuple[dict[str, Any], int]:
+    if len(view) < 8:
+        raise _damaged(path, f"{len(view)} bytes are too few for a safetensors header (at least 8)")
+    length = int.from_bytes(view[:8], "little")
+    limit = min(MAX_HEADER_BYTES, len(view) - 8)
+    if length > limit:
+        raise _damaged(path, f"the header claims {length} bytes, more than the {limit} possible")
+    try:
+        header = json.loads(bytes(view[8 : 8 + length]).decode("utf-8"), object_pairs_hook=_reject_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"the header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, f"the header is a {type(header).__name__}, not an object")
+    return header, 8 + length
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _check_entry(path: Path, name: str, entry: object, data_bytes: int) -> tuple[str, tuple[int, ...], int, int]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _damaged(path, f"tensor {name!r} has the unknown type {dtype!r}")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_size, shape)):
+        raise _damaged(path, f"tensor {name!r} has the impossible shape {str(shape)[:80]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _damaged(path, f"tensor {name!r} has the impossible offsets {str(offsets)[:80]}")
+    first, last = offsets
+    size = math.prod(shape) * ITEM_BYTES[dtype]
+    if not first <= last <= data_bytes:
+        raise _damaged(path, f"tensor {name!r} lies at {first}..{last} but the file holds {data_bytes} bytes of data")
+    if last - first != size:
+        raise _damaged(path, f"tensor {name!r} of shape {shape} needs {size} bytes but {last - first} are given")
+    return dtype, tuple(shape), first, last
+
+
+def open_safetensors(path: Path) -> dict[str, TensorView]:
+    """Maps a file and returns its tensors by name.
+
+    Args:
+        path: a .safetensors file. It stays mapped for as long as a returned view lives.
+
+    Raises:
+        ModelFormatError: the file cannot be read, or its header does not describe its bytes exactly: every tensor in
+            range, of the size its shape needs, without overlap or gap.
+    """
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                raise _damaged(path, "the file is empty")
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise ModelFormatError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    view = memoryview(mapping)
+    header, data_start = _read_header(path, view)
+    data = np.frombuffer(view, dtype=np.uint8)[data_start:]
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, first, last = _check_entry(path, name, entry, len(data))
+        tensors[name] = TensorView(dtype, shape, data[first:last])
+        spans.append((first, last, name))
+    end = 0
+    for first, last, name in sorted(spans):
+        if first != end:
+            raise _damaged(path, f"tensor {name!r} starts at {first}, but the data before it ends at {end}")
+        end = last
+    if end != len(data):
+        raise _damaged(path, f"{len(data) - end} bytes after the last tensor belong to nothing")
+    return tensors
