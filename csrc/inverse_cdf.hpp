@@ -1,47 +1,59 @@
-// Drawing a token by inverse CDF from any non-negative weights, in token order and float64.
+// Drawing a token by inverse CDF from non-negative weights, in token order and float64.
 #pragma once
 
 #include <cstdint>
 
 namespace specfast {
 
-/// Returns the first token whose running mass exceeds u times the total, skipping tokens without mass; -1 if the total
-/// mass is 0 or not a number. `weight(i)` is called at most three times per token.
-template <class Weight>
-int32_t inverse_cdf(int32_t vocab, double u, Weight&& weight) noexcept {
+/// Sums f(i) over [first, last) in eight interleaved float64 sums and a tail, an order that no vector width changes.
+template <class F>
+inline double sum_in_lanes(int32_t first, int32_t last, const F& f) noexcept {
+  double lane[8] = {}, tail = 0;
+  int32_t i = first;
+  for (; i + 8 <= last; i += 8) {
+    for (int32_t j = 0; j < 8; j++) lane[j] += f(i + j);
+  }
+  for (; i < last; i++) tail += f(i);
+  return (((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]))) + tail;
+}
+
+/// Returns the first token whose running weight exceeds u times the total; never one without weight, whatever u and the
+/// rounding. -1 if the total is 0 or NaN.
+///
+/// `weights(i)` is the weight of token i and `weights.sum(first, last)` that of a block of tokens, up to rounding.
+template <class Weights>
+int32_t inverse_cdf(const Weights& weights, int32_t vocab, double u) noexcept {
   constexpr int32_t kBlocks = 512;
   double mass[kBlocks];
-  const int32_t block = (vocab + kBlocks - 1) / kBlocks;
-  const int32_t blocks = (vocab + block - 1) / block;
+  const int32_t size = (vocab / kBlocks + 8) / 8 * 8;
+  const int32_t blocks = (vocab + size - 1) / size;
   double total = 0;
   for (int32_t b = 0; b < blocks; b++) {
-    double sum[4] = {0, 0, 0, 0};
-    const int32_t first = b * block, last = first + block < vocab ? first + block : vocab;
-    int32_t i = first;
-    for (; i + 4 <= last; i += 4) {
-      for (int32_t j = 0; j < 4; j++) sum[j] += weight(i + j);
-    }
-    for (; i < last; i++) sum[0] += weight(i);
-    mass[b] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    const int32_t last = vocab - b * size < size ? vocab : (b + 1) * size;
+    mass[b] = weights.sum(b * size, last);
     total += mass[b];
   }
   if (!(total > 0)) return -1;
+
   const double wanted = u * total;
-  double before = 0;
-  int32_t b = 0;
-  while (b + 1 < blocks && before + mass[b] <= wanted) before += mass[b++];
-  int32_t chosen = -1;
-  for (int32_t i = b * block; i < vocab; i++) {  // rounding may carry the search into later blocks
-    const double w = weight(i);
-    if (!(w > 0)) continue;
-    chosen = i;
-    before += w;
-    if (before > wanted) return chosen;
+  double before = 0, running = 0;
+  int32_t block = -1;  // the one that holds the token: without rounding the first to pass `wanted`
+  for (int32_t b = 0; b < blocks && (block < 0 || !(running > wanted)); b++) {
+    if (!(mass[b] > 0)) continue;
+    block = b;
+    before = running;
+    running += mass[b];
   }
-  for (int32_t i = vocab; chosen < 0 && i-- > 0;) {
-    if (weight(i) > 0) chosen = i;
+  int32_t token = -1;
+  for (int32_t i = block * size; i < vocab; i++) {
+    if (i == (block + 1) * size && token >= 0) break;
+    const double weight = weights(i);
+    if (!(weight > 0)) continue;
+    token = i;
+    before += weight;
+    if (before > wanted) break;
   }
-  return chosen;
+  return token;
 }
 
 }  // namespace specfast

@@ -1,125 +1,248 @@
-// Truncated softmax by counting keys, without sorting the vocabulary.
+// A truncated softmax that counts keys instead of sorting the vocabulary.
 #include "law.hpp"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
+#include <bit>
+#include <limits>
 
 #include "inverse_cdf.hpp"
 
 namespace specfast {
 namespace {
 
-constexpr int kBins = 2048;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-/// Order-preserving integer of a float; its top 11 bits choose one of 2048 bins.
-inline uint32_t order_key(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+/// An integer in the order of the floats; -0 equals 0, NaNs lie beyond the infinities.
+inline int32_t order_key(float x) noexcept {
+  const int32_t bits = std::bit_cast<int32_t>(x + 0.0f);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
 }
-inline uint32_t bin_of(float x) { return order_key(x) >> 21; }
+/// The same, unsigned.
+inline uint32_t unsigned_key(float x) noexcept { return static_cast<uint32_t>(order_key(x)) ^ 0x80000000u; }
 
-/// What a truncation keeps: everything above `threshold`, and ids below `tie_end` equal to it.
-struct Cut {
-  float threshold;
-  int32_t tie_end;
+/// The float of an unsigned key.
+inline float value_of(uint32_t key) noexcept {
+  const int32_t bits = static_cast<int32_t>(key ^ 0x80000000u);
+  return std::bit_cast<float>(bits ^ ((bits >> 31) & 0x7fffffff));
+}
+
+struct KeyRange {
+  int32_t lowest, highest;
+
+  bool has_nan() const noexcept { return lowest < order_key(-kInfinity) || highest > order_key(kInfinity); }
 };
 
-/// Keeps the k largest of n values.
-Cut cut_to_count(const float* x, int32_t n, int32_t k, LawScratch& scratch) {
-  int32_t count[kBins] = {};
-  for (int32_t i = 0; i < n; i++) count[bin_of(x[i])]++;
-  int32_t above = 0;
-  uint32_t bin = kBins - 1;
-  while (above + count[bin] < k) above += count[bin--];
-  scratch.values.clear();
+KeyRange key_range(const float* x, int32_t n) noexcept {
+  int32_t lowest = std::numeric_limits<int32_t>::max(), highest = std::numeric_limits<int32_t>::min();
   for (int32_t i = 0; i < n; i++) {
-    if (bin_of(x[i]) == bin) scratch.values.push_back(x[i]);
+    const int32_t key = order_key(x[i]);
+    lowest = key < lowest ? key : lowest;
+    highest = key > highest ? key : highest;
   }
-  const auto wanted = scratch.values.begin() + (k - above - 1);
-  std::nth_element(scratch.values.begin(), wanted, scratch.values.end(), std::greater<float>());
-  const float threshold = *wanted;
-  int32_t ties = k;
-  for (int32_t i = 0; i < n; i++) ties -= x[i] > threshold;
-  int32_t end = 0;
-  for (; end < n && ties > 0; end++) ties -= x[end] == threshold;
-  return {threshold, end};
+  return {lowest, highest};
 }
 
-/// Keeps the largest of n masses until they hold at least `wanted`.
-Cut cut_to_mass(const float* p, int32_t n, double wanted, LawScratch& scratch) {
-  double mass[kBins] = {};
-  for (int32_t i = 0; i < n; i++) mass[bin_of(p[i])] += static_cast<double>(p[i]);
-  double above = 0;
-  uint32_t bin = kBins - 1;
-  const uint32_t lowest = bin_of(0.0f);
-  while (bin > lowest && above + mass[bin] < wanted) above += mass[bin--];
-  scratch.ids.clear();
-  for (int32_t i = 0; i < n; i++) {
-    if (bin_of(p[i]) == bin && p[i] > 0) scratch.ids.push_back(i);
-  }
-  std::sort(scratch.ids.begin(), scratch.ids.end(), [p](int32_t a, int32_t b) { return p[a] > p[b] || (p[a] == p[b] && a < b); });
-  for (const int32_t id : scratch.ids) {
-    above += static_cast<double>(p[id]);
-    if (above >= wanted) return {p[id], id + 1};
-  }
-  return {0.0f, n};
+/// exp(x) for x <= 0 within 2 ulp; 0 below -87.3, before results become denormal.
+///
+/// Cody and Waite's reduction x = n ln 2 + r and a polynomial of degree 7 on |r| <= ln(2) / 2; exp(0) is exactly 1.
+inline float exp_of_negative(float x) noexcept {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const int32_t limit = std::bit_cast<int32_t>(87.3f);
+  // The clamp and the mask work on integers: compilers turn comparisons of floats into branches and then vectorise nothing.
+  const int32_t magnitude = std::min(std::bit_cast<int32_t>(x) & 0x7fffffff, limit);
+  const float clamped = -std::bit_cast<float>(magnitude);
+  const float shifted = clamped * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  float tail = 1.0f / 5040.0f;
+  tail = tail * r + 1.0f / 720.0f;
+  tail = tail * r + 1.0f / 120.0f;
+  tail = tail * r + 1.0f / 24.0f;
+  tail = tail * r + 1.0f / 6.0f;
+  tail = tail * r + 0.5f;
+  const float fraction = (tail * r) * r + r + 1.0f;
+  const int32_t exponent = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(kRound);
+  const int32_t bits = std::bit_cast<int32_t>(fraction) + exponent * (1 << 23);
+  return std::bit_cast<float>(bits & -static_cast<int32_t>(magnitude < limit));
 }
 
-void apply(const Cut& cut, const float* x, float* p, int32_t n) {
-  for (int32_t i = 0; i < n; i++) {
-    if (!(x[i] > cut.threshold || (x[i] == cut.threshold && i < cut.tie_end))) p[i] = 0.0f;
+/// out[i] = exp((x[i] - highest) / temperature); `out` may be `x`.
+void weigh(const float* x, int32_t n, float highest, float temperature, float* out) noexcept {
+  if (out != x) {
+    for (int32_t i = 0; i < n; i++) out[i] = exp_of_negative((x[i] - highest) / temperature);
+  } else {  // one pointer, so that the compiler sees that no element is read after it was written
+    for (int32_t i = 0; i < n; i++) out[i] = exp_of_negative((out[i] - highest) / temperature);
   }
 }
 
-double total_of(const float* p, int32_t n) {
-  double sum[4] = {0, 0, 0, 0};
+double total_of(const float* weights, int32_t n) noexcept {
+  return sum_in_lanes(0, n, [weights](int32_t i) { return static_cast<double>(weights[i]); });
+}
+
+/// What a truncation keeps: elements above `key`, and of those equal to it the first `equals`.
+struct Cut {
+  uint32_t key;
+  int32_t equals;
+};
+
+/// The cut that keeps the fewest, largest elements whose mass reaches `wanted`: radix selection by 11, 11 and 10 bits.
+///
+/// key_at(i) orders the elements, mass_at(i) >= 0 is equal for equal keys; masses are added in index order.
+template <class Mass, class KeyAt, class MassAt>
+Cut cut_at_mass(int32_t count, Mass wanted, const KeyAt& key_at, const MassAt& mass_at) noexcept {
+  Mass bins[2048];
+  Mass above{};
+  uint32_t prefix = 0, prefix_mask = 0;
+  for (const int shift : {21, 10, 0}) {
+    const uint32_t digit_mask = shift == 0 ? 0x3ffu : 0x7ffu;
+    std::fill(bins, bins + digit_mask + 1, Mass{});
+    for (int32_t i = 0; i < count; i++) {
+      const uint32_t key = key_at(i);
+      if ((key & prefix_mask) == prefix) bins[(key >> shift) & digit_mask] += mass_at(i);
+    }
+    uint32_t digit = digit_mask;
+    while (digit > 0 && above + bins[digit] < wanted) above += bins[digit--];
+    prefix |= digit << shift;
+    prefix_mask |= digit_mask << shift;
+  }
+  int32_t equals = 0;
+  for (int32_t i = 0; i < count && above < wanted; i++) {
+    if (key_at(i) != prefix) continue;
+    equals++;
+    above += mass_at(i);
+  }
+  return {prefix, equals};
+}
+
+/// Fills scratch.ids with the ids of the k largest of n logits, ascending; 0 < k < n.
+void select_top_k(const float* logits, int32_t n, int32_t k, LawScratch& scratch) noexcept {
+  // A first count by the 11 leading bits of the keys sets aside what cannot be among the k largest. Neighbours often share
+  // a bin: two histograms keep their increments from waiting for each other.
+  uint32_t bins[2][2048] = {};
   int32_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    for (int32_t j = 0; j < 4; j++) sum[j] += static_cast<double>(p[i + j]);
+  for (; i + 2 <= n; i += 2) {
+    bins[0][unsigned_key(logits[i]) >> 21]++;
+    bins[1][unsigned_key(logits[i + 1]) >> 21]++;
   }
-  for (; i < n; i++) sum[0] += static_cast<double>(p[i]);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  if (i < n) bins[0][unsigned_key(logits[i]) >> 21]++;
+  uint32_t bin = 2048, reached = 0;
+  while (reached < static_cast<uint32_t>(k)) {
+    bin--;
+    reached += bins[0][bin] + bins[1][bin];
+  }
+  const float least = value_of(std::max(bin << 21, unsigned_key(-kInfinity)));
+  uint32_t* keys = scratch.keys.data();
+  int32_t* ids = scratch.ids.data();
+  int32_t count = 0;
+  for (i = 0; i < n; i++) {
+    ids[count] = i;
+    count += logits[i] >= least;
+  }
+  for (int32_t c = 0; c < count; c++) keys[c] = unsigned_key(logits[ids[c]]);
+
+  const Cut cut = cut_at_mass(
+      count, k, [keys](int32_t c) { return keys[c]; }, [](int32_t) { return int32_t{1}; });
+  int32_t kept = 0, equals = cut.equals;
+  for (int32_t c = 0; c < count; c++) {
+    const bool equal = keys[c] == cut.key;
+    ids[kept] = ids[c];
+    kept += keys[c] > cut.key || (equal && equals > 0);
+    equals -= equal;
+  }
+}
+
+/// Zeroes all but the fewest, largest weights that hold at least top_p of the mass.
+void apply_top_p(float* weights, int32_t count, float top_p) noexcept {
+  const double wanted = std::max(static_cast<double>(top_p) * total_of(weights, count), std::numeric_limits<double>::min());
+  const auto key_at = [weights](int32_t i) { return std::bit_cast<uint32_t>(weights[i]) << 2; };  // weights are below 2
+  const auto mass_at = [weights](int32_t i) { return static_cast<double>(weights[i]); };
+  const Cut cut = cut_at_mass(count, wanted, key_at, mass_at);
+  int32_t equals = cut.equals;
+  for (int32_t i = 0; i < count; i++) {
+    const uint32_t key = key_at(i);
+    const bool equal = key == cut.key;
+    if (!(key > cut.key || (equal && equals > 0))) weights[i] = 0.0f;
+    equals -= equal;
+  }
+}
+
+void apply_min_p(float* weights, int32_t count, float min_p) noexcept {  // the largest weight is 1
+  const float least = std::min(min_p, 1.0f);
+  for (int32_t i = 0; i < count; i++) weights[i] = weights[i] < least ? 0.0f : weights[i];
 }
 
 }  // namespace
 
-LawStatus law_row(const KernelTable& kernels, const float* logits, int32_t vocab, const Law& law, float* p,
-                  LawScratch& scratch) {
+LawStatus law_row(const float* logits, int32_t vocab, const Law& law, float* p, LawScratch& scratch) noexcept {
   const int32_t n = law.limit(vocab);
-  RowMax top;
-  kernels.logits_rows(logits, n, 0, &top);
-  if (!(top.poison == 0.0f)) {  // something is not finite: -inf is allowed, NaN and +inf are not
-    float best = -INFINITY;
-    for (int32_t i = 0; i < n; i++) {
-      if (std::isnan(logits[i]) || logits[i] == INFINITY) return LawStatus::not_finite;
-      best = std::max(best, logits[i]);
-    }
-    if (best == -INFINITY) return LawStatus::empty;
-    top.value = best;
+  const bool truncate = law.top_k > 0 && law.top_k < n;
+  const KeyRange range = key_range(logits, n);
+  if (range.has_nan() || range.highest == order_key(kInfinity)) {
+    std::fill(p, p + vocab, 0.0f);
+    return LawStatus::not_finite;
   }
-  kernels.exp_row(logits, top.value, 1.0f / law.temperature, p, n);
-  std::fill(p + n, p + vocab, 0.0f);
-  if (law.top_k > 0 && law.top_k < n) apply(cut_to_count(logits, n, law.top_k, scratch), logits, p, n);
-  double total = total_of(p, n);
-  if (law.top_p < 1.0f) {
-    scratch.values.assign(p, p + n);
-    const Cut cut = cut_to_mass(p, n, static_cast<double>(law.top_p) * total, scratch);
-    apply(cut, scratch.values.data(), p, n);
-    total = total_of(p, n);
+  if (n <= 0 || range.highest == order_key(-kInfinity)) {
+    std::fill(p, p + vocab, 0.0f);
+    return LawStatus::empty;
   }
-  if (law.min_p > 0.0f) {
-    for (int32_t i = 0; i < n; i++) p[i] = p[i] < law.min_p ? 0.0f : p[i];  // the largest is exp(0) = 1
-    total = total_of(p, n);
+  if (law.greedy() || (truncate && law.top_k == 1)) {
+    std::fill(p, p + vocab, 0.0f);
+    p[argmax_row(logits, n, 0)] = 1.0f;
+    return LawStatus::ok;
   }
-  const double inverse = 1.0 / total;
-  for (int32_t i = 0; i < n; i++) p[i] = static_cast<float>(static_cast<double>(p[i]) * inverse);
+  const float highest = value_of(static_cast<uint32_t>(range.highest) ^ 0x80000000u);
+
+  float* weights = p;  // of all tokens in place, or of those that top-k keeps
+  int32_t count = n;
+  if (truncate) {
+    scratch.reserve(vocab);
+    select_top_k(logits, n, law.top_k, scratch);
+    weights = scratch.values.data();
+    count = law.top_k;
+    for (int32_t c = 0; c < count; c++) weights[c] = logits[scratch.ids[static_cast<size_t>(c)]];
+    weigh(weights, count, highest, law.temperature, weights);
+  } else {
+    weigh(logits, n, highest, law.temperature, weights);
+  }
+  if (law.top_p < 1.0f) apply_top_p(weights, count, law.top_p);
+  if (law.min_p > 0.0f) apply_min_p(weights, count, law.min_p);
+
+  const double scale = 1.0 / total_of(weights, count);
+  if (truncate) {
+    std::fill(p, p + vocab, 0.0f);
+    for (int32_t c = 0; c < count; c++)
+      p[scratch.ids[static_cast<size_t>(c)]] = static_cast<float>(static_cast<double>(weights[c]) * scale);
+  } else {
+    for (int32_t i = 0; i < n; i++) p[i] = static_cast<float>(static_cast<double>(weights[i]) * scale);
+    std::fill(p + n, p + vocab, 0.0f);
+  }
   return LawStatus::ok;
 }
 
+int32_t argmax_row(const float* logits, int32_t n, int32_t vocab_limit) noexcept {
+  constexpr int32_t kBlock = 1024;
+  const int32_t end = vocab_limit > 0 && vocab_limit < n ? vocab_limit : n;
+  KeyRange best{0, std::numeric_limits<int32_t>::min()};
+  int32_t first = -1;
+  for (int32_t i = 0; i < end; i += kBlock) {
+    const KeyRange range = key_range(logits + i, std::min(kBlock, end - i));
+    if (range.has_nan()) return -1;
+    if (first >= 0 && range.highest <= best.highest) continue;
+    best = range;
+    first = i;
+  }
+  if (first < 0) return -1;
+  while (order_key(logits[first]) != best.highest) first++;
+  return first;
+}
+
 int32_t sample_token(const float* p, int32_t vocab, double u) noexcept {
-  return inverse_cdf(vocab, u, [p](int32_t i) { return static_cast<double>(p[i]); });
+  struct Weights {
+    const float* p;
+    double operator()(int32_t i) const noexcept { return static_cast<double>(p[i]); }
+    double sum(int32_t first, int32_t last) const noexcept { return sum_in_lanes(first, last, *this); }
+  };
+  return inverse_cdf(Weights{p}, vocab, u);
 }
 
 }  // namespace specfast

@@ -1,34 +1,82 @@
-// Accept scan, residual draw and bonus draw.
+// The accept scan, and the draw of the residual or the bonus.
 #include "verify_tokens.hpp"
-
-#include <algorithm>
 
 #include "inverse_cdf.hpp"
 
 namespace specfast {
+namespace {
+
+/// max(p - min(q, L p), 0) for L <= 1 and max(p - q, 0) for L > 1. NaN stays NaN.
+inline double residual(double p, double q, double lenience) noexcept {
+  const double allowed = lenience <= 1.0 ? lenience * p : p;
+  const double left = p - (allowed < q ? allowed : q);
+  return left < 0 ? 0.0 : left;
+}
+
+/// The target's own law.
+struct Target {
+  const float* p;
+
+  double operator()(int32_t i) const noexcept { return static_cast<double>(p[i]); }
+  double sum(int32_t first, int32_t last) const noexcept { return sum_in_lanes(first, last, *this); }
+};
+
+/// What the target has left where the draft has law q over Vq tokens.
+struct Residual {
+  const float* p;
+  const float* q;
+  int32_t Vq;
+  double lenience;
+
+  double operator()(int32_t i) const noexcept {
+    return residual(static_cast<double>(p[i]), i < Vq ? static_cast<double>(q[i]) : 0.0, lenience);
+  }
+  double sum(int32_t first, int32_t last) const noexcept {
+    if (last > Vq) return sum_in_lanes(first, last, *this);
+    const auto both = [this](int32_t i) {
+      return residual(static_cast<double>(p[i]), static_cast<double>(q[i]), lenience);
+    };
+    return sum_in_lanes(first, last, both);
+  }
+};
+
+/// What the target has left where the draft was certain of one token.
+struct ResidualOfOneHot {
+  const float* p;
+  int32_t token;
+  double lenience;
+
+  double operator()(int32_t i) const noexcept {
+    return residual(static_cast<double>(p[i]), i == token ? 1.0 : 0.0, lenience);
+  }
+  double sum(int32_t first, int32_t last) const noexcept {
+    const Target target{p};
+    if (token < first || token >= last) return target.sum(first, last);
+    return target.sum(first, token) + (*this)(token) + target.sum(token + 1, last);
+  }
+};
+
+}  // namespace
 
 Verdict verify_tokens(const float* p, int32_t V, const float* q, int32_t Vq, const int32_t* tokens, int32_t gamma,
                       const double* u, double lenience) noexcept {
+  const float* p_row = p;
+  const float* q_row = q;
   int32_t tau = 0;
   for (; tau < gamma; tau++) {
     const int32_t x = tokens[tau];
-    const double px = static_cast<double>(p[static_cast<int64_t>(tau) * V + x]);
-    const double qx = q ? (x < Vq ? static_cast<double>(q[static_cast<int64_t>(tau) * Vq + x]) : 0.0) : 1.0;
+    const double px = x >= 0 && x < V ? static_cast<double>(p_row[x]) : 0.0;
+    const double qx = !q ? 1.0 : x >= 0 && x < Vq ? static_cast<double>(q_row[x]) : 0.0;
     if (!(u[tau] * qx < lenience * px)) break;
+    p_row += V;
+    if (q) q_row += Vq;
   }
-  const float* row = p + static_cast<int64_t>(tau) * V;
-  const auto law = [row](int32_t i) { return static_cast<double>(row[i]); };
   int32_t next = -1;
   if (tau < gamma) {
-    const float* draft = q ? q + static_cast<int64_t>(tau) * Vq : nullptr;
-    const int32_t rejected = tokens[tau];
-    next = inverse_cdf(V, u[gamma], [&](int32_t i) {
-      const double pi = law(i);
-      const double qi = draft ? (i < Vq ? static_cast<double>(draft[i]) : 0.0) : (i == rejected ? 1.0 : 0.0);
-      return std::max(pi - (lenience <= 1.0 ? std::min(qi, lenience * pi) : qi), 0.0);
-    });
+    next = q ? inverse_cdf(Residual{p_row, q_row, Vq, lenience}, V, u[gamma])
+             : inverse_cdf(ResidualOfOneHot{p_row, tokens[tau], lenience}, V, u[gamma]);
   }
-  if (next < 0) next = inverse_cdf(V, u[gamma], law);
+  if (next < 0) next = inverse_cdf(Target{p_row}, V, u[gamma]);
   return {tau, next};
 }
 

@@ -134,35 +134,97 @@ inline void dot_bytes(__m512i& acc, __m512i weights, const int8_t* x) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(weights), "m"(*reinterpret_cast<const Word*>(x)));
 }
 
-/// 16 outputs from row n on for M rows. One pass over 64 bytes of 16 weight rows at a time: `ready` holds them transposed while
-/// the next 64 bytes are transposed a step per two multiplied words.
+/// The same transpose without leaving registers: w[j] becomes word j of the 16 rows.
+inline void transpose_registers(const uint8_t* const* rows, size_t offset, __mmask16 words, __m512i* w) {
+  __m512i r[16];
+  SPECFAST_UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(words, rows[i] + offset);
+  SPECFAST_UNROLL for (int i = 0; i < 16; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  SPECFAST_UNROLL for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+  }
+  SPECFAST_UNROLL for (int k = 0; k < 4; k++) {
+    const __m512i a = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x88), b = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x88), d = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xdd);
+    w[k] = _mm512_shuffle_i32x4(a, c, 0x88);
+    w[8 + k] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    w[4 + k] = _mm512_shuffle_i32x4(b, d, 0x88);
+    w[12 + k] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+}
+
+/// The M rows' part of one region: activations of the block at hand, advanced block by block.
+template <int BLOCK, int M>
+struct BlockCursor {
+  const int8_t* q;
+  const float* scale;
+  const float* scaled_sum;
+  const float* weight_scales;
+  const float* weight_biases;
+  int group_shift;
+  int block = 0;
+
+  /// Adds one block's integer dots to the float sums: bias first, then scale, each one fused multiply-add.
+  inline void finish(const __m512i* t, Vec* acc) {
+    const Vec s = load(weight_scales + static_cast<size_t>(block >> group_shift) * kPanel);
+    const Vec b = load(weight_biases + static_cast<size_t>(block >> group_shift) * kPanel);
+    SPECFAST_UNROLL for (int m = 0; m < M; m++) {
+      acc[m] = fma(b, broadcast(scaled_sum[m]), acc[m]);
+      acc[m] = fma(_mm512_cvtepi32_ps(t[m]), mul(s, broadcast(scale[m])), acc[m]);
+    }
+    q += M * BLOCK;
+    scale += M;
+    scaled_sum += M;
+    block++;
+  }
+};
+
+/// Multiplies word j of a block with its 4 (8-bit) or 8 (4-bit) inputs of every row.
+template <int BITS, int BLOCK, int M, int CHAINS>
+inline void dot_word(__m512i word, int j, const int8_t* q, __m512i (*t)[M]) {
+  if constexpr (BITS == 4) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i low = _mm512_and_si512(word, nibble), high = _mm512_and_si512(_mm512_srli_epi32(word, 4), nibble);
+    SPECFAST_UNROLL for (int m = 0; m < M; m++) dot_bytes(t[0][m], low, q + m * BLOCK + 4 * j);
+    SPECFAST_UNROLL for (int m = 0; m < M; m++) dot_bytes(t[CHAINS - 1][m], high, q + m * BLOCK + BLOCK / 2 + 4 * j);
+  } else {
+    SPECFAST_UNROLL for (int m = 0; m < M; m++) dot_bytes(t[j % CHAINS][m], word, q + m * BLOCK + 4 * j);
+  }
+}
+
+/// 16 outputs from row n on for M rows, 64 bytes of 16 weight rows at a time. Few rows: the transposed words stay in registers.
+/// More rows: the next 64 bytes are transposed through the first-level cache, a step per two multiplied words.
 template <int BITS, int BLOCK, int M>
 void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* scales, const float* biases, float* tile) {
   constexpr int kBlockWords = BLOCK * BITS / 32;
   constexpr int kChunkBlocks = 16 / kBlockWords;
   constexpr int kChains = M <= 3 ? 2 : 1;
+  constexpr bool kRegisters = M <= 2;
   alignas(64) __m512i ready[2][16], tmp[16];
   const uint8_t* rows[kPanel];
   for (int i = 0; i < kPanel; i++) rows[i] = panel_row(w, n, i);
   const size_t row_bytes = w.row_bytes();
   const int words = static_cast<int>(row_bytes / 4);
   const int chunks = (words + 15) / 16;
-  const int group_shift = w.group / BLOCK == 2 ? 1 : 0;
   const uint8_t* ahead = rows[0] + kPanel * row_bytes;  // the next panel, fetched while this one is used
-  const int8_t* q = x.q;
-  const float *scale = x.scale, *scaled_sum = x.scaled_sum;
-  const __m512i nibble = _mm512_set1_epi8(15);
+  BlockCursor<BLOCK, M> cursor{x.q, x.scale, x.scaled_sum, scales, biases, w.group / BLOCK == 2 ? 1 : 0};
   Vec acc[M];
   SPECFAST_UNROLL for (int m = 0; m < M; m++) acc[m] = zero();
 
-  transpose_words(rows, 0, smaller(words, 16), ready[0]);
-  int block = 0;
+  if constexpr (!kRegisters) transpose_words(rows, 0, smaller(words, 16), ready[0]);
   for (int c = 0; c < chunks; c++) {
     const uint8_t* fetch = ahead + static_cast<size_t>(c) * 1024;
     SPECFAST_UNROLL for (int i = 0; i < 16; i++) _mm_prefetch(reinterpret_cast<const char*>(fetch + i * 64), _MM_HINT_T1);
+    const int left = words - 16 * c;
+    __m512i now[kRegisters ? 16 : 1];
+    if constexpr (kRegisters) transpose_registers(rows, static_cast<size_t>(c) * 64, low_lanes(left), now);
     const __m512i* current = ready[c & 1];
     __m512i* next = ready[(c & 1) ^ 1];
-    const int left = words - 16 * c;
     const int next_words = left - 16 > 0 ? smaller(left - 16, 16) : 0;
     const size_t next_offset = next_words ? static_cast<size_t>(c + 1) * 64 : 0;
     SPECFAST_UNROLL for (int h = 0; h < kChunkBlocks; h++) {
@@ -172,34 +234,24 @@ void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* sca
         SPECFAST_UNROLL for (int m = 0; m < M; m++) t[i][m] = _mm512_setzero_si512();
       }
       SPECFAST_UNROLL for (int j = 0; j < kBlockWords; j++) {
-        const __m512i word = _mm512_load_si512(current + h * kBlockWords + j);
-        if constexpr (BITS == 4) {
-          const __m512i low = _mm512_and_si512(word, nibble), high = _mm512_and_si512(_mm512_srli_epi32(word, 4), nibble);
-          SPECFAST_UNROLL for (int m = 0; m < M; m++) dot_bytes(t[0][m], low, q + m * BLOCK + 4 * j);
-          SPECFAST_UNROLL for (int m = 0; m < M; m++) dot_bytes(t[kChains - 1][m], high, q + m * BLOCK + BLOCK / 2 + 4 * j);
+        const int at = h * kBlockWords + j;
+        if constexpr (kRegisters) {
+          dot_word<BITS, BLOCK, M, kChains>(now[at], j, cursor.q, t);
         } else {
-          SPECFAST_UNROLL for (int m = 0; m < M; m++) dot_bytes(t[j % kChains][m], word, q + m * BLOCK + 4 * j);
-        }
-        const int step = (h * kBlockWords + j) / 2;
-        if (j % 2 == 0) {
-          if (step < 4) {
-            transpose_first(rows, next_offset, low_lanes(next_words), step, tmp);
-          } else {
-            transpose_second(tmp, step - 4, next);
+          dot_word<BITS, BLOCK, M, kChains>(_mm512_load_si512(current + at), j, cursor.q, t);
+          if (at % 2 == 0) {
+            if (at < 8) {
+              transpose_first(rows, next_offset, low_lanes(next_words), at / 2, tmp);
+            } else {
+              transpose_second(tmp, at / 2 - 4, next);
+            }
           }
         }
       }
-      const Vec s = load(scales + static_cast<size_t>(block >> group_shift) * kPanel);
-      const Vec b = load(biases + static_cast<size_t>(block >> group_shift) * kPanel);
-      SPECFAST_UNROLL for (int m = 0; m < M; m++) {
-        if constexpr (kChains == 2) t[0][m] = _mm512_add_epi32(t[0][m], t[1][m]);
-        acc[m] = fma(b, broadcast(scaled_sum[m]), acc[m]);
-        acc[m] = fma(_mm512_cvtepi32_ps(t[0][m]), mul(s, broadcast(scale[m])), acc[m]);
+      if constexpr (kChains == 2) {
+        SPECFAST_UNROLL for (int m = 0; m < M; m++) t[0][m] = _mm512_add_epi32(t[0][m], t[1][m]);
       }
-      q += M * BLOCK;
-      scale += M;
-      scaled_sum += M;
-      block++;
+      cursor.finish(t[0], acc);
     }
   }
   SPECFAST_UNROLL for (int m = 0; m < M; m++) store(tile + m * kPanel, acc[m]);
