@@ -48,7 +48,7 @@ KeyRange key_range(const float* x, int32_t n) noexcept {
 inline float exp_of_negative(float x) noexcept {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const int32_t limit = std::bit_cast<int32_t>(87.3f);
-  // The clamp and the mask work on integers: compilers turn comparisons of floats into branches and then vectorise nothing.
+  // The clamp and the mask work on integers: comparisons of floats become branches, which GCC does not vectorise.
   const int32_t magnitude = std::min(std::bit_cast<int32_t>(x) & 0x7fffffff, limit);
   const float clamped = -std::bit_cast<float>(magnitude);
   const float shifted = clamped * 1.44269504f + kRound;
@@ -116,8 +116,8 @@ Cut cut_at_mass(int32_t count, Mass wanted, const KeyAt& key_at, const MassAt& m
 
 /// Fills scratch.ids with the ids of the k largest of n logits, ascending; 0 < k < n.
 void select_top_k(const float* logits, int32_t n, int32_t k, LawScratch& scratch) noexcept {
-  // A first count by the 11 leading bits of the keys sets aside what cannot be among the k largest. Neighbours often share
-  // a bin: two histograms keep their increments from waiting for each other.
+  // A first count by the 11 leading bits of the keys sets aside what cannot be among the k largest. Neighbours often
+  // share a bin: two histograms keep their increments from waiting for each other.
   uint32_t bins[2][2048] = {};
   int32_t i = 0;
   for (; i + 2 <= n; i += 2) {
@@ -153,7 +153,8 @@ void select_top_k(const float* logits, int32_t n, int32_t k, LawScratch& scratch
 
 /// Zeroes all but the fewest, largest weights that hold at least top_p of the mass.
 void apply_top_p(float* weights, int32_t count, float top_p) noexcept {
-  const double wanted = std::max(static_cast<double>(top_p) * total_of(weights, count), std::numeric_limits<double>::min());
+  constexpr double kLeast = std::numeric_limits<double>::min();  // so that something is kept
+  const double wanted = std::max(static_cast<double>(top_p) * total_of(weights, count), kLeast);
   const auto key_at = [weights](int32_t i) { return std::bit_cast<uint32_t>(weights[i]) << 2; };  // weights are below 2
   const auto mass_at = [weights](int32_t i) { return static_cast<double>(weights[i]); };
   const Cut cut = cut_at_mass(count, wanted, key_at, mass_at);

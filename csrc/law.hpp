@@ -43,22 +43,24 @@ struct LawScratch {
 
 /// Writes the probabilities of one row of logits.
 ///
-/// logits, p: (vocab,) float32, not overlapping; `scratch` holds reserve(vocab), else it is made to (and the process
-/// ends if there is no memory). A logit of -inf gets no mass. Equal logits at the edge of a truncation are kept lowest id
-/// first, and -0 equals 0. Sums are float64 in a fixed order, the arithmetic uses no fused multiply-add: the same bits on
-/// every machine. Weights below exp(-87.3) of the largest are 0. If the status is not ok, p is all zeros.
+/// logits, p: (vocab,) float32, not overlapping. `scratch` should hold reserve(vocab): it is made to if it does not,
+/// and the process ends if there is no memory. A logit of -inf gets no mass; ids from the limit on are not looked at.
+/// Equal logits at the edge of a truncation are kept lowest id first, and -0 equals 0. Sums are float64 in a fixed
+/// order and nothing depends on the instruction set: the same bits on every machine. A weight below exp(-87.3) of the
+/// largest is 0. If the status is not ok, p is all zeros.
 LawStatus law_row(const float* logits, int32_t vocab, const Law& law, float* p, LawScratch& scratch) noexcept;
 
 /// The id of the largest of the first `limit` logits, the lowest id among equals; -1 if one of them is NaN.
 /// A `vocab_limit` outside 1..n means n.
 int32_t argmax_row(const float* logits, int32_t n, int32_t vocab_limit) noexcept;
 
-/// The inverse CDF of p (vocab,), in token order, at u in [0, 1) of its total mass: never a token without mass, whatever u.
-/// -1 if there is no mass or it is not a number.
+/// The inverse CDF of p (vocab,), in token order, at u in [0, 1) of its total mass: never a token without mass,
+/// whatever u. -1 if there is no mass or it is NaN.
 int32_t sample_token(const float* p, int32_t vocab, double u) noexcept;
 
 struct KernelTable;
-inline LawStatus law_row(const KernelTable&, const float* logits, int32_t vocab, const Law& law, float* p, LawScratch& scratch) noexcept {
+inline LawStatus law_row(const KernelTable&, const float* logits, int32_t vocab, const Law& law, float* p,
+                         LawScratch& scratch) noexcept {
   return law_row(logits, vocab, law, p, scratch);
 }
 

@@ -1,0 +1,55 @@
+"""specfast: speculative decoding with compiled kernels. Faster tokens, the same words.
+
+>>> import specfast
+>>> engine = specfast.load()                      # the embedded pair
+>>> result = engine.generate("def main():", max_tokens=32, temperature=0)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _core
+from .config import SpeculativeConfig
+from .engine import Chunk, Engine, Result
+from .errors import (
+    ConfigurationError,
+    ContextFullError,
+    DownloadError,
+    IncompatibleDraftError,
+    ModelFormatError,
+    NumericalError,
+    ShapeError,
+    SpecfastError,
+    UnsupportedModelError,
+)
+from .families import get_model_family_variants, suggest_speculative_config
+from .inference import get_inference_engine, load
+
+__version__ = str(_core.build_info()["version"])
+
+__all__ = [
+    "Chunk",
+    "ConfigurationError",
+    "ContextFullError",
+    "DownloadError",
+    "Engine",
+    "IncompatibleDraftError",
+    "ModelFormatError",
+    "NumericalError",
+    "Result",
+    "ShapeError",
+    "SpecfastError",
+    "SpeculativeConfig",
+    "UnsupportedModelError",
+    "build_info",
+    "get_inference_engine",
+    "get_model_family_variants",
+    "load",
+    "suggest_speculative_config",
+]
+
+
+def build_info() -> dict[str, Any]:
+    """Version, compiler, compiled and supported instruction sets, kernels by name, the selected ones, threads."""
+    return dict(_core.build_info())

@@ -61,10 +61,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 64 MB."""
     try:
         if path.stat().st_size > 64_000_000:
-            raise ModelFormatError(f"{path}: {path.stat().st_size} bytes are more than a configuration may have (64 MB)")
+            raise ModelFormatError(
+                f"{path}: {path.stat().st_size} bytes are more than a configuration may have (64 MB)"
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelFormatError(f"{path}: cannot be read ({error.strerror}); a model directory needs this file") from None
+        raise ModelFormatError(
+            f"{path}: cannot be read ({error.strerror}); a model directory needs this file"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ModelFormatError(f"{path}: not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
@@ -88,7 +92,9 @@ class _Reader:
             raise ModelFormatError(f"{self.path}: '{key}' is {value!r}, but must be an integer in {low} to {high}")
         return value
 
-    def number(self, values: Mapping[str, Any], key: str, low: float, high: float, default: float | None = None) -> float:
+    def number(
+        self, values: Mapping[str, Any], key: str, low: float, high: float, default: float | None = None
+    ) -> float:
         value = values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise ModelFormatError(f"{self.path}: '{key}' is {value!r}, but must be a number in {low:g} to {high:g}")
@@ -103,7 +109,9 @@ def _rope_inv_freq(reader: _Reader, head_dim: int) -> npt.NDArray[np.float64]:
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ModelFormatError(f"{reader.path}: 'rope_scaling' is {scaling!r}, but must be an object")
-    theta = reader.number({**values, **{k: v for k, v in scaling.items() if k == "rope_theta"}}, "rope_theta", 1.0, 1e12, 10000.0)
+    theta = reader.number(
+        {**values, **{k: v for k, v in scaling.items() if k == "rope_theta"}}, "rope_theta", 1.0, 1e12, 10000.0
+    )
     if reader.number(values, "partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
         raise reader.unsupported("a partial rotary embedding", "RoPE over the whole head")
     inv_freq: npt.NDArray[np.float64] = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
@@ -118,7 +126,9 @@ def _rope_inv_freq(reader: _Reader, head_dim: int) -> npt.NDArray[np.float64]:
         high = reader.number(scaling, "high_freq_factor", 1e-6, 1e6)
         original = reader.number(scaling, "original_max_position_embeddings", 1, 1e9)
         if high <= low:
-            raise ModelFormatError(f"{reader.path}: 'high_freq_factor' {high:g} must be above 'low_freq_factor' {low:g}")
+            raise ModelFormatError(
+                f"{reader.path}: 'high_freq_factor' {high:g} must be above 'low_freq_factor' {low:g}"
+            )
         wavelength = 2 * math.pi / inv_freq
         smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
         return (1 - smooth) * inv_freq / factor + smooth * inv_freq
@@ -131,7 +141,11 @@ def _quantisation(reader: _Reader) -> Quantisation | None:
         return None
     if not isinstance(values, dict):
         raise ModelFormatError(f"{reader.path}: 'quantization' is {values!r}, but must be an object")
-    if "quant_method" in values and "group_size" not in values or values.get("quant_method") in ("gptq", "awq", "fp8"):
+    if ("quant_method" in values and "group_size" not in values) or values.get("quant_method") in (
+        "gptq",
+        "awq",
+        "fp8",
+    ):
         raise reader.unsupported(f"quantisation method {values['quant_method']!r}", SUPPORTED_WEIGHTS)
 
     def checked(entry: Mapping[str, Any]) -> tuple[int, int]:
@@ -139,7 +153,9 @@ def _quantisation(reader: _Reader) -> Quantisation | None:
         bits = entry.get("bits", values.get("bits"))
         group = entry.get("group_size", values.get("group_size"))
         if mode != "affine" or bits not in (4, 8) or group not in (32, 64, 128):
-            raise reader.unsupported(f"quantisation {mode!r} with {bits!r} bits in groups of {group!r}", SUPPORTED_WEIGHTS)
+            raise reader.unsupported(
+                f"quantisation {mode!r} with {bits!r} bits in groups of {group!r}", SUPPORTED_WEIGHTS
+            )
         return int(bits), int(group)
 
     bits, group = checked(values)
@@ -192,7 +208,9 @@ def read_config(directory: Path) -> ModelConfig:
     if heads % kv_heads:
         raise ModelFormatError(f"{path}: {heads} attention heads cannot be shared by {kv_heads} key/value heads")
     if values.get("head_dim") is None and hidden % heads:
-        raise ModelFormatError(f"{path}: hidden_size {hidden} cannot be split over {heads} heads, and 'head_dim' is missing")
+        raise ModelFormatError(
+            f"{path}: hidden_size {hidden} cannot be split over {heads} heads, and 'head_dim' is missing"
+        )
     head_dim = reader.integer("head_dim", 2, 1024, hidden // heads)
     if head_dim % 2:
         raise ModelFormatError(f"{path}: 'head_dim' is {head_dim}, but RoPE needs an even number")

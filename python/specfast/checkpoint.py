@@ -59,7 +59,9 @@ def open_weights(directory: Path) -> dict[str, TensorView]:
         files = [directory / name for name in sorted(set(names.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise ModelFormatError(f"{directory}: the index names {', '.join(missing[:3])}, which is missing; download it again")
+            raise ModelFormatError(
+                f"{directory}: the index names {', '.join(missing[:3])}, which is missing; download it again"
+            )
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -69,7 +71,9 @@ def open_weights(directory: Path) -> dict[str, TensorView]:
                 f"{directory}: only pickled weights ({pickled[0]}) are there; they can run code when loaded and are refused. "
                 "Use a *.safetensors version of the model"
             )
-        raise ModelFormatError(f"{directory}: no *.safetensors file; a model directory needs config.json, weights and tokenizer.json")
+        raise ModelFormatError(
+            f"{directory}: no *.safetensors file; a model directory needs config.json, weights and tokenizer.json"
+        )
     tensors: dict[str, TensorView] = {}
     for file in files:
         for name, tensor in open_safetensors(file).items():
@@ -89,7 +93,9 @@ class _Weights:
                 self.prefix = prefix
                 break
         else:
-            raise ModelFormatError(f"{directory}: no embed_tokens.weight among {len(tensors)} tensors; this is not a decoder checkpoint")
+            raise ModelFormatError(
+                f"{directory}: no embed_tokens.weight among {len(tensors)} tensors; this is not a decoder checkpoint"
+            )
 
     def find(self, name: str) -> TensorView:
         if name not in self.tensors:
@@ -108,7 +114,9 @@ class _Weights:
     def vector(self, name: str, size: int) -> npt.NDArray[np.float32]:
         values = self.expect_shape(name, (size,)).as_float32()
         if not np.isfinite(values).all():
-            raise ModelFormatError(f"{self.directory}: tensor {name!r} holds NaN or infinite values; the file is damaged")
+            raise ModelFormatError(
+                f"{self.directory}: tensor {name!r} holds NaN or infinite values; the file is damaged"
+            )
         return values
 
     def matrix(self, module: str, N: int, K: int) -> _core.Matrix:
@@ -127,7 +135,9 @@ class _Weights:
             )
         bits, group = kind
         if K % group:
-            raise ModelFormatError(f"{self.directory}: '{module}' has {K} inputs, not a multiple of the group size {group}")
+            raise ModelFormatError(
+                f"{self.directory}: '{module}' has {K} inputs, not a multiple of the group size {group}"
+            )
         weight = self.expect_shape(f"{module}.weight", (N, K * bits // 32))
         scales = self.expect_shape(f"{module}.scales", (N, K // group))
         biases = self.expect_shape(f"{module}.biases", (N, K // group))
@@ -158,7 +168,9 @@ class _Weights:
             layer |= {f"{key}_norm": self.vector(f"{at}self_attn.{key}_norm.weight", c.head_dim) for key in "qk"}
         for key in _PROJECTIONS if c.model_type != "qwen2" else ("o", "gate", "up", "down"):
             if f"{at}{_PROJECTIONS[key]}.bias" in self.tensors:
-                raise UnsupportedModelError(f"{self.directory}: a bias on {_PROJECTIONS[key]} is not supported; supported: QKV bias of Qwen2")
+                raise UnsupportedModelError(
+                    f"{self.directory}: a bias on {_PROJECTIONS[key]} is not supported; supported: QKV bias of Qwen2"
+                )
         return layer
 
 

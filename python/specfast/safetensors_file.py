@@ -110,7 +110,9 @@ def open_safetensors(path: Path) -> dict[str, TensorView]:
                 raise _damaged(path, "the file is empty")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise ModelFormatError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise ModelFormatError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
     view = memoryview(mapping)
     header, data_start = _read_header(path, view)
     data = np.frombuffer(view, dtype=np.uint8)[data_start:]
