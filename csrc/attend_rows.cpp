@@ -34,7 +34,7 @@ void attend_rows(const Pass& pass, int layer) {
   }
   pass.team.barrier();
 
-  const Rows out = pass.work.attended.view(tile.M, Needs{});
+  const Rows out = pass.work.attended.view(tile.M);
   for (int32_t i = pass.team.id; i < tile.M * model.heads; i += pass.team.size) {
     const int32_t m = i / model.heads, head = i % model.heads;
     const int32_t seen = static_cast<int32_t>((tile.position + m) / kPagePositions) + 1;

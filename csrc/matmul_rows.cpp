@@ -10,7 +10,7 @@ float* Pass::scratch() const {
 
 void project_rows(const Pass& pass, const Matrix& w, RowsBuffer& buffer) {
   const Needs needs = needs_of({&w}, pass.model.precision);
-  const Rows rows = buffer.view(pass.tile.M, needs);
+  const Rows rows = buffer.view(pass.tile.M);
   prepare_rows(pass.team, pass.kernels(), rows, needs);
   pass.team.barrier();
   int n0, n1;

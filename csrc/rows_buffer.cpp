@@ -21,27 +21,29 @@ Needs needs_of(std::initializer_list<const Matrix*> matrices, Precision precisio
   return needs;
 }
 
-Rows RowsBuffer::view(int32_t M, const Needs& needs) {
-  const size_t size = static_cast<size_t>(kTileRows) * static_cast<size_t>(stride_);
-  if (f32_.empty()) f32_.resize(size);
-  if (needs.bf16 && bf16_.empty()) bf16_.resize(size);
+RowsBuffer::RowsBuffer(int32_t K)
+    : stride_((K + 63) / 64 * 64), K_(K), f32_(static_cast<size_t>(kTileRows) * static_cast<size_t>(stride_)) {}
+
+void RowsBuffer::reserve(const Needs& needs) {
+  if (needs.bf16) bf16_.resize(f32_.size());
+  for (int i = 0; i < kInt8Layouts; i++) {
+    if (!needs.int8[i]) continue;
+    const size_t blocks = f32_.size() / static_cast<size_t>(block_of(static_cast<Int8Layout>(i)));
+    q_[i].resize(f32_.size());
+    scale_[i].resize(blocks);
+    scaled_sum_[i].resize(blocks);
+    sum_[i].resize(blocks);
+  }
+}
+
+Rows RowsBuffer::view(int32_t M) {
   Rows rows;
   rows.M = M;
   rows.K = K_;
   rows.stride = stride_;
   rows.f32 = f32_.data();
-  rows.bf16 = needs.bf16 ? bf16_.data() : nullptr;
-  for (int i = 0; i < kInt8Layouts; i++) {
-    if (!needs.int8[i]) continue;
-    if (q_[i].empty()) {
-      const size_t blocks = size / static_cast<size_t>(block_of(static_cast<Int8Layout>(i)));
-      q_[i].resize(size);
-      scale_[i].resize(blocks);
-      scaled_sum_[i].resize(blocks);
-      sum_[i].resize(blocks);
-    }
-    rows.int8[i] = {q_[i].data(), scale_[i].data(), scaled_sum_[i].data(), sum_[i].data()};
-  }
+  rows.bf16 = bf16_.data();
+  for (int i = 0; i < kInt8Layouts; i++) rows.int8[i] = {q_[i].data(), scale_[i].data(), scaled_sum_[i].data(), sum_[i].data()};
   return rows;
 }
 

@@ -25,10 +25,13 @@ Needs needs_of(std::initializer_list<const Matrix*> matrices, Precision precisio
 /// Owns the buffers of up to 16 rows of K inputs.
 class RowsBuffer {
  public:
-  explicit RowsBuffer(int32_t K = 0) : stride_((K + 63) / 64 * 64), K_(K) {}
+  explicit RowsBuffer(int32_t K);
 
-  /// The first M rows; allocates what `needs` asks for when it is first asked.
-  Rows view(int32_t M, const Needs& needs);
+  /// Makes room for the forms in `needs`. Not for use by a team: its threads only take views.
+  void reserve(const Needs& needs);
+
+  /// The first M rows, in every form there is room for.
+  Rows view(int32_t M);
 
  private:
   int32_t stride_;

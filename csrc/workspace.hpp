@@ -14,7 +14,14 @@ struct Workspace {
         normed(model.hidden),
         qkv(rows_of(model.qkv_columns())),
         attended(model.q_columns()),
-        activated(model.intermediate) {}
+        activated(model.intermediate) {
+    for (const LayerWeights& w : model.layers) {
+      normed.reserve(needs_of({&w.q, &w.k, &w.v, &w.gate, &w.up}, model.precision));
+      attended.reserve(needs_of({&w.o}, model.precision));
+      activated.reserve(needs_of({&w.down}, model.precision));
+    }
+    normed.reserve(needs_of({&model.head}, model.precision));
+  }
 
   static size_t rows_of(int32_t columns) { return static_cast<size_t>(kTileRows) * static_cast<size_t>(columns); }
 

@@ -21,8 +21,9 @@ nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bo
   ThreadPool& pool = ThreadPool::instance();
   RowsBuffer buffer(w.K);
   const Needs needs = needs_of({&w}, activations);
+  buffer.reserve(needs);
   for (int32_t first = 0; first < M; first += kTileRows) {
-    const Rows rows = buffer.view(std::min(M - first, kTileRows), needs);
+    const Rows rows = buffer.view(std::min(M - first, kTileRows));
     for (int32_t m = 0; m < rows.M; m++)
       std::copy_n(x.data() + static_cast<size_t>(first + m) * w.K, w.K, rows.f32 + static_cast<size_t>(m) * rows.stride);
     pool.run([&](const Team& team) {

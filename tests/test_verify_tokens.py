@@ -1,4 +1,4 @@
-"""The token rule writes the target's law: by exact enumeration, for the oracle and for the compiled rule, and by chi-square.
+"""The token rule writes the target's law: by exact enumeration of oracle and compiled rule, and by chi-square.
 
 Every check is also run on rules that are subtly wrong, and has to reject them.
 """
@@ -170,12 +170,12 @@ WRONG = [
 @pytest.mark.parametrize(("rule", "lenience"), WRONG)
 @pytest.mark.parametrize("gamma", [1, 2])
 def test_enumeration_rejects_wrong_rules(rule, lenience, gamma):
-    p, q = trees("random", 4, gamma, 0)
-    assert distance(rule, p, q, lenience) > 1e-3
+    worst = max(distance(rule, *trees("random", 4, gamma, seed), lenience) for seed in range(4))
+    assert worst > 1e-2
 
 
 def test_enumeration_rejects_a_reused_draw():
-    p, q = (laws[0] for laws in trees("random", 4, 1, 0))
+    p, q = (laws[0] for laws in trees("random", 4, 1, 2))
     p = np.array([p, p])
 
     def written(rule):
@@ -234,7 +234,7 @@ def test_a_shorter_q_has_no_mass_beyond_its_end(extra):
 
 
 def sampled_texts(p, q, passed_q, draws, residual_purpose=RESIDUAL):
-    """Counts of the first two tokens over many rounds of keyed draws. p: three laws, q: two, the same after any text."""
+    """Counts of the first two tokens over many rounds of keyed draws. p: three laws, q: two, whatever was written."""
     V = p.shape[1]
     counts = np.zeros((V, V))
     for i in range(draws):
@@ -252,8 +252,7 @@ def sampled_texts(p, q, passed_q, draws, residual_purpose=RESIDUAL):
 @pytest.mark.parametrize("V", [4, 50])
 def test_keyed_draws_follow_the_target_by_chi_square(V):
     rng = np.random.default_rng(V)
-    p, q = _core.law_rows(rng.normal(0, 1, (5, V)).astype(np.float32), _core.Law())[[[0, 1, 2]]], None
-    p = np.ascontiguousarray(p[0])
+    p = _core.law_rows(rng.normal(0, 1, (3, V)).astype(np.float32), _core.Law())
     q = _core.law_rows(rng.normal(0, 1, (2, V)).astype(np.float32), _core.Law())
     draws = 400_000 if FULL else 30_000
     law = np.float64(p[0])[:, None] * np.float64(p[1])

@@ -95,7 +95,7 @@ void transpose_scales(const Matrix& w, const void* scales, int n, float* out) {
     for (int g = 0; g < groups; g += 16) {
       const int part = smaller(16, groups - g);
       transpose_words(rows, static_cast<size_t>(g) * 4, part, words);
-      for (int i = 0; i < part; i++) _mm512_store_si512(out + (g + i) * kPanel, words[i]);
+      for (int i = 0; i < part; i++) _mm512_storeu_si512(out + (g + i) * kPanel, words[i]);
     }
     return;
   }

@@ -96,19 +96,31 @@ class Verdict:
     @property
     def next_token(self) -> int: ...
 
-def law_rows(logits: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], law: Law, isa: str | None = None) -> NDArray[numpy.float32]:
-    """Probabilities (M, V) of logits (M, V)."""
+def law_rows(logits: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], law: Law) -> NDArray[numpy.float32]:
+    """
+    Probabilities (M, V) float32 of logits (M, V) float32; temperature 0 gives the arg max all mass.
+
+    Raises ShapeError, or NumericalError on NaN, +infinity, or a row that allows no token.
+    """
 
 def verify_tokens(p: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)] | None, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], u: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu', writable=False)], lenience: float = 1.0) -> tuple[int, int]:
     """
-    The token rule on laws p (gamma + 1, V) and q (gamma, V) or None; returns (tau, next_token).
+    The token rule: how many of tokens (gamma,) int32 are kept, and the token that follows them.
+
+    p: (gamma + 1, V) float32; q: (gamma, Vq) float32, or None for a drafter that was certain; u: (gamma + 1,)
+    float64 in [0, 1), the last for the residual or bonus. Leviathan et al. 2022, Alg. 1, arXiv:2211.17192.
+    Raises ShapeError, or NumericalError where p has no mass.
     """
 
 def sample_token(p: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], u: float) -> int:
-    """Inverse CDF of p (V,) at u, in token order."""
+    """
+    Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.
+    """
 
 def uniform(seed: int, round: int, position: int, purpose: int) -> float:
-    """A counter-based draw in [0, 1)."""
+    """
+    A draw in [0, 1) by Philox4x32-10, keyed by its arguments; purpose 0 drafts, 1 accepts, 2 draws residual or bonus.
+    """
 
 class Model:
     """

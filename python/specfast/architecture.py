@@ -34,7 +34,7 @@ class Quantisation:
 
     def of(self, module: str) -> tuple[int, int] | None:
         """(bits, group size) of one module."""
-        return self.overrides[module] if module in self.overrides else (self.bits, self.group_size)
+        return self.overrides.get(module, (self.bits, self.group_size))
 
 
 @dataclass(frozen=True)

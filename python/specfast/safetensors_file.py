@@ -1,10 +1,11 @@
-"""Memory-mapped safetensors files with a strictly checked header: tensors are views, nothing is copied."""
+"""Safetensors files: read as views of a memory map behind a strictly checked header, and written."""
 
 from __future__ import annotations
 
 import json
 import math
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,22 @@ def open_safetensors(path: Path) -> dict[str, TensorView]:
     if end != len(data):
         raise _damaged(path, f"{len(data) - end} bytes after the last tensor belong to nothing")
     return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, TensorView]) -> None:
+    """Writes tensors to a new file, in order of their names."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    offset = 0
+    for name, tensor in sorted(tensors.items()):
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.data.nbytes],
+        }
+        offset += tensor.data.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in sorted(tensors.items()):
+            file.write(tensor.data)

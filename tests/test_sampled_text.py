@@ -1,0 +1,134 @@
+"""What draft and verify write on real models follows the target's law, computed from the oracle's forward pass."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+from oracle import law as law_oracle
+from oracle.chi_square import excess
+from oracle.model import forward
+from specfast import _core
+from tiny_models import native, random_decoder
+
+V, LENGTH = 8, 3
+PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
+TEXTS = 200_000 if os.environ.get("SPECFAST_FULL") == "1" else 5_000
+LAWS = {
+    "plain": {},
+    "cool top-k": {"temperature": 0.75, "top_k": 5},
+    "top-p": {"top_p": 0.85},
+    "warm min-p of a padded vocabulary": {"temperature": 1.5, "min_p": 0.125, "vocab_limit": 7},
+}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A target and a draft that is a noisy copy of it, so that they agree often and not always."""
+    target, draft = random_decoder(1, V=V), random_decoder(1, V=V)
+    rng = np.random.default_rng(2)
+    draft.embed = draft.embed + rng.normal(0, 0.1, draft.embed.shape)
+    return target, draft
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = _core.num_threads()
+    _core.set_num_threads(1)
+    yield
+    _core.set_num_threads(threads)
+
+
+def text_law(target, options):
+    """The law of the first LENGTH tokens after the prompt, (V,) * LENGTH, by running the oracle on every text."""
+    law = np.zeros((V,) * LENGTH)
+    for text in itertools.product(range(V), repeat=LENGTH):
+        logits = forward(target, [*PROMPT, *text[:-1]])[-LENGTH:]
+        law[text] = np.prod(law_oracle.law_rows(logits, **options)[range(LENGTH), text])
+    return law
+
+
+class Writer:
+    """Writes texts round by round, as the engine does."""
+
+    def __init__(self, pair, options, *, gamma=2, lenience=1.0, with_q=True):
+        self.target, self.draft = (native(decoder) for decoder in pair)
+        self.caches = [_core.Cache(model) for model in (self.target, self.draft)]
+        self.target.prefill(self.caches[0], PROMPT[:-1])
+        self.draft.prefill(self.caches[1], PROMPT[:-1])
+        self.law, self.gamma, self.lenience, self.with_q = _core.Law(**options), gamma, lenience, with_q
+        self.kept = self.drafted = 0
+
+    def text(self, seed, round_of=lambda number: number):
+        for cache in self.caches:
+            cache.truncate(len(PROMPT) - 1)
+        kv, draft_kv = self.caches
+        pending = draft_pending = PROMPT[-1:]
+        text, proposal = [], _core.Proposal()
+        for number in itertools.count():
+            key = round_of(number)
+            self.draft.draft(draft_kv, draft_pending, self.gamma, self.law, seed, key, proposal)
+            tokens = proposal.tokens
+            if not self.with_q:
+                proposal.set_tokens(tokens)
+            verdict = self.target.verify(kv, pending, proposal, self.law, self.lenience, seed, key)
+            kv.commit(len(pending) + verdict.tau)
+            draft_kv.commit(min(verdict.tau, self.gamma - 1))
+            self.kept += verdict.tau
+            self.drafted += self.gamma
+            text += [*tokens[: verdict.tau].tolist(), verdict.next_token]
+            if len(text) >= LENGTH:
+                return tuple(text[:LENGTH])
+            pending = np.array([verdict.next_token], np.int32)
+            draft_pending = np.append(tokens[-1:], pending) if verdict.tau == self.gamma else pending
+        raise AssertionError
+
+    def counts(self, texts, **keys):
+        counts = np.zeros((V,) * LENGTH)
+        for seed in range(texts):
+            counts[self.text(seed, **keys)] += 1
+        return counts
+
+
+@pytest.mark.parametrize("options", LAWS.values(), ids=list(LAWS))
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_sampled_text_follows_the_target(pair, options, gamma):
+    writer = Writer(pair, options, gamma=gamma)
+    assert excess(writer.counts(TEXTS), text_law(pair[0], options)) < 1
+    assert 0.2 < writer.kept / writer.drafted < 0.99
+
+
+def test_drafted_tokens_without_a_law_follow_the_target(pair):
+    assert excess(Writer(pair, {}, with_q=False).counts(TEXTS), text_law(pair[0], {})) < 1
+
+
+def test_lenience_below_one_is_exact_and_above_one_is_not(pair):
+    law = text_law(pair[0], {})
+    assert excess(Writer(pair, {}, lenience=0.6).counts(TEXTS), law) < 1
+    assert excess(Writer(pair, {}, lenience=2.0).counts(TEXTS), law) > 1
+
+
+def test_draws_used_again_in_a_later_round_are_caught(pair):
+    counts = Writer(pair, {}).counts(TEXTS, round_of=lambda number: 0)
+    assert excess(counts, text_law(pair[0], {})) > 1
+
+
+def test_the_drafts_law_is_caught(pair):
+    assert excess(Writer(pair, {}).counts(TEXTS), text_law(pair[1], {})) > 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_seed_gives_the_same_text_again(pair, seed):
+    writer = Writer(pair, {})
+    assert len({writer.text(seed) for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_the_oracles(architecture, tied):
+    decoder = random_decoder(7, V=50, hidden=64, heads=6, kv_heads=2, architecture=architecture, tied=tied)
+    model = native(decoder)
+    tokens = np.random.default_rng(8).integers(0, 50, 300).astype(np.int32)
+    logits = model.forward(_core.Cache(model), tokens, len(tokens))
+    expected = forward(decoder, tokens)
+    assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
