@@ -17,6 +17,14 @@ inline double sum_in_lanes(int32_t first, int32_t last, const F& f) noexcept {
   return (((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]))) + tail;
 }
 
+/// A law p (vocab,) as weights.
+struct LawWeights {
+  const float* p;
+
+  double operator()(int32_t i) const noexcept { return static_cast<double>(p[i]); }
+  double sum(int32_t first, int32_t last) const noexcept { return sum_in_lanes(first, last, *this); }
+};
+
 /// Returns the first token whose running weight exceeds u times the total; never one without weight, whatever u and the
 /// rounding. -1 if the total is 0 or NaN.
 ///

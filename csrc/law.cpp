@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <limits>
 
 #include "inverse_cdf.hpp"
@@ -85,16 +86,20 @@ struct Cut {
   int32_t equals;
 };
 
-/// The cut that keeps the fewest, largest elements whose mass reaches `wanted`: radix selection by 11, 11 and 10 bits.
+/// The cut that keeps the fewest, largest elements whose mass reaches `wanted`: radix selection, 11 bits at a time.
 ///
-/// key_at(i) orders the elements, mass_at(i) >= 0 is equal for equal keys; masses are added in index order.
+/// key_at(i), of `key_bits` bits, orders the elements; mass_at(i) >= 0 is equal for equal keys. Masses are added in
+/// index order.
 template <class Mass, class KeyAt, class MassAt>
-Cut cut_at_mass(int32_t count, Mass wanted, const KeyAt& key_at, const MassAt& mass_at) noexcept {
-  Mass bins[2048];
+Cut cut_at_mass(int32_t count, Mass wanted, int key_bits, const KeyAt& key_at, const MassAt& mass_at) noexcept {
+  constexpr int kDigitBits = 11;
+  Mass bins[1 << kDigitBits];
   Mass above{};
   uint32_t prefix = 0, prefix_mask = 0;
-  for (const int shift : {21, 10, 0}) {
-    const uint32_t digit_mask = shift == 0 ? 0x3ffu : 0x7ffu;
+  for (int shift = key_bits; shift > 0;) {
+    const int digit_bits = std::min(kDigitBits, shift);
+    const uint32_t digit_mask = (1u << digit_bits) - 1;
+    shift -= digit_bits;
     std::fill(bins, bins + digit_mask + 1, Mass{});
     for (int32_t i = 0; i < count; i++) {
       const uint32_t key = key_at(i);
@@ -114,34 +119,41 @@ Cut cut_at_mass(int32_t count, Mass wanted, const KeyAt& key_at, const MassAt& m
   return {prefix, equals};
 }
 
-/// Fills scratch.ids with the ids of the k largest of n logits, ascending; 0 < k < n.
-void select_top_k(const float* logits, int32_t n, int32_t k, LawScratch& scratch) noexcept {
-  // A first count by the 11 leading bits of the keys sets aside what cannot be among the k largest. Neighbours often
-  // share a bin: two histograms keep their increments from waiting for each other.
-  uint32_t bins[2][2048] = {};
-  int32_t i = 0;
-  for (; i + 2 <= n; i += 2) {
-    bins[0][unsigned_key(logits[i]) >> 21]++;
-    bins[1][unsigned_key(logits[i + 1]) >> 21]++;
-  }
-  if (i < n) bins[0][unsigned_key(logits[i]) >> 21]++;
-  uint32_t bin = 2048, reached = 0;
-  while (reached < static_cast<uint32_t>(k)) {
-    bin--;
-    reached += bins[0][bin] + bins[1][bin];
-  }
-  const float least = value_of(std::max(bin << 21, unsigned_key(-kInfinity)));
+/// The cut that keeps the k largest of `count` keys.
+Cut cut_at_count(const uint32_t* keys, int32_t count, int32_t k, int key_bits) noexcept {
+  const auto key_at = [keys](int32_t i) { return keys[i]; };
+  return cut_at_mass(count, k, key_bits, key_at, [](int32_t) { return int32_t{1}; });
+}
+
+/// A logit that the k-th largest of n is very likely not below, with few above it: from a sample of them.
+float likely_bound(const float* logits, int32_t n, int32_t k, uint32_t* sample) noexcept {
+  constexpr int32_t kSample = 4096;
+  const int32_t stride = n / kSample;
+  const double share = static_cast<double>(k) * kSample / n;
+  const int32_t rank = static_cast<int32_t>(share + 4.0 * std::sqrt(share)) + 4;  // four standard deviations
+  if (stride < 4 || rank >= kSample) return -kInfinity;
+  for (int32_t i = 0; i < kSample; i++) sample[i] = unsigned_key(logits[static_cast<int64_t>(i) * stride]);
+  return value_of(cut_at_count(sample, kSample, rank, 32).key);
+}
+
+/// Fills scratch.ids with the ids of the k largest of n logits, ascending; 0 < k < n. `highest` is the largest.
+void select_top_k(const float* logits, int32_t n, int32_t k, float highest, LawScratch& scratch) noexcept {
   uint32_t* keys = scratch.keys.data();
   int32_t* ids = scratch.ids.data();
   int32_t count = 0;
-  for (i = 0; i < n; i++) {
-    ids[count] = i;
-    count += logits[i] >= least;
+  float least = likely_bound(logits, n, k, keys);
+  for (;; least = -kInfinity) {  // a second time only if the sample misled
+    for (int32_t i = 0; i < n; i++) {
+      ids[count] = i;
+      count += logits[i] >= least;
+    }
+    if (count >= k) break;
+    count = 0;
   }
-  for (int32_t c = 0; c < count; c++) keys[c] = unsigned_key(logits[ids[c]]);
+  const uint32_t lowest_key = unsigned_key(least);
+  for (int32_t c = 0; c < count; c++) keys[c] = unsigned_key(logits[ids[c]]) - lowest_key;
 
-  const Cut cut = cut_at_mass(
-      count, k, [keys](int32_t c) { return keys[c]; }, [](int32_t) { return int32_t{1}; });
+  const Cut cut = cut_at_count(keys, count, k, static_cast<int>(std::bit_width(unsigned_key(highest) - lowest_key)));
   int32_t kept = 0, equals = cut.equals;
   for (int32_t c = 0; c < count; c++) {
     const bool equal = keys[c] == cut.key;
@@ -155,9 +167,9 @@ void select_top_k(const float* logits, int32_t n, int32_t k, LawScratch& scratch
 void apply_top_p(float* weights, int32_t count, float top_p) noexcept {
   constexpr double kLeast = std::numeric_limits<double>::min();  // so that something is kept
   const double wanted = std::max(static_cast<double>(top_p) * total_of(weights, count), kLeast);
-  const auto key_at = [weights](int32_t i) { return std::bit_cast<uint32_t>(weights[i]) << 2; };  // weights are below 2
+  const auto key_at = [weights](int32_t i) { return std::bit_cast<uint32_t>(weights[i]); };
   const auto mass_at = [weights](int32_t i) { return static_cast<double>(weights[i]); };
-  const Cut cut = cut_at_mass(count, wanted, key_at, mass_at);
+  const Cut cut = cut_at_mass(count, wanted, 30, key_at, mass_at);  // weights are at most 1
   int32_t equals = cut.equals;
   for (int32_t i = 0; i < count; i++) {
     const uint32_t key = key_at(i);
@@ -197,7 +209,7 @@ LawStatus law_row(const float* logits, int32_t vocab, const Law& law, float* p, 
   int32_t count = n;
   if (truncate) {
     scratch.reserve(vocab);
-    select_top_k(logits, n, law.top_k, scratch);
+    select_top_k(logits, n, law.top_k, highest, scratch);
     weights = scratch.values.data();
     count = law.top_k;
     for (int32_t c = 0; c < count; c++) weights[c] = logits[scratch.ids[static_cast<size_t>(c)]];
@@ -237,13 +249,6 @@ int32_t argmax_row(const float* logits, int32_t n, int32_t vocab_limit) noexcept
   return first;
 }
 
-int32_t sample_token(const float* p, int32_t vocab, double u) noexcept {
-  struct Weights {
-    const float* p;
-    double operator()(int32_t i) const noexcept { return static_cast<double>(p[i]); }
-    double sum(int32_t first, int32_t last) const noexcept { return sum_in_lanes(first, last, *this); }
-  };
-  return inverse_cdf(Weights{p}, vocab, u);
-}
+int32_t sample_token(const float* p, int32_t vocab, double u) noexcept { return inverse_cdf(LawWeights{p}, vocab, u); }
 
 }  // namespace specfast

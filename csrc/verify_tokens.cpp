@@ -6,35 +6,26 @@
 namespace specfast {
 namespace {
 
-/// max(p - min(q, L p), 0) for L <= 1 and max(p - q, 0) for L > 1. NaN stays NaN.
-inline double residual(double p, double q, double lenience) noexcept {
-  const double allowed = lenience <= 1.0 ? lenience * p : p;
-  const double left = p - (allowed < q ? allowed : q);
-  return left < 0 ? 0.0 : left;
+/// p - min(q, kept p), which is max(p - q, 0) for kept = 1. NaN stays NaN.
+inline double residual(double p, double q, double kept) noexcept {
+  const double most = kept * p;
+  return p - (most < q ? most : q);
 }
-
-/// The target's own law.
-struct Target {
-  const float* p;
-
-  double operator()(int32_t i) const noexcept { return static_cast<double>(p[i]); }
-  double sum(int32_t first, int32_t last) const noexcept { return sum_in_lanes(first, last, *this); }
-};
 
 /// What the target has left where the draft has law q over Vq tokens.
 struct Residual {
   const float* p;
   const float* q;
   int32_t Vq;
-  double lenience;
+  double kept;
 
   double operator()(int32_t i) const noexcept {
-    return residual(static_cast<double>(p[i]), i < Vq ? static_cast<double>(q[i]) : 0.0, lenience);
+    return residual(static_cast<double>(p[i]), i < Vq ? static_cast<double>(q[i]) : 0.0, kept);
   }
   double sum(int32_t first, int32_t last) const noexcept {
     if (last > Vq) return sum_in_lanes(first, last, *this);
     const auto both = [this](int32_t i) {
-      return residual(static_cast<double>(p[i]), static_cast<double>(q[i]), lenience);
+      return residual(static_cast<double>(p[i]), static_cast<double>(q[i]), kept);
     };
     return sum_in_lanes(first, last, both);
   }
@@ -44,13 +35,13 @@ struct Residual {
 struct ResidualOfOneHot {
   const float* p;
   int32_t token;
-  double lenience;
+  double kept;
 
   double operator()(int32_t i) const noexcept {
-    return residual(static_cast<double>(p[i]), i == token ? 1.0 : 0.0, lenience);
+    return residual(static_cast<double>(p[i]), i == token ? 1.0 : 0.0, kept);
   }
   double sum(int32_t first, int32_t last) const noexcept {
-    const Target target{p};
+    const LawWeights target{p};
     if (token < first || token >= last) return target.sum(first, last);
     return target.sum(first, token) + (*this)(token) + target.sum(token + 1, last);
   }
@@ -73,10 +64,11 @@ Verdict verify_tokens(const float* p, int32_t V, const float* q, int32_t Vq, con
   }
   int32_t next = -1;
   if (tau < gamma) {
-    next = q ? inverse_cdf(Residual{p_row, q_row, Vq, lenience}, V, u[gamma])
-             : inverse_cdf(ResidualOfOneHot{p_row, tokens[tau], lenience}, V, u[gamma]);
+    const double kept = lenience < 1.0 ? lenience : 1.0;
+    next = q ? inverse_cdf(Residual{p_row, q_row, Vq, kept}, V, u[gamma])
+             : inverse_cdf(ResidualOfOneHot{p_row, tokens[tau], kept}, V, u[gamma]);
   }
-  if (next < 0) next = inverse_cdf(Target{p_row}, V, u[gamma]);
+  if (next < 0) next = inverse_cdf(LawWeights{p_row}, V, u[gamma]);
   return {tau, next};
 }
 

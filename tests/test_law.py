@@ -45,6 +45,25 @@ def test_top_k_of_a_threshold(threshold):
     assert np.count_nonzero(p) == k
 
 
+ORDERS = {
+    "rising": np.sort,
+    "falling": lambda x: -np.sort(-x),
+    "every fourth is large": lambda x: np.where(np.arange(x.size) % 4 == 0, np.abs(x) + 20, x),
+    "every fourth is small": lambda x: np.where(np.arange(x.size) % 4 == 0, -np.abs(x) - 20, x),
+    "one of two values": np.sign,
+    "only -inf but a few": lambda x: np.where(np.abs(x) > 3, x, -np.inf),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("k", [1, 7, 500, 2001, 8000, 19_999])
+def test_top_k_in_any_order(order, k):
+    logits = ORDERS[order](np.random.default_rng(0).normal(0, 1, 20_000)).astype(np.float32)[None]
+    p, expected = law_rows(logits, top_k=k), oracle.law_rows(logits, top_k=k)
+    assert (np.flatnonzero(p) == np.flatnonzero(expected)).all()
+    np.testing.assert_allclose(p, expected, RELATIVE)
+
+
 def ties(draw_from, V, seed):
     return np.random.default_rng(seed).choice(np.float32(draw_from), (4, V))
 
@@ -164,6 +183,16 @@ def test_not_finite_logits_raise(value, place, top_k):
     logits[1, place] = value
     with pytest.raises(_core.NumericalError, match="row 1"):
         law_rows(logits, top_k=top_k)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.0, "top_k": 3}, {"top_k": 1}])
+def test_greedy_takes_the_lowest_of_the_largest(options):
+    for V in (1, 5, 1024, 5000):
+        logits = np.random.default_rng(V).integers(-3, 3, (3, V)).astype(np.float32)
+        p = law_rows(logits, **options)
+        assert (p.argmax(1) == logits.argmax(1)).all()
+        assert (np.sort(p.ravel())[-3:] == 1).all()
+        assert p.sum() == 3
 
 
 def test_no_allowed_token_raises():

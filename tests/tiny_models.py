@@ -1,7 +1,9 @@
 """Random decoders small enough to enumerate, as the oracle's weights and as native models."""
 
+from dataclasses import replace
+
 import numpy as np
-from oracle.model import Decoder, Layer
+from oracle.model import Decoder, Layer, dequantise
 from specfast import _core
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -53,13 +55,15 @@ def random_decoder(
     )
 
 
-def native(decoder, *, precision="f32", isa=None, max_context=512):
-    """The same weights as a `_core.Model`, kept in float32."""
+def native(decoder, *, precision="f32", isa=None, max_context=512, packs=None):
+    """The same weights as a `_core.Model`: in float32, or as the matrices that `packs` has for the ids of arrays."""
 
     def floats(x):
         return np.ascontiguousarray(x, np.float32)
 
     def matrix(x):
+        if packs and id(x) in packs:
+            return packs[id(x)]
         return _core.Matrix("f32", *x.shape, floats(x).view(np.uint8).ravel())
 
     def layer(w):
@@ -83,3 +87,31 @@ def native(decoder, *, precision="f32", isa=None, max_context=512):
         precision=precision,
         isa=isa,
     )
+
+
+def quantised(decoder, bits, group):
+    """`decoder` with its matrices rounded to MLX's affine groups, and the native model of a precision that holds them."""
+    packs = {}
+
+    def rounded(w):
+        blocks = w.reshape(len(w), -1, group)
+        low, high = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
+        scales = ((high - low) / (2**bits - 1)).astype(np.float32)
+        biases = low.astype(np.float32)
+        q = np.clip(np.rint((blocks - biases) / scales), 0, 2**bits - 1).astype(np.uint32).reshape(len(w), -1)
+        words = (q.reshape(len(w), -1, 32 // bits) << np.arange(0, 32, bits, dtype=np.uint32)).sum(-1).astype(np.uint32)
+        exact = dequantise(words, scales[..., 0], biases[..., 0], bits, group)
+        packs[id(exact)] = _core.Matrix(
+            f"q{bits}",
+            *w.shape,
+            words.view(np.uint8).ravel(),
+            group=group,
+            scales=scales.view(np.uint8).ravel(),
+            biases=biases.view(np.uint8).ravel(),
+            scale_format="f32",
+        )
+        return exact
+
+    layers = [replace(w, **{name: rounded(getattr(w, name)) for name in MATRICES}) for w in decoder.layers]
+    decoder = replace(decoder, layers=layers, embed=rounded(decoder.embed), head=rounded(decoder.head))
+    return decoder, lambda precision: native(decoder, precision=precision, packs=packs)

@@ -5,6 +5,7 @@
 #include "elementwise.hpp"
 #include "attend.hpp"
 #include "matmul_loads.hpp"
+#include "int8_portable.hpp"
 #include "int8_scalar.hpp"
 #include "matmul.hpp"
 // clang-format on

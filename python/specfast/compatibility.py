@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +18,10 @@ class Compatibility:
     """The verdict on a pair of models.
 
     Attributes:
-        status: "compatible" when every token means the same in both.
+        status: "compatible" when every token means the same in both, "unknown" when a tokenizer.json is not there.
         tokens_match: the token maps are equal.
         vocab_match: the models' logits have the same width.
-        vocab: ids both models know; drafting and verifying are bounded by it.
+        vocab: the common width: ids from here on are padding in one of them.
     """
 
     status: Status
@@ -29,7 +30,7 @@ class Compatibility:
     vocab: int
 
     def warning(self, target: str, draft: str) -> str:
-        """What users see when a pair does not fit."""
+        """What people see when a pair does not fit."""
         return (
             "Warning: Models may be incompatible for speculative decoding:\n"
             f"  Target: {target}, Draft: {draft}\n"
@@ -37,9 +38,12 @@ class Compatibility:
         )
 
 
-def token_map(directory: Path) -> dict[str, int]:
-    """Every token of a tokenizer.json with its id, added tokens included."""
-    path = directory / "tokenizer.json"
+def token_map(path: Path) -> dict[str, int]:
+    """Every token of a tokenizer.json with its id, added tokens included.
+
+    Raises:
+        ModelFormatError: the file is damaged.
+    """
     values: dict[str, Any] = read_json(path)
     model = values.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -52,7 +56,11 @@ def token_map(directory: Path) -> dict[str, int]:
 
 
 def vocab_size(directory: Path) -> int:
-    """The width of a model's logits."""
+    """The width of a model's logits.
+
+    Raises:
+        ModelFormatError: config.json is missing or does not say.
+    """
     size = read_json(directory / "config.json").get("vocab_size")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ModelFormatError(f"{directory / 'config.json'}: 'vocab_size' is {size!r}, but must be a positive integer")
@@ -65,15 +73,11 @@ def compare_models(target: Path, draft: Path) -> Compatibility:
     Equal token maps are compatible, also when the models pad their logits to different widths. Anything else is not.
 
     Raises:
-        ModelFormatError: a file is missing or damaged.
+        ModelFormatError: config.json is missing, or a file is damaged.
     """
-    target_tokens, draft_tokens = token_map(target), token_map(draft)
-    target_vocab, draft_vocab = vocab_size(target), vocab_size(draft)
-    tokens_match = target_tokens == draft_tokens
-    known = max(target_tokens.values(), default=-1) + 1
-    return Compatibility(
-        status="compatible" if tokens_match else "incompatible",
-        tokens_match=tokens_match,
-        vocab_match=target_vocab == draft_vocab,
-        vocab=min(known, target_vocab, draft_vocab),
-    )
+    widths = vocab_size(target), vocab_size(draft)
+    files = target / "tokenizer.json", draft / "tokenizer.json"
+    if not all(file.is_file() for file in files):
+        return Compatibility("unknown", False, widths[0] == widths[1], min(widths))
+    same = filecmp.cmp(*files, shallow=False) or token_map(files[0]) == token_map(files[1])
+    return Compatibility("compatible" if same else "incompatible", same, widths[0] == widths[1], min(widths))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from .errors import ConfigurationError
+from .families import family_options
 
 Gamma = int | Literal["auto"]
 Source = Literal["request", "typed", "host", "family", "default"]
 ENGINES = ("mlx", "tinygrad", "native")
+RULES = ("token", "block", "coupled")
 
 
 class _Unset:
@@ -29,22 +31,33 @@ UNSET: Final = _Unset()
 
 
 def _number(name: str, low: float, high: float, also: float | None = None, hint: str = "") -> Callable[[Any], float]:
+    allowed = f"{low:g} to {high:g}" + (f" (or {also:g})" if also is not None else "")
+
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigurationError(f"{name} is {value!r}, but must be a number in {low:g} to {high:g}{hint}")
+            raise ConfigurationError(f"{name} is {value!r}, but must be a number in {allowed}{hint}")
         if not low <= value <= high and value != also:
-            allowed = f"{low:g} to {high:g}" + (f" (or {also:g})" if also is not None else "")
             raise ConfigurationError(f"{name} is {value:g}, outside {allowed}{hint}")
         return float(value)
 
     return check
 
 
+def _threshold(value: Any) -> float:
+    above = isinstance(value, int | float) and not isinstance(value, bool) and value > 1
+    hint = "; it is the share of the vocabulary that is cut, and 1.0 is greedy"
+    return _number("top_k_threshold", 0.1, 1.0, hint=hint + ("; to keep a number of tokens use --top-k" if above else ""))(
+        value
+    )
+
+
 def _gamma(value: Any) -> Gamma:
     if value == "auto":
         return "auto"
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 20:
-        raise ConfigurationError(f"gamma is {value!r}, but must be an integer in 1 to 20, or 'auto'")
+        raise ConfigurationError(
+            f"gamma is {value!r}, but must be an integer in 1 to 20, or 'auto'; disable speculation for plain decoding"
+        )
     return value
 
 
@@ -53,46 +66,46 @@ def _layer(value: Any) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"early_exit is {value!r}, but must be the number of a layer, from 1 on")
-    raise ConfigurationError(
-        f"early_exit={value}: drafting by early exit is not available in this version; give a draft model"
-    )
+    return value
 
 
-def _engine(value: Any) -> str | None:
-    if value is None or value == "native":
+def _choice(name: str, choices: tuple[str, ...]) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if value is not None and value not in choices:
+            raise ConfigurationError(f"{name} is {value!r}, which is unknown; choose one of {', '.join(choices)}")
         return None if value is None else str(value)
-    if value in ENGINES:
-        raise ConfigurationError(
-            f"engine {value!r} is not available in this version; use 'native', which reads the same checkpoints"
-        )
-    raise ConfigurationError(f"engine {value!r} is unknown; choose one of {', '.join(ENGINES)}")
+
+    return check
 
 
 def _name(value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise ConfigurationError(f"a model is named by a directory, a repo id or a short name, not by {value!r}")
-    return None if value is None else str(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"expected true or false, not {value!r}")
     return value
 
 
-_TOP_K_HINT = "; it is the share of the vocabulary that is cut (to keep a number of tokens, use --top-k)"
+def _flag(name: str) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{name} is {value!r}, but must be true or false")
+        return value
+
+    return check
+
+
 _CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "target_model": _name,
     "draft_model": _name,
-    "auto_config": _flag,
-    "target_engine": _engine,
-    "draft_engine": _engine,
+    "auto_config": _flag("auto_config"),
+    "target_engine": _choice("target_engine", ENGINES),
+    "draft_engine": _choice("draft_engine", ENGINES),
     "gamma": _gamma,
     "temperature": _number("temperature", 0.1, 2.0, also=0.0, hint="; 0 is greedy"),
-    "top_k_threshold": _number("top_k_threshold", 0.1, 1.0, hint=_TOP_K_HINT),
+    "top_k_threshold": _threshold,
     "lenience": _number("lenience", 0.5, 2.0),
     "early_exit": _layer,
-    "disabled": _flag,
+    "disabled": _flag("disabled"),
+    "rule": _choice("rule", RULES),
 }
 
 
@@ -104,13 +117,14 @@ class SpeculativeConfig:
         target_model: directory, repo id or short name; None is the embedded pair's target.
         draft_model: the same for the draft; None means a suggestion (auto_config) or plain decoding.
         auto_config: take draft and options from the target's family.
-        target_engine, draft_engine: "native"; None chooses (draft: as the target).
+        target_engine, draft_engine: "mlx", "tinygrad" or "native"; None chooses (draft: as the target).
         gamma: tokens drafted per round, 1 to 20, or "auto".
         temperature: 0.1 to 2.0; 0 is greedy.
         top_k_threshold: 0.1 to 1.0; keeps the max(1, ceil((1 - t) V)) largest logits, so 1.0 is greedy.
         lenience: 0.5 to 2.0; a drafted token is accepted with min(1, lenience p / q). Above 1 the law changes.
-        early_exit: reserved for drafting with the target's first layers.
+        early_exit: draft with the target's first layers, up to this one.
         disabled: plain decoding; no draft is fetched or loaded.
+        rule: how drafted tokens are accepted, "token", "block" or "coupled"; None is the best one there is.
 
     Raises:
         ConfigurationError: a value outside its range, with the limit and the remedy.
@@ -127,74 +141,129 @@ class SpeculativeConfig:
     lenience: float = 1.0
     early_exit: int | None = None
     disabled: bool = False
+    rule: str | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(getattr(self, name)))
 
     @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token always follows."""
+        return self.temperature == 0.0 or self.top_k_threshold == 1.0
+
+    @property
     def lossless(self) -> bool:
         """Whether the output law is the target's: always, except for a lenience above 1 when sampling."""
-        return self.lenience <= 1.0 or self.temperature == 0.0 or self.disabled
+        return self.lenience <= 1.0 or self.greedy or self.disabled
+
+    def require_available(self) -> None:
+        """Refuses what this version cannot do yet.
+
+        Raises:
+            ConfigurationError: names the option, what is available, and what to do.
+        """
+        for name in ("target_engine", "draft_engine"):
+            if getattr(self, name) not in (None, "native"):
+                raise ConfigurationError(
+                    f"{name} {getattr(self, name)!r} is not available in this version; leave it out or use 'native', "
+                    "which reads the same checkpoints"
+                )
+        if self.early_exit is not None:
+            raise ConfigurationError(
+                f"early_exit {self.early_exit}: drafting by early exit is not available in this version; give a draft model"
+            )
+        if self.rule not in (None, "token"):
+            raise ConfigurationError(f"the {self.rule} rule is not available in this version; leave it out or use 'token'")
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))
+assert set(_CHECKS) == set(FIELDS)
+_SHOWN = {
+    "target_model": "target",
+    "draft_model": "draft",
+    "target_engine": "engine",
+    "gamma": "gamma",
+    "temperature": "temperature",
+    "top_k_threshold": "top-k threshold",
+    "lenience": "lenience",
+    "rule": "rule",
+}
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A configuration with the source of each of its values."""
+    """A configuration with the source of each of its values.
+
+    Attributes:
+        config: the effective values.
+        sources: where each came from.
+        typed, host: the options it was resolved from.
+    """
 
     config: SpeculativeConfig
     sources: Mapping[str, Source]
+    typed: Mapping[str, Any] = field(default_factory=dict)
+    host: Mapping[str, Any] = field(default_factory=dict)
 
-    def describe(self) -> str:
-        """One line: every effective value and where it came from."""
-        shown = (
-            f"{name}={getattr(self.config, name)}"
-            + ("" if self.sources[name] == "default" else f" ({self.sources[name]})")
-            for name in FIELDS
-            if not (self.sources[name] == "default" and getattr(self.config, name) in (None, False))
-        )
+    def describe(self, **values: object) -> str:
+        """One line with every effective value and where it came from.
+
+        Args:
+            **values: what a value became, such as target_model="embedded target" where none was given.
+        """
+        shown: list[str] = []
+        for name, label in _SHOWN.items():
+            value = values.get(name, getattr(self.config, name))
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            shown.append(f"{label} {text} ({self.sources[name]})")
+        shown += [f"{name} ({self.sources[name]})" for name in ("auto_config", "disabled") if getattr(self.config, name)]
         return ", ".join(shown)
+
+    def with_request(self, request: Mapping[str, Any]) -> ResolvedConfig:
+        """The same with a request's own options, which come first."""
+        return resolve_config(self.typed, request=request, host=self.host)
+
+    def with_models(self, target: str | None, draft: str | None) -> ResolvedConfig:
+        """The same for other models."""
+        return resolve_config({**self.typed, "target_model": target, "draft_model": draft}, host=self.host)
 
 
 def resolve_config(
-    typed: Mapping[str, Any] | None = None,
-    *,
-    request: Mapping[str, Any] | None = None,
-    host: Mapping[str, Any] | None = None,
-    family: Mapping[str, Any] | None = None,
+    typed: Mapping[str, Any] = _NOTHING, *, request: Mapping[str, Any] = _NOTHING, host: Mapping[str, Any] = _NOTHING
 ) -> ResolvedConfig:
-    """Merges options: request > typed > host > family (only with auto_config) > default. UNSET entries do not count.
+    """Merges options: request > typed > host > the target's family (only with auto_config) > default.
+
+    Args:
+        typed: options someone gave, by the names of SpeculativeConfig; UNSET entries do not count.
+        request: options of one request.
+        host: the host's own defaults.
 
     Raises:
         ConfigurationError: an unknown option, or a value outside its range.
     """
-    layers: list[tuple[Source, Mapping[str, Any]]] = [
-        ("request", request or {}),
-        ("typed", typed or {}),
-        ("host", host or {}),
-    ]
+    layers: list[tuple[Source, Mapping[str, Any]]] = [("request", request), ("typed", typed), ("host", host)]
     for _, values in layers:
         unknown = sorted(set(values) - set(FIELDS))
         if unknown:
             raise ConfigurationError(f"unknown option {unknown[0]!r}; the options are {', '.join(FIELDS)}")
-    if any(values.get("auto_config", UNSET) is True for _, values in layers):
-        layers.append(("family", family or {}))
+
+    def first(name: str) -> tuple[Any, Source] | None:
+        given = ((values[name], source) for source, values in layers if values.get(name, UNSET) is not UNSET)
+        return next(given, None)
+
+    target, automatic = first("target_model"), first("auto_config")
+    if automatic and automatic[0] is True:
+        layers.append(("family", family_options(target[0] if target and isinstance(target[0], str) else "")))
     merged: dict[str, Any] = {}
     sources: dict[str, Source] = dict.fromkeys(FIELDS, "default")
     for name in FIELDS:
-        for source, values in layers:
-            if values.get(name, UNSET) is not UNSET:
-                merged[name], sources[name] = values[name], source
-                break
-    return ResolvedConfig(SpeculativeConfig(**merged), sources)
+        if found := first(name):
+            merged[name], sources[name] = found
+    return ResolvedConfig(SpeculativeConfig(**merged), sources, dict(typed), dict(host))
 
 
 def kept_by_threshold(threshold: float, vocab: int) -> int:
-    """Tokens a top-k threshold keeps of a vocabulary: max(1, ceil((1 - t) V)), computed without float surprises."""
+    """Tokens a top-k threshold keeps of a vocabulary: max(1, ceil((1 - t) V)), exact for decimal thresholds."""
     return max(1, math.ceil(round((1.0 - threshold) * vocab, 6)))
-
-
-assert set(_CHECKS) == set(FIELDS)

@@ -6,33 +6,46 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "context"]
+from .text import TextStream
+
+FinishReason = Literal["eos", "stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one round added: the text that became complete, and its token ids."""
+
+    text: str
+    token_ids: tuple[int, ...]
 
 
 @dataclass
 class Context:
-    """The accepted tokens of a request and the limits on them.
+    """The accepted tokens of a request, their text, and the limits on them.
 
     Attributes:
         tokens: prompt and generated tokens; grows by what each round keeps.
-        prompt_length: how many of them are the prompt.
         max_tokens: most tokens to generate.
         capacity: most tokens altogether.
-        eos_ids: tokens that end the text; they are kept as the last token and have no text.
+        eos_ids: tokens that end the text; such a token is kept as the last one and has no text.
+        text: turns kept tokens into text and ends it at stop strings; None for tokens only.
+        prompt_length: how many tokens are the prompt.
         round: rounds so far; keys the random streams.
+        finish_reason: "eos" (an end token), "stop" (a stop string), "length" (max_tokens), "context" (capacity), or
+            None while the request runs.
     """
 
     tokens: list[int]
-    prompt_length: int
     max_tokens: int
     capacity: int
     eos_ids: Collection[int] = ()
+    text: TextStream | None = None
+    prompt_length: int = field(init=False)
     round: int = 0
     finish_reason: FinishReason | None = None
-    _eos: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._eos = frozenset(self.eos_ids)
+        self.prompt_length = len(self.tokens)
         self._check_room()
 
     @property
@@ -43,21 +56,33 @@ class Context:
     @property
     def room(self) -> int:
         """Tokens that may still be generated."""
-        generated = len(self.tokens) - self.prompt_length
-        return min(self.max_tokens - generated, self.capacity - len(self.tokens))
+        return min(self.max_tokens - self.generated, self.capacity - len(self.tokens))
 
-    def keep(self, tokens: Sequence[int]) -> list[int]:
-        """Appends a round's tokens up to an end token or the room there is; returns those kept."""
-        kept = list(tokens[: self.room])
-        for i, token in enumerate(kept):
-            if token in self._eos:
-                kept, self.finish_reason = kept[: i + 1], "stop"
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    def keep(self, tokens: Sequence[int]) -> Chunk:
+        """Appends a round's tokens up to the one that ends the text; returns those kept, with their text."""
+        kept, text = 0, ""
+        for token in tokens[: self.room]:
+            self.tokens.append(token)
+            kept += 1
+            if token in self.eos_ids:
+                self.finish_reason = "eos"
                 break
-        self.tokens += kept
+            if self.text:
+                text += self.text.push(token)
+                if self.text.stopped:
+                    self.finish_reason = "stop"
+                    break
         self.round += 1
         if not self.done:
             self._check_room()
-        return kept
+        if self.done and self.text:
+            text += self.text.flush()
+        return Chunk(text, tuple(tokens[:kept]))
 
     def _check_room(self) -> None:
         if self.room <= 0:

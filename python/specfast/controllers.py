@@ -1,8 +1,10 @@
-"""Controllers: how many tokens the next round drafts. They look at the past only, never at a drawn token."""
+"""Controllers: how many tokens the next round drafts. They look at past rounds only, never at a drawn token."""
 
 from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
+
+from .stats import Round
 
 
 @runtime_checkable
@@ -13,7 +15,7 @@ class Controller(Protocol):
     def gamma(self) -> int:
         """Tokens to draft next."""
 
-    def update(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float) -> None:
+    def update(self, round_: Round) -> None:
         """Learns from a finished round."""
 
 
@@ -27,61 +29,85 @@ class FixedGamma:
     def gamma(self) -> int:
         return self._gamma
 
-    def update(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float) -> None:
+    def update(self, round_: Round) -> None:
         pass
 
 
+class _Seconds:
+    """A measured duration: the least of the first three samples (they are cold), then a moving average."""
+
+    def __init__(self) -> None:
+        self.value, self._samples = 0.0, 0
+
+    def add(self, seconds: float) -> None:
+        self._samples += 1
+        if self._samples == 1 or (self._samples <= 3 and seconds < self.value):
+            self.value = seconds
+        elif self._samples > 3:
+            self.value += 0.2 * (seconds - self.value)
+
+
 class AutoGamma:
-    """The gamma with the most tokens per second, from measured acceptance and times (Leviathan et al. 2022, section 3.3).
+    """The gamma with the most tokens per second, from measured acceptance and seconds; 0 where plain decoding is faster.
+
+    With a the share of drafted tokens that is accepted, a round of gamma gives E = (1 - a^(gamma + 1)) / (1 - a) tokens
+    (Leviathan et al. 2022, Eq. 1, arXiv:2211.17192) and costs gamma draft steps and one check of gamma + 1 rows. Checks of
+    row counts not yet seen are taken from the line through their neighbours. What is not in use is measured again now
+    and then: plain decoding every 64 rounds, speculation after 16, 32, ... up to 256 plain rounds.
 
     Args:
         ceiling: largest gamma.
-        probe_every: plain rounds after which one speculative round looks whether it pays again.
     """
 
-    def __init__(self, ceiling: int = 20, probe_every: int = 32) -> None:
-        self._ceiling, self._probe_every = ceiling, probe_every
-        self._acceptance = 0.7
-        self._draft_seconds: float | None = None
-        self._verify_seconds: dict[int, float] = {}  # by rows checked
-        self._gamma, self._plain_rounds = min(4, ceiling), 0
+    def __init__(self, ceiling: int = 20) -> None:
+        self._ceiling = ceiling
+        self._first = min(4, ceiling)
+        self._acceptance = 0.8
+        self._draft = _Seconds()
+        self._verify: dict[int, _Seconds] = {}  # by gamma
+        self._opening = [self._first, 0, self._first, 0, self._first]
+        self._since_plain = self._since_speculation = 0
+        self._patience = 16
+        self._gamma = self._opening.pop(0)
 
     @property
     def gamma(self) -> int:
         return self._gamma
 
-    def update(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float) -> None:
-        rows = drafted + 1
-        self._verify_seconds[rows] = 0.8 * self._verify_seconds.get(rows, verify_seconds) + 0.2 * verify_seconds
-        if drafted:
-            each = draft_seconds / drafted
-            self._draft_seconds = each if self._draft_seconds is None else 0.8 * self._draft_seconds + 0.2 * each
-            tested = min(accepted + 1, drafted)
-            self._acceptance += min(1.0, 0.1 * tested) * (accepted / tested - self._acceptance)
-            self._plain_rounds = 0
-        else:
-            self._plain_rounds += 1
-        self._gamma = self._choose()
+    def update(self, round_: Round) -> None:
+        self._verify.setdefault(round_.gamma, _Seconds()).add(round_.verify_seconds)
+        if round_.gamma:
+            self._draft.add(round_.draft_seconds / round_.gamma)
+            tested = min(round_.tau + 1, round_.gamma)
+            self._acceptance += (1 - 0.97**tested) * (round_.tau / tested - self._acceptance)
+        self._since_plain = self._since_plain + 1 if round_.gamma else 0
+        self._since_speculation = 0 if round_.gamma else self._since_speculation + 1
+        self._gamma = self._opening.pop(0) if self._opening else self._choose()
 
     def _choose(self) -> int:
-        if 1 not in self._verify_seconds:  # the price of plain decoding is needed once
+        if 0 not in self._verify or self._since_plain >= 64:
             return 0
-        if self._draft_seconds is None or self._plain_rounds >= self._probe_every:
-            return min(4, self._ceiling)
-        return max(range(self._ceiling + 1), key=self._tokens_per_second)
+        best = max(range(self._ceiling + 1), key=self._tokens_per_second)
+        if best:
+            self._patience = 16
+            return best
+        if self._since_speculation >= self._patience:
+            self._patience = min(2 * self._patience, 256)
+            return self._first
+        return 0
 
     def _tokens_per_second(self, gamma: int) -> float:
         a = min(self._acceptance, 0.999)
         expected = (1 - a ** (gamma + 1)) / (1 - a)
-        return expected / (gamma * (self._draft_seconds or 0.0) + self._rows_seconds(gamma + 1))
+        return expected / (gamma * self._draft.value + self._verify_seconds(gamma))
 
-    def _rows_seconds(self, rows: int) -> float:
-        """Measured, else on the line through the nearest smaller and larger measurement (flat outside them, rising per row)."""
-        known = self._verify_seconds
-        if rows in known:
-            return known[rows]
-        low, high = max(r for r in known if r < rows), min((r for r in known if r > rows), default=None)
-        if high is None:
-            slope = max(0.0, (known[low] - known[1]) / (low - 1)) if low > 1 else 0.05 * known[1]
-            return known[low] + slope * (rows - low)
-        return known[low] + (known[high] - known[low]) * (rows - low) / (high - low)
+    def _verify_seconds(self, gamma: int) -> float:
+        if gamma in self._verify:
+            return self._verify[gamma].value
+        known = sorted(self._verify)
+        if len(known) == 1:
+            return self._verify[known[0]].value
+        above = next((i for i, seen in enumerate(known) if seen > gamma), len(known) - 1)
+        low, high = (known[0], known[-1]) if gamma > known[-1] else (known[above - 1], known[above])
+        base, slope = self._verify[low].value, (self._verify[high].value - self._verify[low].value) / (high - low)
+        return base + max(0.0, slope) * (gamma - low)

@@ -9,52 +9,100 @@ import numpy as np
 
 from . import _core
 from .context import Context
-
-PREFILL_CHUNK = 256
-Progress = Callable[[int, int], None]
+from .targets import Progress, prefill
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes tokens and follows what the target kept."""
+    """Proposes tokens after a context and follows what was kept. One per request, with its state."""
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
         """Reads the prompt, all but its last token."""
 
     def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
-        """Drafts up to gamma tokens after the context; None when it has nothing to offer."""
+        """Drafts up to gamma tokens after the context; None when it has nothing to offer, as with gamma 0."""
 
     def commit(self, kept: int) -> None:
-        """Follows the context after a round that kept `kept` tokens."""
-
-
-def prefill(model: _core.Model, cache: _core.Cache, tokens: Sequence[int], progress: Progress | None) -> None:
-    """Runs tokens through a model into its cache, in chunks so that it can be watched and interrupted."""
-    for first in range(0, len(tokens), PREFILL_CHUNK):
-        model.prefill(cache, np.asarray(tokens[first : first + PREFILL_CHUNK], dtype=np.int32))
-        if progress:
-            progress(min(first + PREFILL_CHUNK, len(tokens)), len(tokens))
+        """Follows a round that kept `kept` tokens, of which the last is not yet in any cache."""
 
 
 class ModelDrafter:
     """A smaller model that drafts from its own law, one native call per round.
 
-    Its cache never holds the context's last token, and after a round in which everything was accepted lacks one more;
-    whatever is missing is read at the start of the next round.
+    Its cache never holds the context's last token, lacks one more after a round in which everything was accepted, and
+    all of the rounds it sat out; what is missing is read at the start of its next round.
+
+    Args:
+        model: the draft, over the target's tokens.
+        law: the target's law, so that both are truncated alike.
+        seed: of the random streams.
+        capacity: most tokens of the request.
     """
 
     def __init__(self, model: _core.Model, law: _core.Law, seed: int, capacity: int) -> None:
         self._model, self._law, self._seed = model, law, seed
-        self._cache = _core.Cache(model, min(capacity, model.max_context))
+        self.cache = _core.Cache(model, min(capacity, model.max_context))
         self._proposal = _core.Proposal()
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
-        prefill(self._model, self._cache, tokens, progress)
+        if len(tokens) < self.cache.capacity:
+            prefill(self._model, self.cache, tokens, progress)
 
     def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
-        pending = np.asarray(context.tokens[self._cache.length :], dtype=np.int32)
-        self._model.draft(self._cache, pending, gamma, self._law, self._seed, context.round, self._proposal)
+        gamma = min(gamma, self.cache.capacity - len(context.tokens) + 1)
+        if gamma < 1:
+            return None
+        pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
+        self._model.draft(self.cache, pending, gamma, self._law, self._seed, context.round, self._proposal)
         return self._proposal
 
     def commit(self, kept: int) -> None:
-        self._cache.commit(min(kept - 1, self._cache.provisional))
+        self.cache.commit(min(kept - 1, self.cache.provisional))
+
+
+class NoDrafter:
+    """Plain decoding."""
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
+        pass
+
+    def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
+        pass
+
+    def commit(self, kept: int) -> None:
+        pass
+
+
+class FallbackDrafter:
+    """A drafter whose failure is not the request's: it is reported, and plain decoding goes on.
+
+    Args:
+        drafter: the one that may fail.
+        on_failure: called once, with the exception.
+    """
+
+    def __init__(self, drafter: Drafter, on_failure: Callable[[Exception], None]) -> None:
+        self._drafter, self._on_failure = drafter, on_failure
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
+        try:
+            self._drafter.prefill(tokens, progress)
+        except Exception as error:
+            self._give_up(error)
+
+    def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
+        try:
+            return self._drafter.propose(context, gamma)
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def commit(self, kept: int) -> None:
+        try:
+            self._drafter.commit(kept)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._drafter = NoDrafter()
+        self._on_failure(error)

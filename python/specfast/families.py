@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
+
+_NO_DRAFTS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models that share a tokenizer, smallest draft candidates in the documented order, and the family's options."""
+    """Models that belong together, suggested drafts in the documented order, and the family's options."""
 
     name: str
     variants: tuple[str, ...]
-    drafts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    drafts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NO_DRAFTS)
     gamma: int = 5
     temperature: float = 1.0
     top_k: float = 0.9
@@ -25,32 +29,51 @@ FAMILIES = (
         "llama",
         ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b", "llama-3.3-70b"),
         {
-            "llama-3.2-3b": ("llama-3.2-1b",),
             "llama-3.1-8b": ("llama-3.2-3b", "llama-3.2-1b"),
             "llama-3.1-70b": ("llama-3.2-3b", "llama-3.1-8b"),
             "llama-3.1-405b": ("llama-3.1-8b", "llama-3.2-3b"),
             "llama-3.3-70b": ("llama-3.2-3b", "llama-3.1-8b"),
+            "llama-3.2-3b": ("llama-3.2-1b",),
         },
         gamma=6,
         lenience=1.1,
     ),
     Family(
         "qwen",
-        ("qwen-2.5-0.5b", "qwen-2.5-1.5b", "qwen-2.5-3b", "qwen-2.5-7b", "qwen-2.5-14b", "qwen-2.5-32b", "qwen-2.5-72b"),
+        (
+            *("qwen-2.5-0.5b", "qwen-2.5-1.5b", "qwen-2.5-3b", "qwen-2.5-7b"),
+            *("qwen-2.5-14b", "qwen-2.5-32b", "qwen-2.5-72b"),
+        ),
         {
-            "qwen-2.5-1.5b": ("qwen-2.5-0.5b",),
-            "qwen-2.5-3b": ("qwen-2.5-0.5b",),
             "qwen-2.5-7b": ("qwen-2.5-1.5b", "qwen-2.5-0.5b"),
             "qwen-2.5-14b": ("qwen-2.5-3b", "qwen-2.5-1.5b"),
-            "qwen-2.5-32b": ("qwen-2.5-3b", "qwen-2.5-1.5b"),
             "qwen-2.5-72b": ("qwen-2.5-14b", "qwen-2.5-7b"),
+            "qwen-2.5-32b": ("qwen-2.5-3b", "qwen-2.5-1.5b"),
+            "qwen-2.5-3b": ("qwen-2.5-0.5b",),
+            "qwen-2.5-1.5b": ("qwen-2.5-0.5b",),
         },
         gamma=4,
         temperature=0.8,
         top_k=0.85,
     ),
     Family(
-        "qwen3",
+        "deepseek",
+        (
+            *("deepseek-v3", "deepseek-r1", "deepseek-r1-distill-qwen-1.5b", "deepseek-r1-distill-qwen-7b"),
+            *("deepseek-r1-distill-qwen-14b", "deepseek-r1-distill-qwen-32b"),
+            *("deepseek-r1-distill-llama-8b", "deepseek-r1-distill-llama-70b"),
+        ),
+        {
+            "deepseek-v3": ("deepseek-r1-distill-qwen-7b",),
+            "deepseek-r1": ("deepseek-r1-distill-llama-8b",),
+            "deepseek-r1-distill-qwen-7b": ("deepseek-r1-distill-qwen-1.5b",),
+            "deepseek-r1-distill-qwen-14b": ("deepseek-r1-distill-qwen-1.5b",),
+            "deepseek-r1-distill-qwen-32b": ("deepseek-r1-distill-qwen-7b", "deepseek-r1-distill-qwen-1.5b"),
+            "deepseek-r1-distill-llama-70b": ("deepseek-r1-distill-llama-8b",),
+        },
+    ),
+    Family(
+        "qwen-3",
         ("qwen-3-0.6b", "qwen-3-1.7b", "qwen-3-4b", "qwen-3-8b", "qwen-3-14b", "qwen-3-32b"),
         {
             "qwen-3-1.7b": ("qwen-3-0.6b",),
@@ -59,77 +82,132 @@ FAMILIES = (
             "qwen-3-14b": ("qwen-3-1.7b", "qwen-3-0.6b"),
             "qwen-3-32b": ("qwen-3-4b", "qwen-3-1.7b"),
         },
-        gamma=4,
-        temperature=0.8,
-        top_k=0.85,
     ),
     Family(
-        "deepseek",
-        ("deepseek-v3", "deepseek-r1", "deepseek-r1-distill-qwen-1.5b", "deepseek-r1-distill-qwen-7b", "deepseek-r1-distill-llama-8b"),
+        "gemma",
+        ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b"),
         {
-            "deepseek-v3": ("deepseek-r1-distill-qwen-7b",),
-            "deepseek-r1": ("deepseek-r1-distill-llama-8b",),
-            "deepseek-r1-distill-qwen-7b": ("deepseek-r1-distill-qwen-1.5b",),
+            "gemma-2-9b": ("gemma-2-2b",),
+            "gemma-2-27b": ("gemma-2-2b", "gemma-2-9b"),
+            "gemma-3-4b": ("gemma-3-1b",),
+            "gemma-3-12b": ("gemma-3-1b", "gemma-3-4b"),
+            "gemma-3-27b": ("gemma-3-4b", "gemma-3-1b"),
         },
     ),
-    Family("gemma", ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"), {"gemma-2-9b": ("gemma-2-2b",), "gemma-2-27b": ("gemma-2-9b", "gemma-2-2b")}),
-    Family("mistral", ("mistral-7b", "mistral-nemo", "mistral-large"), {"mistral-large": ("mistral-7b",)}),
-    Family("phi", ("phi-3.5-mini", "phi-4"), {}),
-)  # fmt: skip
+    Family(
+        "mistral",
+        ("mistral-7b", "mistral-nemo", "mistral-small", "mistral-large"),
+        {"mistral-large": ("mistral-7b",)},
+    ),
+    Family("phi", ("phi-3.5-mini", "phi-4", "phi-4-mini")),
+    Family(
+        "smollm-2",
+        ("smollm-2-135m", "smollm-2-360m", "smollm-2-1.7b"),
+        {"smollm-2-1.7b": ("smollm-2-135m", "smollm-2-360m"), "smollm-2-360m": ("smollm-2-135m",)},
+    ),
+)
 DEFAULT_FAMILY = Family("default", ())
 
-REPOSITORIES = {
-    "llama-3.2-1b": "mlx-community/Llama-3.2-1B-Instruct-4bit",
-    "llama-3.2-3b": "mlx-community/Llama-3.2-3B-Instruct-4bit",
-    "llama-3.1-8b": "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit",
-    "llama-3.1-70b": "mlx-community/Meta-Llama-3.1-70B-Instruct-4bit",
-    "llama-3.1-405b": "mlx-community/Meta-Llama-3.1-405B-4bit",
-    "llama-3.3-70b": "mlx-community/Llama-3.3-70B-Instruct-4bit",
-    **{f"qwen-2.5-{size}": f"mlx-community/Qwen2.5-{size.upper()}-Instruct-4bit" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")},
-    **{f"qwen-3-{size}": f"mlx-community/Qwen3-{size.upper()}-4bit" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")},
-    "deepseek-v3": "mlx-community/DeepSeek-V3-4bit",
-    "deepseek-r1": "mlx-community/DeepSeek-R1-4bit",
-    "deepseek-r1-distill-qwen-1.5b": "mlx-community/DeepSeek-R1-Distill-Qwen-1.5B-4bit",
-    "deepseek-r1-distill-qwen-7b": "mlx-community/DeepSeek-R1-Distill-Qwen-7B-4bit",
-    "deepseek-r1-distill-llama-8b": "mlx-community/DeepSeek-R1-Distill-Llama-8B-4bit",
-    "gemma-2-2b": "mlx-community/gemma-2-2b-it-4bit",
-    "gemma-2-9b": "mlx-community/gemma-2-9b-it-4bit",
-    "gemma-2-27b": "mlx-community/gemma-2-27b-it-4bit",
-    "mistral-7b": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
-    "mistral-nemo": "mlx-community/Mistral-Nemo-Instruct-2407-4bit",
-    "mistral-large": "mlx-community/Mistral-Large-Instruct-2407-4bit",
-    "phi-3.5-mini": "mlx-community/Phi-3.5-mini-instruct-4bit",
-    "phi-4": "mlx-community/phi-4-4bit",
+_MLX = "mlx-community/"
+REPOSITORIES: Mapping[str, str] = {
+    "llama-3.2-1b": _MLX + "Llama-3.2-1B-Instruct-4bit",
+    "llama-3.2-3b": _MLX + "Llama-3.2-3B-Instruct-4bit",
+    "llama-3.1-8b": _MLX + "Meta-Llama-3.1-8B-Instruct-4bit",
+    "llama-3.1-70b": _MLX + "Meta-Llama-3.1-70B-Instruct-4bit",
+    "llama-3.1-405b": _MLX + "Meta-Llama-3.1-405B-4bit",
+    "llama-3.3-70b": _MLX + "Llama-3.3-70B-Instruct-4bit",
+    **{name: f"{_MLX}Qwen2.5-{name.removeprefix('qwen-2.5-').upper()}-Instruct-4bit" for name in FAMILIES[1].variants},
+    "deepseek-v3": _MLX + "DeepSeek-V3-4bit",
+    "deepseek-r1": _MLX + "DeepSeek-R1-4bit",
+    **{
+        f"deepseek-r1-distill-{base}-{size}": f"{_MLX}DeepSeek-R1-Distill-{base.title()}-{size.upper()}-4bit"
+        for base, size in (("qwen", "1.5b"), ("qwen", "7b"), ("qwen", "14b"), ("qwen", "32b"), ("llama", "8b"), ("llama", "70b"))
+    },
+    **{name: f"{_MLX}Qwen3-{name.removeprefix('qwen-3-').upper()}-4bit" for name in FAMILIES[3].variants},
+    **{name: f"{_MLX}{name}-it-4bit" for name in FAMILIES[4].variants},
+    "mistral-7b": _MLX + "Mistral-7B-Instruct-v0.3-4bit",
+    "mistral-nemo": _MLX + "Mistral-Nemo-Instruct-2407-4bit",
+    "mistral-small": _MLX + "Mistral-Small-24B-Instruct-2501-4bit",
+    "mistral-large": _MLX + "Mistral-Large-Instruct-2407-4bit",
+    "phi-3.5-mini": _MLX + "Phi-3.5-mini-instruct-4bit",
+    "phi-4": _MLX + "phi-4-4bit",
+    "phi-4-mini": _MLX + "Phi-4-mini-instruct-4bit",
+    **{f"smollm-2-{size}": f"HuggingFaceTB/SmolLM2-{size.upper()}-Instruct" for size in ("135m", "360m", "1.7b")},
 }  # fmt: skip
 
-_SUFFIXES = re.compile(r"-(instruct|chat|it|base|hf|mlx|\d+bit|bf16|fp16|q4|q8|v\d+(\.\d+)*|\d{4})$")
+_PACKAGING = re.compile(
+    r"[-_.:](instruct|chat|it|base|hf|mlx|gguf|dwq|awq|\d+-?bit|bf16|fp16|f16|q4|q8|v\d+(\.\d+)*|2[345]\d\d|latest)$"
+)
+_SIZE = re.compile(r"-(\d+(?:\.\d+)?)([bm])$")
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name)
+
+
+_BY_KEY = {_key(name): (name, family) for family in FAMILIES for name in family.variants}
+_BY_KEY |= {_key(name): (name, DEFAULT_FAMILY) for name in REPOSITORIES if _key(name) not in _BY_KEY}
 
 
 def short_name(model: str) -> str:
     """The registry's name of a model id: `mlx-community/Meta-Llama-3.1-8B-Instruct-4bit` becomes `llama-3.1-8b`.
 
-    Unknown ids come back normalised (lower case, without organisation and packaging suffixes).
+    Case, organisation, packaging suffixes and punctuation do not matter. Unknown ids come back in lower case, without
+    organisation and packaging suffixes.
     """
-    name = model.strip().rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
-    name = name.removeprefix("meta-")
-    name = re.sub(r"^(qwen|llama|gemma|phi)(?=\d)", r"\1-", name)
-    while (shorter := _SUFFIXES.sub("", name)) != name:
+    name = re.split(r"[/\\]", model.strip().rstrip("/\\"))[-1].lower()
+    while (shorter := _PACKAGING.sub("", name)) != name:
         name = shorter
-    return name
+    name = name.removeprefix("meta-")
+    return _BY_KEY[_key(name)][0] if _key(name) in _BY_KEY else name
+
+
+def repository_of(model: str) -> str | None:
+    """The hub repository of a model the registry knows; None for others."""
+    return REPOSITORIES.get(short_name(model))
 
 
 def family_of(target: str) -> Family:
     """The family of a model id, or the default family."""
-    name = short_name(target)
-    for family in FAMILIES:
-        if name in family.variants:
-            return family
-    return DEFAULT_FAMILY
+    found = _BY_KEY.get(_key(short_name(target)))
+    return found[1] if found else DEFAULT_FAMILY
 
 
 def suggested_drafts(target: str) -> tuple[str, ...]:
     """Draft candidates of a target, in the documented order; empty when the registry knows none."""
     return family_of(target).drafts.get(short_name(target), ())
+
+
+def parameters(model: str) -> float | None:
+    """A model's parameters by its name, in billions; None when the name does not tell."""
+    name = short_name(model)
+    known = {"deepseek-v3": 671.0, "deepseek-r1": 671.0, "mistral-nemo": 12.0, "mistral-small": 24.0, "mistral-large": 123.0}
+    if found := _SIZE.search(name):
+        return float(found[1]) / (1000 if found[2] == "m" else 1)
+    return known.get(name)
+
+
+def predicted_speedup(target: str, draft: str, acceptance: float = 0.8, row_cost: float = 0.05) -> float | None:
+    """Tokens per second over plain decoding at the family's gamma; None where a size is unknown.
+
+    S = E / (1 + gamma (c + v)) with E = (1 - a^(gamma + 1)) / (1 - a), c the ratio of parameters and v the cost of one
+    more checked row (Leviathan et al. 2022, Theorem 3.8, arXiv:2211.17192, with the row's cost added).
+
+    Args:
+        acceptance: share a of drafted tokens that is accepted.
+        row_cost: v, in forward passes of the target.
+    """
+    sizes = parameters(target), parameters(draft)
+    if sizes[0] is None or sizes[1] is None:
+        return None
+    gamma = family_of(target).gamma
+    expected = (1 - acceptance ** (gamma + 1)) / (1 - acceptance)
+    return expected / (1 + gamma * (sizes[1] / sizes[0] + row_cost))
+
+
+def ranked_drafts(target: str) -> tuple[str, ...]:
+    """The suggested drafts, by predicted speed; those of unknown size last, in the documented order."""
+    return tuple(sorted(suggested_drafts(target), key=lambda draft: -(predicted_speedup(target, draft) or 0.0)))
 
 
 def get_model_family_variants(target: str) -> dict[str, Any]:
@@ -145,7 +223,7 @@ def get_model_family_variants(target: str) -> dict[str, Any]:
 def suggest_speculative_config(target: str) -> dict[str, Any]:
     """The configuration suggested for a target: target and draft ids and the family's options.
 
-    Unknown targets get the default family's options and no draft.
+    Unknown targets get the default family's options and no draft. `top_k` is the threshold (see SpeculativeConfig).
     """
     family = family_of(target)
     drafts = suggested_drafts(target)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import DownloadError, ModelFormatError
-from .families import REPOSITORIES, short_name
+from .families import REPOSITORIES, repository_of
 
 METADATA = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -16,9 +16,9 @@ _REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 def repository(name: str) -> str | None:
     """The repository a name stands for: itself, or the registry's; None for anything else."""
-    if short_name(name) in REPOSITORIES and "/" not in name:
-        return REPOSITORIES[short_name(name)]
-    return name if _REPO_ID.match(name) else None
+    if "/" in name:
+        return name if _REPO_ID.match(name) else None
+    return repository_of(name)
 
 
 def resolve(name: str | Path, *, metadata_only: bool = False) -> Path:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from . import _core
-from .config import SpeculativeConfig, resolve_config
+from .config import FIELDS, SpeculativeConfig, resolve_config
 from .engine import Engine
 from .errors import ConfigurationError
-from .families import family_options, get_model_family_variants, suggest_speculative_config
+from .families import get_model_family_variants, suggest_speculative_config
+from .models import Notify, print_notice
 
 __all__ = ["get_inference_engine", "get_model_family_variants", "load", "suggest_speculative_config"]
 
@@ -25,41 +26,59 @@ def load(
     max_context: int | None = None,
     isa: str | None = None,
     threads: int | None = None,
+    notify: Notify = print_notice,
     **options: Any,
 ) -> Engine:
-    """An engine over a target and a draft; the models are loaded with the first request.
+    """Loads a target and a draft; the engine that runs them.
 
     Args:
         target: directory, repo id or short name; None is the embedded pair.
-        draft: the same for the draft; None takes the embedded draft with the embedded target, a suggestion with auto_config=True,
-            and no draft otherwise.
+        draft: the same for the draft; None takes the embedded draft with the embedded target, a suggestion with
+            auto_config=True, and no draft otherwise.
         precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.
         max_context: bounds the context below the model's own.
         isa: kernel table; None is the best this CPU runs.
         threads: of native calls, for the whole process.
+        notify: told, once each, what people should know; prints to stderr.
         **options: the fields of SpeculativeConfig (gamma, temperature, top_k_threshold, lenience, auto_config, ...).
 
     Raises:
         ConfigurationError: an unknown option or a value outside its range.
+        ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
     """
-    if threads is not None:
-        _core.set_num_threads(threads)
+    set_threads(threads)
     typed = dict(options)
     if target is not None:
         typed["target_model"] = str(target)
     if draft is not None:
         typed["draft_model"] = str(draft)
-    resolved = resolve_config(typed, family=family_options(str(target)) if target is not None else None)
-    return Engine(resolved, precision, max_context, isa)
+    engine = Engine(resolve_config(typed), precision, max_context, isa, notify)
+    _ = engine.pair
+    return engine
 
 
-def get_inference_engine(name: str, shard_downloader: object, config: Mapping[str, Any] | SpeculativeConfig) -> Engine:
-    """The engine a host asks for by name.
+def set_threads(threads: int | None) -> None:
+    """Sets the threads of native calls; None leaves them.
+
+    Raises:
+        ConfigurationError: not 1 to 256.
+    """
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not 1 <= threads <= 256:
+        raise ConfigurationError(f"threads is {threads!r}, but must be in 1 to 256; leave it out for all cores")
+    _core.set_num_threads(threads)
+
+
+def get_inference_engine(
+    name: str, shard_downloader: object, config: Mapping[str, Any] | SpeculativeConfig | None = None
+) -> Engine:
+    """The engine a host asks for by name. Models are loaded with the first request.
 
     Args:
         name: "speculative".
-        shard_downloader: the host's; native models are resolved without it.
-        config: what suggest_speculative_config returns, or a SpeculativeConfig.
+        shard_downloader: the host's; native models are found without it.
+        config: what suggest_speculative_config returns, or a SpeculativeConfig; None is the embedded pair.
 
     Raises:
         ConfigurationError: another name, or a configuration out of range.
@@ -68,5 +87,5 @@ def get_inference_engine(name: str, shard_downloader: object, config: Mapping[st
     if name != "speculative":
         raise ConfigurationError(f"engine {name!r} is unknown here; specfast provides 'speculative'")
     if isinstance(config, SpeculativeConfig):
-        config = {key: getattr(config, key) for key in SpeculativeConfig.__dataclass_fields__}
-    return Engine(resolve_config({_SUGGESTION_KEYS.get(key, key): value for key, value in config.items()}))
+        config = {key: getattr(config, key) for key in FIELDS}
+    return Engine(resolve_config({_SUGGESTION_KEYS.get(key, key): value for key, value in (config or {}).items()}))

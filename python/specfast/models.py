@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import embedded, hub
 from .chat import chat_template, render_chat
 from .checkpoint import LoadedModel, load_model
-from .compatibility import Compatibility, Status, compare_models
+from .compatibility import Status, compare_models
 from .config import SpeculativeConfig
-from .errors import SpecfastError
-from .families import suggested_drafts
+from .errors import ConfigurationError, SpecfastError
+from .families import ranked_drafts, suggested_drafts
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
@@ -24,12 +25,32 @@ def print_notice(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-@dataclass
+@dataclass(frozen=True)
+class _DraftChoice:
+    """A draft directory, or none, and why."""
+
+    status: Status = "unknown"
+    directory: Path | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelPair:
-    """A target, its draft if there is one that fits, and their tokenizer."""
+    """A target, its draft if there is one that fits, and their tokenizer.
+
+    Attributes:
+        target, draft: the native models; no draft means plain decoding.
+        target_name, draft_name: what people call them.
+        template: the target's chat template, if any.
+        compatibility: "compatible", "incompatible" (then there is no draft) or "unknown" (nothing to compare).
+        vocab: ids from here on are padding of the target's logits; it does not depend on the draft.
+        eos_ids: tokens that end a text.
+    """
 
     target: LoadedModel
     draft: LoadedModel | None
+    target_name: str
+    draft_name: str | None
     tokenizer: Tokenizer
     template: str | None
     compatibility: Status
@@ -42,68 +63,109 @@ class ModelPair:
     ) -> ModelPair:
         """Finds and loads what a configuration names; a draft that does not fit is refused with a warning.
 
+        The draft's weights are fetched only once its tokens are known to be the target's.
+
         Raises:
-            ModelFormatError, UnsupportedModelError, DownloadError: the target cannot be used, or the draft's files cannot.
+            ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
         """
         directory = embedded.path("target") if config.target_model is None else hub.resolve(config.target_model)
         target = load_model(directory, precision=precision, isa=isa, max_context=max_context)
         tokenizer = Tokenizer(directory)
-        draft_directory, verdict = _choose_draft(config, directory, notify)
+        choice = _choose_draft(config, directory, notify)
         draft = None
-        if draft_directory:
-            draft = load_model(draft_directory, isa=isa, precision=_draft_precision(precision))
-            if draft.model.weight_bytes >= target.model.weight_bytes and draft_directory != directory:
-                notify(f"the draft {draft.name} is not smaller than the target {target.name}; expect no speed-up")
-        known = min(tokenizer.vocab, target.config.vocab)
-        eos_token = tokenizer.token_id(tokenizer.special_text("eos_token"))
-        eos_ids = tuple(sorted({*target.config.eos_ids, *((eos_token,) if eos_token is not None else ())}))
+        if choice.directory:
+            draft = load_model(choice.directory, isa=isa, precision=_draft_precision(precision))
+            if draft.model.weight_bytes >= target.model.weight_bytes:
+                notify(f"the draft {choice.name} is not smaller than the target: expect no speed-up")
+        end = tokenizer.token_id(tokenizer.special_text("eos_token"))
         return cls(
             target=target,
             draft=draft,
+            target_name=_target_name(config),
+            draft_name=choice.name,
             tokenizer=tokenizer,
             template=chat_template(directory, tokenizer),
-            compatibility=verdict.status if verdict else "unknown",
-            vocab=min(known, verdict.vocab) if draft and verdict else known,
-            eos_ids=eos_ids,
+            compatibility=choice.status,
+            vocab=min(tokenizer.vocab, target.config.vocab),
+            eos_ids=tuple(sorted({*target.config.eos_ids, *(() if end is None else (end,))})),
         )
 
-    def encode(self, prompt: str, *, raw: bool, system: str | None) -> list[int]:
-        """Tokens of a prompt, through the chat template when there is one and raw is not set."""
-        if raw or self.template is None:
-            return self.tokenizer.encode(prompt)
-        messages = [{"role": "system", "content": system}] if system else []
-        text = render_chat(self.template, [*messages, {"role": "user", "content": prompt}], self.tokenizer)
-        return self.tokenizer.encode(text, special=False)
+    def encode(
+        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], *, raw: bool = False, system: str | None = None
+    ) -> list[int]:
+        """Tokens of a prompt: text and messages go through the chat template (text not if raw), ids are checked.
+
+        Raises:
+            ConfigurationError: a prompt of 0 tokens, ids outside the vocabulary, or messages without a template.
+        """
+        if isinstance(prompt, str) and prompt and (raw or self.template is None):
+            tokens = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, str) and prompt:
+            messages = [{"role": "system", "content": system}] if system else []
+            tokens = self._encode_chat([*messages, {"role": "user", "content": prompt}])
+        elif prompt and isinstance(prompt[0], Mapping):
+            tokens = self._encode_chat([message for message in prompt if isinstance(message, Mapping)])
+        else:
+            tokens = [int(token) for token in prompt if not isinstance(token, Mapping)]
+        if not tokens:
+            raise ConfigurationError("the prompt has 0 tokens; give some text, or at least one token id")
+        if not 0 <= min(tokens) <= max(tokens) < self.target.config.vocab:
+            raise ConfigurationError(
+                f"the prompt has token ids from {min(tokens)} to {max(tokens)}, but the model's are 0 to "
+                f"{self.target.config.vocab - 1}; encode it with the model's own tokenizer"
+            )
+        return tokens
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if self.template is None:
+            raise ConfigurationError("the model has no chat template; pass the prompt as text")
+        return self.tokenizer.encode(render_chat(self.template, messages, self.tokenizer), special=False)
+
+
+def _target_name(config: SpeculativeConfig) -> str:
+    return "embedded" if config.target_model is None else config.target_model
 
 
 def _draft_precision(precision: str | None) -> str | None:
-    """The draft's own best, except for the exact reference path: a draft's rounding never changes the law."""
+    """The draft's own best, except on the reference path: a draft's rounding never changes the law."""
     return precision if precision == "f32" else None
 
 
-def _choose_draft(config: SpeculativeConfig, target: Path, notify: Notify) -> tuple[Path | None, Compatibility | None]:
-    """The draft's directory and how it compares; its weights are fetched only once its tokens fit."""
+def _choose_draft(config: SpeculativeConfig, target: Path, notify: Notify) -> _DraftChoice:
     if config.disabled:
-        return None, None
+        return _DraftChoice()
     if config.target_model is None and config.draft_model is None:
-        return embedded.path("draft"), compare_models(target, embedded.path("draft"))
-    target_name = config.target_model or "the embedded target"
-    verdict: Compatibility | None = None
+        return _DraftChoice("compatible", embedded.path("draft"), "embedded")
+    name = _target_name(config)
+    typed = _DraftChoice()
     if config.draft_model is not None:
-        verdict = compare_models(target, hub.resolve(config.draft_model, metadata_only=True))
-        if verdict.status == "compatible":
-            return hub.resolve(config.draft_model), verdict
-        notify(verdict.warning(target_name, config.draft_model))
-    if config.auto_config:
-        for name in suggested_drafts(target_name):
-            try:
-                candidate = compare_models(target, hub.resolve(name, metadata_only=True))
-                if candidate.status == "compatible":
-                    return hub.resolve(name), candidate
-                notify(candidate.warning(target_name, name))
-            except SpecfastError as error:
-                notify(f"the suggested draft {name} cannot be used: {error}")
-        notify(f"no draft for {target_name}: plain decoding")
-    elif config.draft_model is not None:
-        notify("plain decoding, without a draft")
-    return None, verdict
+        typed = _try_draft(name, target, config.draft_model, notify)
+        if typed.directory or not config.auto_config:
+            return typed
+    if not config.auto_config:
+        drafts = ", ".join(suggested_drafts(name))
+        hint = f"--speculative-auto-config takes one of its family ({drafts})" if drafts else "name one with --draft-model"
+        notify(f"{name} has no draft: plain decoding; {hint}")
+        return typed
+    for candidate in ranked_drafts(name):
+        try:
+            choice = _try_draft(name, target, candidate, notify)
+        except SpecfastError as error:
+            notify(f"the suggested draft {candidate} cannot be used: {error}")
+            continue
+        if choice.directory:
+            return choice
+    notify(f"no draft is known to fit {name}: plain decoding")
+    return typed
+
+
+def _try_draft(target_name: str, target: Path, name: str, notify: Notify) -> _DraftChoice:
+    """Compares a draft with the target; its directory is given only if they fit."""
+    verdict = compare_models(target, hub.resolve(name, metadata_only=True))
+    if verdict.status == "compatible":
+        return _DraftChoice("compatible", hub.resolve(name), name)
+    if verdict.status == "unknown":
+        notify(f"{name} has no tokenizer.json to compare with the target's: plain decoding")
+    else:
+        notify(verdict.warning(target_name, name))
+    return _DraftChoice(verdict.status)

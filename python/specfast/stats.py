@@ -6,22 +6,45 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 
+@dataclass(frozen=True)
+class Round:
+    """What one round did.
+
+    Attributes:
+        gamma: tokens drafted.
+        tau: drafted tokens the target accepted.
+        kept: tokens the text grew by: tau + 1, or fewer when it ended inside the round.
+        draft_seconds, verify_seconds: wall-clock time.
+    """
+
+    gamma: int
+    tau: int
+    kept: int
+    draft_seconds: float
+    verify_seconds: float
+
+
 @dataclass
 class SpeculationStats:
     """Counts and seconds, of one request or added up over an engine's life.
 
     Attributes:
+        requests: requests begun.
         prompt_tokens, tokens: tokens read, and tokens generated.
-        target_passes: forward passes of the target that generated tokens (one per round).
-        drafted, accepted: drafted tokens that were checked, and those that were kept.
-        fallbacks: times speculation was given up for plain decoding.
-        prefill_seconds, draft_seconds, verify_seconds, total_seconds: wall-clock time; the total includes detokenising.
+        target_passes: passes of the target that generated tokens, one per round.
+        rounds: those that checked drafted tokens.
+        drafted, accepted: drafted tokens that were checked, and those of them in the text.
+        fallbacks: times a draft failed and plain decoding went on.
+        prefill_seconds, draft_seconds, verify_seconds, total_seconds: wall-clock time; the total has detokenising in it,
+            but not what the caller does between chunks.
         first_token_seconds: from the request to its first token.
     """
 
+    requests: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
     target_passes: int = 0
+    rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     fallbacks: int = 0
@@ -38,7 +61,7 @@ class SpeculationStats:
 
     @property
     def tokens_per_target_pass(self) -> float:
-        """Generated tokens per forward pass of the target; 0.0 before the first."""
+        """Generated tokens per pass of the target; 0.0 before the first."""
         return self.tokens / self.target_passes if self.target_passes else 0.0
 
     @property
@@ -51,6 +74,16 @@ class SpeculationStats:
     def prompt_tok_s(self) -> float:
         """Prompt tokens per second."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+
+    def count(self, round_: Round) -> None:
+        """Adds a round."""
+        self.target_passes += 1
+        self.rounds += round_.gamma > 0
+        self.drafted += round_.gamma
+        self.accepted += min(round_.tau, round_.kept)
+        self.tokens += round_.kept
+        self.draft_seconds += round_.draft_seconds
+        self.verify_seconds += round_.verify_seconds
 
     def add(self, other: SpeculationStats) -> None:
         """Adds another request's counts."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from . import _core
 from .context import Context
-from .drafters import Progress, prefill
+
+PREFILL_CHUNK = 256
+Progress = Callable[[int, int], None]
 
 
 @runtime_checkable
 class Target(Protocol):
-    """Checks a proposal in one pass and follows what was kept."""
+    """Checks a proposal in one pass and follows what was kept. One per request, with its state."""
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
         """Reads the prompt, all but its last token."""
@@ -23,22 +25,38 @@ class Target(Protocol):
         """Decides how many proposed tokens stay and which token follows; without a proposal this is plain decoding."""
 
     def commit(self, kept: int) -> None:
-        """Keeps the rows of the context's tokens after a round that kept `kept` of them."""
+        """Follows a round that kept `kept` tokens, of which the last is not yet in any cache."""
+
+
+def prefill(model: _core.Model, cache: _core.Cache, tokens: Sequence[int], progress: Progress | None) -> None:
+    """Runs tokens through a model into its cache, in chunks so that it can be watched and interrupted."""
+    for first in range(0, len(tokens), PREFILL_CHUNK):
+        model.prefill(cache, np.asarray(tokens[first : first + PREFILL_CHUNK], dtype=np.int32))
+        if progress:
+            progress(min(first + PREFILL_CHUNK, len(tokens)), len(tokens))
 
 
 class NativeTarget:
-    """A model run by the native decoder: one call per round. Its cache holds all of the context but the last token."""
+    """A model run by the native decoder, one call per round. Its cache holds all of the context but the last token.
+
+    Args:
+        model: the target.
+        law: what its logits become.
+        lenience: of acceptance; 1 is exact.
+        seed: of the random streams.
+        capacity: most tokens of the request.
+    """
 
     def __init__(self, model: _core.Model, law: _core.Law, lenience: float, seed: int, capacity: int) -> None:
         self._model, self._law, self._lenience, self._seed = model, law, lenience, seed
-        self._cache = _core.Cache(model, capacity)
+        self.cache = _core.Cache(model, capacity)
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
-        prefill(self._model, self._cache, tokens, progress)
+        prefill(self._model, self.cache, tokens, progress)
 
     def verify(self, context: Context, proposal: _core.Proposal | None) -> _core.Verdict:
-        pending = np.asarray(context.tokens[self._cache.length :], dtype=np.int32)
-        return self._model.verify(self._cache, pending, proposal, self._law, self._lenience, self._seed, context.round)
+        pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
+        return self._model.verify(self.cache, pending, proposal, self._law, self._lenience, self._seed, context.round)
 
     def commit(self, kept: int) -> None:
-        self._cache.commit(kept)
+        self.cache.commit(kept)

@@ -1,21 +1,42 @@
-"""Text to tokens and back: encoding, incremental detokenisation that never takes a character back, stop strings."""
+"""A model's tokenizer: text to tokens, and the bytes each token stands for."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
 from .architecture import read_json
 from .errors import ConfigurationError, ModelFormatError
 
-_REPLACEMENT = "\ufffd"
+Spelling = Literal["byte-level", "pieces", "other"]
+LeadingSpace = Literal["keep", "strip one", "strip first token"]
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the rest is moved to 256 and up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
+
+
+_BYTE_OF = _byte_of_character()
 
 
 class Tokenizer:
-    """A model directory's tokenizer.json (and tokenizer_config.json, if any).
+    """A model directory's tokenizer.json, and its tokenizer_config.json if there is one.
+
+    Attributes:
+        config: tokenizer_config.json, or empty.
+        vocab: one more than the largest token id, added tokens included.
+        spelling: how tokens spell text, by the decoder of tokenizer.json: "byte-level" (GPT-2 characters for bytes),
+            "pieces" (sentencepiece: a lower one eighth block for a space, <0xNN> for a byte) or "other".
+        leading_space: what the decoder does with a space at the start of a whole text.
 
     Raises:
         ModelFormatError: the file is missing or not a tokenizer.
@@ -25,28 +46,57 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ModelFormatError(
-                f"{directory}: tokenizer.json is missing; models with only tokenizer.model must be converted first"
+                f"{directory}: tokenizer.json is missing; a model with only tokenizer.model must be converted first"
             )
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise ModelFormatError(f"{path}: not a tokenizer ({error}); download it again") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
         config = directory / "tokenizer_config.json"
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
-        self.vocab = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab = max(ids, default=-1) + 1
+        self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._bytes: dict[int, bytes] = {}
+        self.spelling: Spelling
+        self.leading_space: LeadingSpace
+        self.spelling, self.leading_space = _describe_decoder(self._tokenizer)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text; `special` adds what the tokenizer puts around one (a start token, usually)."""
+        """Token ids of a text; `special` adds what the tokenizer puts around one (a start token, usually).
+
+        Raises:
+            ConfigurationError: lone surrogates, which are not text.
+        """
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
         except UnicodeEncodeError:
-            raise ConfigurationError(
-                "the prompt holds lone surrogates, which are not text; pass valid Unicode"
-            ) from None
+            raise ConfigurationError("the text holds lone surrogates; pass valid Unicode") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of whole token sequences, special tokens left out."""
+        """Text of a whole token sequence, special tokens left out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def bytes_of(self, token: int) -> bytes:
+        """The UTF-8 bytes one token adds to a text: a character may be spread over several tokens; empty for special ones.
+
+        Only for the spellings "byte-level" and "pieces".
+        """
+        if token not in self._bytes:
+            self._bytes[token] = self._spell(token)
+        return self._bytes[token]
+
+    def _spell(self, token: int) -> bytes:
+        text = None if token in self._special else self._tokenizer.id_to_token(token)
+        if text is None:
+            return b""
+        if self.spelling == "byte-level":
+            spelled = [_BYTE_OF.get(character, -1) for character in text]
+            return text.encode() if -1 in spelled else bytes(spelled)
+        byte = _BYTE_TOKEN.fullmatch(text)
+        return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
 
     def special_text(self, key: str) -> str:
         """A special token's text from tokenizer_config.json, such as `bos_token`; empty if there is none."""
@@ -57,80 +107,24 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of one token's text."""
-        return self._tokenizer.token_to_id(token)
-
-    def stream(self, prefix: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder for tokens that follow `prefix`."""
-        return StreamDecoder(self, prefix)
+        found = self._tokenizer.token_to_id(token)
+        return None if found is None else int(found)
 
 
-class StreamDecoder:
-    """Turns tokens into text as they arrive; the pieces joined are the decoded whole.
-
-    Text is given out once it can no longer change: characters spread over several tokens are held back until complete.
-    Each step decodes only a short window of tokens, so the cost per token does not grow.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prefix: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        # Some tokenizers drop a leading space at the start of a text: decoding always begins a few tokens earlier.
-        self._window: list[int] = list(prefix[-4:])
-        self._shown = self._tokenizer.decode(self._window)
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """The new text after more tokens; may be empty."""
-        pieces = []
-        for token in tokens:
-            self._window.append(token)
-            text = self._tokenizer.decode(self._window)
-            # A character has at most four bytes, so at most three trailing replacements can still become one.
-            open_bytes = min(3, len(text) - len(text.rstrip(_REPLACEMENT)))
-            pieces.append(self._advance(text[: len(text) - open_bytes]))
-            if not open_bytes and len(self._window) >= 32:
-                self._window = self._window[-8:]
-                self._shown = self._tokenizer.decode(self._window)
-        return "".join(pieces)
-
-    def flush(self) -> str:
-        """What was held back, an incomplete character as U+FFFD."""
-        return self._advance(self._tokenizer.decode(self._window))
-
-    def _advance(self, text: str) -> str:
-        new = text[len(self._shown) :]
-        if new:
-            self._shown = text
-        return new
-
-
-class StopStrings:
-    """Cuts text at the first stop string and holds back what may become one.
-
-    Raises:
-        ConfigurationError: an empty stop string, or more than 16.
-    """
-
-    def __init__(self, stops: Sequence[str] = ()) -> None:
-        if any(not stop for stop in stops) or len(stops) > 16:
-            raise ConfigurationError(f"{len(stops)} stop strings, some may be empty: give up to 16, none of them empty")
-        self._stops = tuple(stops)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """Text that is safe to show; after a stop string nothing more is given out."""
-        if self.stopped or not self._stops:
-            return "" if self.stopped else text
-        self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
-
-    def flush(self) -> str:
-        """What was held back when the text ends without a stop string."""
-        held, self._held = self._held, ""
-        return held
+def _describe_decoder(tokenizer: tokenizers.Tokenizer) -> tuple[Spelling, LeadingSpace]:
+    """How a tokenizer's decoder spells text; anything but the two common forms is "other"."""
+    state = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b"{}"
+    decoder = json.loads(state)
+    steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"]:
+        return "byte-level", "keep"
+    if kinds == ["Metaspace"] and steps[0].get("replacement") == "\u2581":
+        always = steps[0].get("prepend_scheme", "always") != "never"
+        return "pieces", "strip first token" if always else "keep"
+    if kinds in (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"]):
+        replaces = steps[0].get("pattern") == {"String": "\u2581"} and steps[0].get("content") == " "
+        strip = steps[3] if len(steps) == 4 else {"content": " ", "start": 0, "stop": 0}
+        if replaces and strip.get("content") == " " and strip.get("start") in (0, 1) and strip.get("stop") == 0:
+            return "pieces", "strip one" if strip["start"] else "keep"
+    return "other", "keep"

@@ -1,0 +1,7 @@
+"""`python -m specfast` is the `specfast` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

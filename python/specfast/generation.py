@@ -1,0 +1,156 @@
+"""A generation: rounds of drafting, verifying and committing, and the request around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .context import Chunk, Context, FinishReason
+from .controllers import Controller
+from .drafters import Drafter, FallbackDrafter
+from .stats import Round, SpeculationStats
+from .targets import Progress, Target
+
+
+def rounds(
+    context: Context, target: Target, drafter: Drafter, controller: Controller, stats: SpeculationStats
+) -> Iterator[Chunk]:
+    """Speculative decoding (Leviathan et al. 2022, Alg. 1, arXiv:2211.17192): yields what each round keeps.
+
+    The context is the truth, the caches follow it: whatever of its tokens a cache lacks is read in the next round.
+    """
+    while not context.done:
+        start = time.perf_counter()
+        proposal = drafter.propose(context, min(controller.gamma, context.room - 1))
+        drafted = time.perf_counter()
+        verdict = target.verify(context, proposal)
+        verified = time.perf_counter()
+
+        tokens = proposal.tokens.tolist() if proposal else []
+        chunk = context.keep([*tokens[: verdict.tau], verdict.next_token])
+        kept = len(chunk.token_ids)
+        target.commit(kept)
+        drafter.commit(kept)
+
+        round_ = Round(len(tokens), verdict.tau, kept, drafted - start, verified - drafted)
+        stats.count(round_)
+        controller.update(round_)
+        yield chunk
+
+
+@dataclass(frozen=True)
+class Result:
+    """A generation, finished or not.
+
+    Attributes:
+        text: the generated text, without the prompt.
+        token_ids: the generated tokens, an end token included.
+        finish_reason: "eos", "stop", "length", "context", or "interrupted".
+        seed: the request's, given or drawn: with it the text can be had again.
+        gamma: most tokens drafted a round, or "auto"; 0 is plain decoding.
+        lossless: whether the tokens follow the target's law at this precision.
+        stats: counters of this request.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: FinishReason | Literal["interrupted"]
+    seed: int
+    gamma: int | Literal["auto"]
+    lossless: bool
+    precision: str
+    stats: SpeculationStats
+
+
+class Generation:
+    """An iterator over a request's chunks. `result()` tells what there is so far.
+
+    Closing it, or an exception such as KeyboardInterrupt, leaves the engine ready for the next request.
+
+    Args:
+        context: the request, with its prompt's tokens.
+        target, drafter, controller: this request's; a drafter that fails is replaced by plain decoding.
+        progress: called with (done, total) while the target reads the prompt.
+        on_draft_failure: called with a drafter's exception.
+        on_end: called with the counters when the request ends, however it does.
+
+    Raises:
+        TypeError: target, drafter or controller lack a method of their protocol.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        target: Target,
+        drafter: Drafter,
+        controller: Controller,
+        *,
+        progress: Progress | None = None,
+        on_draft_failure: Callable[[Exception], None] = lambda error: None,
+        on_end: Callable[[SpeculationStats], None] = lambda stats: None,
+    ) -> None:
+        seams: list[tuple[object, type]] = [(target, Target), (drafter, Drafter), (controller, Controller)]
+        for seam, protocol in seams:
+            if not isinstance(seam, protocol):
+                needed = sorted(name for name in dir(protocol) if not name.startswith("_"))
+                lacking = [name for name in needed if not hasattr(seam, name)]
+                raise TypeError(f"{type(seam).__name__} is not a {protocol.__name__}: it lacks {', '.join(lacking)}")
+        self.context = context
+        self.stats = SpeculationStats(requests=1, prompt_tokens=context.prompt_length)
+        self.seed, self.precision, self.lossless = 0, "", True
+        self.gamma: int | Literal["auto"] = 0
+        self._target, self._controller = target, controller
+        self._drafter = FallbackDrafter(drafter, self._draft_failed)
+        self._progress, self._on_draft_failure, self._on_end = progress, on_draft_failure, on_end
+        self._text: list[str] = []
+        self._chunks = self._run()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Ends the request."""
+        self._chunks.close()
+
+    def result(self) -> Result:
+        """What was generated so far."""
+        context = self.context
+        return Result(
+            text="".join(self._text),
+            token_ids=context.tokens[context.prompt_length :],
+            prompt_tokens=context.prompt_length,
+            finish_reason=context.finish_reason or "interrupted",
+            seed=self.seed,
+            gamma=self.gamma,
+            lossless=self.lossless,
+            precision=self.precision,
+            stats=self.stats,
+        )
+
+    def _draft_failed(self, error: Exception) -> None:
+        self.stats.fallbacks += 1
+        self._on_draft_failure(error)
+
+    def _run(self) -> Generator[Chunk, None, None]:
+        stats, context = self.stats, self.context
+        start = time.perf_counter()
+        away = 0.0
+        try:
+            self._target.prefill(context.tokens[:-1], self._progress)
+            self._drafter.prefill(context.tokens[:-1], None)
+            stats.prefill_seconds = time.perf_counter() - start
+            for chunk in rounds(context, self._target, self._drafter, self._controller, stats):
+                left = time.perf_counter()
+                stats.first_token_seconds = stats.first_token_seconds or left - start
+                stats.total_seconds = left - start - away
+                self._text.append(chunk.text)
+                yield chunk
+                away += time.perf_counter() - left
+        finally:
+            self._on_end(stats)

@@ -1,0 +1,315 @@
+// Checks every kernel table this CPU can run, without Python: against float64 definitions, the scalar table, and itself
+// at other row and thread counts. Runs natively, under an emulator, and with sanitizers. Exit code 0 when all holds.
+//
+//   kernel_driver [--full] [isa]     --full checks more shapes; isa checks one table only
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+
+#include "decoder.hpp"
+#include "dispatch.hpp"
+#include "errors.hpp"
+#include "random.hpp"
+#include "thread_pool.hpp"
+
+using namespace specfast;
+
+namespace {
+
+int failures = 0, checks = 0;
+bool full = false;
+
+void expect(bool ok, const char* isa, const std::string& what) {
+  checks++;
+  if (ok) return;
+  if (failures++ < 20) std::fprintf(stderr, "FAILED %s: %s\n", isa, what.c_str());
+}
+
+std::mt19937 generator(7);
+float gaussian() { return std::normal_distribution<float>()(generator); }
+
+float widen_bf16(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+uint16_t cut_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+/// A random matrix that owns its memory, with its values in float64. Vectors are exactly as long as the format needs, so
+/// that a sanitizer sees every read beyond them.
+struct OwnedMatrix {
+  Matrix view;
+  std::vector<uint8_t> weight, scales, biases;
+  std::vector<double> values;
+};
+
+OwnedMatrix random_matrix(Format format, int N, int K, int group, Format scale_format) {
+  OwnedMatrix m;
+  m.view.format = format;
+  m.view.N = N;
+  m.view.K = K;
+  m.values.resize(static_cast<size_t>(N) * K);
+  const float spread = 1.0f / std::sqrt(static_cast<float>(K));
+  if (!is_quantised(format)) {
+    m.weight.resize(static_cast<size_t>(N) * m.view.row_bytes());
+    for (size_t i = 0; i < m.values.size(); i++) {
+      const float x = gaussian() * spread;
+      if (format == Format::bf16) {
+        const uint16_t h = cut_bf16(x);
+        std::memcpy(&m.weight[2 * i], &h, 2);
+        m.values[i] = widen_bf16(h);
+      } else if (format == Format::f16) {
+        const uint16_t h = static_cast<uint16_t>(0x2000 + generator() % 0x1000 + (generator() % 2 ? 0x8000 : 0));
+        std::memcpy(&m.weight[2 * i], &h, 2);
+        const double magnitude = std::ldexp(1.0 + (h & 1023) / 1024.0, ((h >> 10) & 31) - 15);
+        m.values[i] = h & 0x8000 ? -magnitude : magnitude;
+      } else {
+        std::memcpy(&m.weight[4 * i], &x, 4);
+        m.values[i] = x;
+      }
+    }
+  } else {
+    m.view.group = group;
+    m.view.scale_format = scale_format;
+    const int levels = format == Format::q4 ? 16 : 256;
+    m.weight.resize(static_cast<size_t>(N) * m.view.row_bytes());
+    const size_t groups = static_cast<size_t>(N) * m.view.groups();
+    m.scales.resize(groups * m.view.scale_bytes());
+    m.biases.resize(m.scales.size());
+    std::vector<double> s(groups), b(groups);
+    const auto put = [&](std::vector<uint8_t>& to, size_t i, float x) {
+      if (scale_format == Format::f32) {
+        std::memcpy(&to[4 * i], &x, 4);
+        return static_cast<double>(x);
+      }
+      const uint16_t h = cut_bf16(x);
+      std::memcpy(&to[2 * i], &h, 2);
+      return static_cast<double>(widen_bf16(h));
+    };
+    for (size_t i = 0; i < groups; i++) {
+      s[i] = put(m.scales, i, (0.5f + static_cast<float>(generator() % 100) / 100.0f) * spread / static_cast<float>(levels) * 4);
+      b[i] = put(m.biases, i, static_cast<float>(-s[i]) * static_cast<float>(levels) * 0.47f);
+    }
+    for (int n = 0; n < N; n++) {
+      for (int k = 0; k < K; k++) {
+        const uint32_t q = generator() % static_cast<uint32_t>(levels);
+        uint8_t& byte = m.weight[static_cast<size_t>(n) * m.view.row_bytes() + static_cast<size_t>(format == Format::q4 ? k / 2 : k)];
+        byte = static_cast<uint8_t>(format == Format::q4 ? byte | (q << (4 * (k % 2))) : q);
+        const size_t g = static_cast<size_t>(n) * m.view.groups() + static_cast<size_t>(k / group);
+        m.values[static_cast<size_t>(n) * K + k] = s[g] * q + b[g];
+      }
+    }
+  }
+  m.view.weight = m.weight.data();
+  m.view.scales = m.scales.data();
+  m.view.biases = m.biases.data();
+  return m;
+}
+
+std::vector<float> multiply(const KernelTable& kernels, const Matrix& w, const std::vector<float>& x, int M, Precision precision) {
+  RowsBuffer buffer(w.K);
+  const Needs needs = needs_of({&w}, precision);
+  buffer.reserve(needs);
+  const Rows rows = buffer.view(M);
+  for (int m = 0; m < M; m++) std::copy_n(&x[static_cast<size_t>(m) * w.K], w.K, rows.f32 + static_cast<size_t>(m) * rows.stride);
+  prepare_rows(Team{}, kernels, rows, needs);
+  std::vector<float> scratch(matmul_scratch_floats(w.K)), y(static_cast<size_t>(M) * w.N);
+  kernels.matmul_rows(w, rows, activation_of(w, precision), 0, w.N, y.data(), w.N, {}, scratch.data());
+  return y;
+}
+
+void check_matmul(const KernelTable& kernels, const OwnedMatrix& m, Precision precision, double tolerance) {
+  const Matrix& w = m.view;
+  std::vector<float> x(static_cast<size_t>(kTileRows) * w.K);
+  for (float& value : x) value = gaussian();
+  const std::vector<float> y = multiply(kernels, w, x, kTileRows, precision);
+  double error = 0, norm = 0;
+  for (int r = 0; r < kTileRows; r++) {
+    for (int n = 0; n < w.N; n++) {
+      double exact = 0;
+      for (int k = 0; k < w.K; k++) exact += m.values[static_cast<size_t>(n) * w.K + k] * x[static_cast<size_t>(r) * w.K + k];
+      error += std::pow(exact - y[static_cast<size_t>(r) * w.N + n], 2);
+      norm += exact * exact;
+    }
+  }
+  const std::string name = "matmul format " + std::to_string(static_cast<int>(w.format)) + " group " + std::to_string(w.group) + " N " +
+                           std::to_string(w.N) + " K " + std::to_string(w.K) + " precision " + std::to_string(static_cast<int>(precision));
+  expect(std::sqrt(error / norm) < tolerance, kernels.isa, name + " error " + std::to_string(std::sqrt(error / norm)));
+  for (int M = 1; M < kTileRows; M += full ? 1 : 1 + M / 3) {
+    const std::vector<float> part = multiply(kernels, w, x, M, precision);
+    expect(!std::memcmp(part.data(), y.data(), part.size() * 4), kernels.isa, name + " differs at M = " + std::to_string(M));
+  }
+  if (precision == Precision::int8 && is_quantised(w.format)) {
+    const std::vector<float> scalar = multiply(scalar_kernels(), w, x, kTileRows, precision);
+    expect(!std::memcmp(scalar.data(), y.data(), y.size() * 4), kernels.isa, name + " differs from the scalar bits");
+  }
+}
+
+void check_matmuls(const KernelTable& kernels) {
+  for (const Format format : {Format::q4, Format::q8}) {
+    for (const int group : {32, 64, 128}) {
+      for (const auto& [N, K] : {std::pair{37, 3 * group}, std::pair{16, group}, std::pair{64, 256}, std::pair{5, 640}}) {
+        if (!full && N != 37 && N != 16) continue;
+        for (const Format scales : {Format::bf16, Format::f32}) {
+          const OwnedMatrix m = random_matrix(format, N, K, group, scales);
+          check_matmul(kernels, m, Precision::int8, 0.02);
+          check_matmul(kernels, m, Precision::bf16, 0.006);
+          check_matmul(kernels, m, Precision::f32, 1e-5);
+        }
+      }
+    }
+  }
+  for (const Format format : {Format::bf16, Format::f16, Format::f32}) {
+    for (const auto& [N, K] : {std::pair{16, 64}, std::pair{37, 100}, std::pair{3, 33}}) {
+      const OwnedMatrix m = random_matrix(format, N, K, 0, Format::f32);
+      check_matmul(kernels, m, Precision::bf16, format == Format::f32 ? 1e-5 : 0.006);
+      check_matmul(kernels, m, Precision::f32, 1e-5);
+    }
+  }
+}
+
+/// A tiny model whose matrices are owned here.
+struct TinyModel {
+  std::vector<OwnedMatrix> matrices;
+  std::shared_ptr<Model> model = std::make_shared<Model>();
+};
+
+TinyModel tiny_model(const KernelTable& kernels, Format format, Precision precision) {
+  TinyModel tiny;
+  tiny.matrices.reserve(64);
+  Model& m = *tiny.model;
+  m.hidden = 128;
+  m.heads = 4;
+  m.kv_heads = 2;
+  m.head_dim = 32;
+  m.intermediate = 192;
+  m.vocab = 131;
+  m.max_context = 600;
+  m.precision = precision;
+  m.kernels = &kernels;
+  for (int i = 0; i < m.head_dim / 2; i++) m.rope_inv_freq.push_back(std::pow(10000.0f, -static_cast<float>(i) / 16));
+  const auto matrix = [&](int N, int K) {
+    tiny.matrices.push_back(random_matrix(format, N, K, 64, Format::bf16));
+    return tiny.matrices.back().view;
+  };
+  const std::vector<float> ones(static_cast<size_t>(m.hidden), 1.0f);
+  m.embed = m.head = matrix(m.vocab, m.hidden);
+  m.norm = ones;
+  for (int i = 0; i < 2; i++) {
+    LayerWeights w;
+    w.q = matrix(m.q_columns(), m.hidden);
+    w.k = matrix(m.kv_columns(), m.hidden);
+    w.v = matrix(m.kv_columns(), m.hidden);
+    w.o = matrix(m.hidden, m.q_columns());
+    w.gate = matrix(m.intermediate, m.hidden);
+    w.up = matrix(m.intermediate, m.hidden);
+    w.down = matrix(m.hidden, m.intermediate);
+    w.input_norm = w.post_norm = ones;
+    if (i == 0) w.q_bias.assign(static_cast<size_t>(m.q_columns()), 0.1f);
+    if (i == 1) w.q_norm.assign(static_cast<size_t>(m.head_dim), 1.0f);
+    m.layers.push_back(w);
+  }
+  m.check();
+  return tiny;
+}
+
+std::vector<float> run_in_steps(const TinyModel& tiny, const std::vector<int32_t>& tokens, int step, int threads) {
+  ThreadPool::instance().set_size(threads);
+  Sequence sequence(tiny.model, 0 + tiny.model->max_context);
+  std::vector<float> logits;
+  for (size_t i = 0; i < tokens.size(); i += static_cast<size_t>(step)) {
+    const int n = static_cast<int>(std::min(tokens.size() - i, static_cast<size_t>(step)));
+    sequence.forward(&tokens[i], n, n, tiny.model->vocab);
+    sequence.cache().commit(n);
+    logits.insert(logits.end(), sequence.logits(), sequence.logits() + static_cast<size_t>(n) * tiny.model->vocab);
+  }
+  return logits;
+}
+
+void check_decoder(const KernelTable& kernels) {
+  for (const auto& [format, precision] : {std::pair{Format::q4, Precision::int8}, std::pair{Format::q8, Precision::int8},
+                                          std::pair{Format::bf16, Precision::bf16}, std::pair{Format::f32, Precision::f32}}) {
+    const TinyModel tiny = tiny_model(kernels, format, precision);
+    std::vector<int32_t> tokens(270);  // across a page
+    for (int32_t& token : tokens) token = static_cast<int32_t>(generator() % 131);
+    const std::vector<float> one = run_in_steps(tiny, tokens, 1, 1);
+    for (const int step : {5, 21, 2, 9, 16, 270}) {
+      for (const int threads : {2, 1, 3}) {
+        if (!full && (step < 5 || step == 9 || threads == 3)) continue;
+        expect(run_in_steps(tiny, tokens, step, threads) == one, kernels.isa,
+               "decoder: " + std::to_string(step) + " rows and " + std::to_string(threads) + " threads give other bits");
+      }
+    }
+    // Speculation with a drafter that is sometimes right, greedy: the tokens are the plain ones.
+    ThreadPool::instance().set_size(2);
+    const Law greedy{0.0f};
+    std::vector<int32_t> plain{tokens[0]}, guessed{tokens[0]};
+    Sequence a(tiny.model, 600), b(tiny.model, 600);
+    while (plain.size() < 60) {
+      const Verdict verdict = a.verify(&plain.back(), 1, {}, greedy, 1.0, 0, 0);
+      a.cache().commit(1);
+      plain.push_back(verdict.next_token);
+    }
+    while (guessed.size() < 60) {
+      Proposal proposal;
+      for (int i = 0; i < 5; i++) {
+        const size_t at = guessed.size() + static_cast<size_t>(i);
+        proposal.tokens.push_back(generator() % 4 && at < plain.size() ? plain[at] : static_cast<int32_t>(generator() % 131));
+      }
+      const Verdict verdict = b.verify(&guessed.back(), 1, proposal, greedy, 1.0, 0, 0);
+      b.cache().commit(1 + verdict.tau);
+      guessed.insert(guessed.end(), proposal.tokens.begin(), proposal.tokens.begin() + verdict.tau);
+      guessed.push_back(verdict.next_token);
+    }
+    guessed.resize(plain.size());
+    expect(guessed == plain, kernels.isa, "greedy speculation changed the tokens");
+    // Sampling runs, and a full context is refused with the cache as it was.
+    const Law sampled{0.9f, 40, 0.95f, 0.01f, 0};
+    Proposal drafted;
+    Sequence c(tiny.model, 30);
+    c.draft(tokens.data(), 20, 4, sampled, 1, 0, drafted);
+    expect(drafted.gamma() == 4 && c.cache().length() == 20 && c.cache().provisional() == 3, kernels.isa, "draft leaves the cache wrong");
+    c.cache().commit(0);
+    bool refused = false;
+    try {
+      c.forward(tokens.data(), 11, 0, 131);
+    } catch (const ContextFullError&) {
+      refused = true;
+    }
+    expect(refused && c.cache().length() == 20 && c.cache().provisional() == 0, kernels.isa, "a full context is not refused cleanly");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::string only;
+  for (int i = 1; i < argc; i++) {
+    if (std::string(argv[i]) == "--full") {
+      full = true;
+    } else {
+      only = argv[i];
+    }
+  }
+  expect(philox({0, 0, 0, 0}, 0).word[0] == 0x6627e8d5u, "any", "Philox4x32-10 known answer");
+  for (const IsaEntry& entry : compiled_isas()) {
+    if (!only.empty() && only != entry.table->isa) continue;
+    if (!entry.supported) {
+      std::printf("%s: not run, this CPU lacks %s\n", entry.table->isa, entry.table->features);
+      continue;
+    }
+    const int before = checks;
+    check_matmuls(*entry.table);
+    check_decoder(*entry.table);
+    std::printf("%s: %d checks\n", entry.table->isa, checks - before);
+  }
+  std::printf("%d checks, %d failures\n", checks, failures);
+  return failures ? 1 : 0;
+}
