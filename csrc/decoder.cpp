@@ -81,15 +81,13 @@ void Sequence::require_finite(int32_t rows) const {
 void Sequence::laws(int32_t rows, const Law& law, float* out) {
   ThreadPool& pool = ThreadPool::instance();
   work_.law_scratch.resize(std::max(work_.law_scratch.size(), static_cast<size_t>(pool.size())));
+  for (LawScratch& scratch : work_.law_scratch) scratch.reserve(model_->vocab);  // so that the threads do not allocate
   const size_t vocab = static_cast<size_t>(model_->vocab);
   const auto row = [&](int32_t m, LawScratch& scratch) {
-    law_row(*model_->kernels, work_.logits.data() + static_cast<size_t>(m) * vocab, model_->vocab, law, out + static_cast<size_t>(m) * vocab, scratch);
+    const size_t first = static_cast<size_t>(m) * vocab;
+    law_row(work_.logits.data() + first, model_->vocab, law, out + first, scratch);
   };
   if (rows == 1) return row(0, work_.law_scratch[0]);
-  for (auto& scratch : work_.law_scratch) {  // so that the threads do not allocate
-    scratch.values.reserve(vocab);
-    scratch.ids.reserve(vocab);
-  }
   pool.run([&](const Team& team) {
     for (int32_t m = team.id; m < rows; m += team.size) row(m, work_.law_scratch[static_cast<size_t>(team.id)]);
   });

@@ -47,8 +47,6 @@ struct KernelTable {
 
   /// Folds n logits whose first id is `first` into the running maximum; ties keep the lowest id.
   void (*logits_rows)(const float* logits, int n, int first, RowMax* best);
-  /// Writes out[i] = exp((x[i] - shift) * scale), and 0 where the argument is below -87.
-  void (*exp_row)(const float* x, float shift, float scale, float* out, int n);
   /// Writes row `row` of an embedding matrix as floats (K,).
   void (*embed_row)(const Matrix& w, int row, float* out);
 

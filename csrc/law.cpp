@@ -19,7 +19,9 @@ inline int32_t order_key(float x) noexcept {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 /// The same, unsigned.
-inline uint32_t unsigned_key(float x) noexcept { return static_cast<uint32_t>(order_key(x)) ^ 0x80000000u; }
+inline uint32_t unsigned_key(float x) noexcept {
+  return static_cast<uint32_t>(order_key(x)) ^ 0x80000000u;
+}
 
 /// The float of an unsigned key.
 inline float value_of(uint32_t key) noexcept {
@@ -249,6 +251,8 @@ int32_t argmax_row(const float* logits, int32_t n, int32_t vocab_limit) noexcept
   return first;
 }
 
-int32_t sample_token(const float* p, int32_t vocab, double u) noexcept { return inverse_cdf(LawWeights{p}, vocab, u); }
+int32_t sample_token(const float* p, int32_t vocab, double u) noexcept {
+  return inverse_cdf(LawWeights{p}, vocab, u);
+}
 
 }  // namespace specfast

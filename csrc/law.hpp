@@ -50,18 +50,12 @@ struct LawScratch {
 /// largest is 0. If the status is not ok, p is all zeros.
 LawStatus law_row(const float* logits, int32_t vocab, const Law& law, float* p, LawScratch& scratch) noexcept;
 
-/// The id of the largest of the first `limit` logits, the lowest id among equals; -1 if one of them is NaN.
-/// A `vocab_limit` outside 1..n means n.
+/// The id of the largest of the first vocab_limit of n logits, the lowest id among equals; -1 if one of them is NaN.
+/// A vocab_limit outside 1..n means n.
 int32_t argmax_row(const float* logits, int32_t n, int32_t vocab_limit) noexcept;
 
 /// The inverse CDF of p (vocab,), in token order, at u in [0, 1) of its total mass: never a token without mass,
 /// whatever u. -1 if there is no mass or it is NaN.
 int32_t sample_token(const float* p, int32_t vocab, double u) noexcept;
-
-struct KernelTable;
-inline LawStatus law_row(const KernelTable&, const float* logits, int32_t vocab, const Law& law, float* p,
-                         LawScratch& scratch) noexcept {
-  return law_row(logits, vocab, law, p, scratch);
-}
 
 }  // namespace specfast

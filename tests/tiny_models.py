@@ -114,4 +114,4 @@ def quantised(decoder, bits, group):
 
     layers = [replace(w, **{name: rounded(getattr(w, name)) for name in MATRICES}) for w in decoder.layers]
     decoder = replace(decoder, layers=layers, embed=rounded(decoder.embed), head=rounded(decoder.head))
-    return decoder, lambda precision: native(decoder, precision=precision, packs=packs)
+    return decoder, lambda precision, isa=None: native(decoder, precision=precision, isa=isa, packs=packs)

@@ -115,14 +115,6 @@ void logits_rows(const float* logits, int n, int first, RowMax* best) {
   }
 }
 
-void exp_row(const float* x, float shift, float scale, float* out, int n) {
-  for (int i = 0; i < n; i += kLanes) {
-    const int part = smaller(kLanes, n - i);
-    const Vec argument = mul(sub(load_part(x + i, part), broadcast(shift)), broadcast(scale));
-    store_part(out + i, keep_from(exp(argument), argument, -87.0f), part);
-  }
-}
-
 inline float scale_at(const void* scales, Format format, size_t i) {
   switch (format) {
     case Format::bf16: return from_bf16(static_cast<const uint16_t*>(scales)[i]);

@@ -97,11 +97,6 @@ inline Vec pow2(Vec n) {
 }
 inline Vec round_even(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-/// Lanes of a where x >= limit, else 0.
-inline Vec keep_from(Vec a, Vec x, float limit) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GE_OQ), a);
-}
-
 /// Keeps lanes below n, the others become `other`.
 inline Vec keep(Vec a, int n, float other) {
   return _mm512_mask_blend_ps(low_lanes(n < 0 ? 0 : n), _mm512_set1_ps(other), a);

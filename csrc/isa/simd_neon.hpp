@@ -97,11 +97,6 @@ inline Vec load_q8(const uint8_t* row, int k) {
 inline Vec pow2(Vec n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23)); }
 inline Vec round_even(Vec a) { return vrndnq_f32(a); }
 
-/// Lanes of a where x >= limit, else 0.
-inline Vec keep_from(Vec a, Vec x, float limit) {
-  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vcgeq_f32(x, vdupq_n_f32(limit))));
-}
-
 /// Keeps lanes below n, the others become `other`.
 inline Vec keep(Vec a, int n, float other) {
   const int32_t lanes[4] = {0, 1, 2, 3};

@@ -86,9 +86,6 @@ inline Vec load_bf16_part(const uint16_t* p, int) { return {from_bf16(*p)}; }
 inline Vec pow2(Vec n) { return {bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v) + 127) << 23)}; }
 inline Vec round_even(Vec a) { return {__builtin_rintf(a.v)}; }
 
-/// Lanes of a where x >= limit, else 0.
-inline Vec keep_from(Vec a, Vec x, float limit) { return {x.v >= limit ? a.v : 0.0f}; }
-
 /// Keeps lanes below n, the others become `other`.
 inline Vec keep(Vec a, int n, float other) { return {n > 0 ? a.v : other}; }
 

@@ -66,7 +66,7 @@ const KernelTable& avx512_kernels() {
   static const KernelTable table{"avx512",   "AVX-512 F, BW, VL, DQ, VNNI and BF16", kInfos, sizeof(kInfos) / sizeof(kInfos[0]),
                                  sum_squares, scale_row,   round_bf16,  quantise_int8,
                                  matmul_rows, swiglu_rows, rope_head,   append_head,
-                                 attend_rows, merge_pages, logits_rows, exp_row, embed_row,
+                                 attend_rows, merge_pages, logits_rows, embed_row,
                                  read_bytes,  peak_dot};
   return table;
 }

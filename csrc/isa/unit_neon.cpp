@@ -58,7 +58,7 @@ const KernelTable& neon_kernels() {
   static const KernelTable table{"neon",      "Armv8.2 dot products (asimddp)", kInfos,      sizeof(kInfos) / sizeof(kInfos[0]),
                                  sum_squares, scale_row,                        round_bf16,  quantise_int8,
                                  matmul_rows, swiglu_rows,                      rope_head,   append_head,
-                                 attend_rows, merge_pages,                      logits_rows, exp_row,
+                                 attend_rows, merge_pages,                      logits_rows,
                                  embed_row,   read_bytes,                       peak_dot};
   return table;
 }

@@ -11,7 +11,8 @@ from typing import Any
 
 from . import _core
 from .config import SpeculativeConfig
-from .engine import Chunk, Engine, Result
+from .context import Chunk
+from .engine import Engine
 from .errors import (
     ConfigurationError,
     ContextFullError,
@@ -24,6 +25,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .families import get_model_family_variants, suggest_speculative_config
+from .generation import Generation, Result
 from .inference import get_inference_engine, load
 
 __version__ = str(_core.build_info()["version"])
@@ -34,6 +36,7 @@ __all__ = [
     "ContextFullError",
     "DownloadError",
     "Engine",
+    "Generation",
     "IncompatibleDraftError",
     "ModelFormatError",
     "NumericalError",

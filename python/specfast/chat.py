@@ -31,7 +31,7 @@ MAX_TEMPLATE_CHARACTERS = 1_000_000
 MAX_TEXT_CHARACTERS = 16_000_000
 MAX_SECONDS = 5.0
 MAX_GROWTH_BYTES = 512 << 20
-_WIDE = re.compile(r"\d{4}|\*")
+_WIDE = re.compile(r"\d{4}|\*|\{[^{}]*\{")  # a wide number format, or one whose width comes from elsewhere
 _UNAVAILABLE_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "translate"})
 _UNAVAILABLE_FILTERS = ("center", "indent", "wordwrap", "format", "urlize", "filesizeformat", "pprint", "xmlattr")
 
@@ -97,6 +97,11 @@ def _joined(separator: str, items: Any) -> str:
     return separator.join(texts)
 
 
+def _check_format(obj: Any, attribute: Any) -> None:
+    if isinstance(obj, str) and attribute in ("format", "format_map") and _WIDE.search(obj):
+        _refuse("a wide number format")
+
+
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja's immutable sandbox, without what makes long strings out of short ones."""
 
@@ -134,6 +139,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _check_length(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        _check_format(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        _check_format(obj, argument)
+        return super().getitem(obj, argument)
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - Jinja's own names
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str):
@@ -143,8 +156,6 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 return _replaced(owner, *args)
             if name == "join" and len(args) == 1:
                 return _joined(owner, args[0])
-            if name in ("format", "format_map") and _WIDE.search(owner):
-                _refuse("a wide number format")
         return super().call(__context, __obj, *args, **kwargs)
 
 

@@ -46,9 +46,9 @@ def _number(name: str, low: float, high: float, also: float | None = None, hint:
 def _threshold(value: Any) -> float:
     above = isinstance(value, int | float) and not isinstance(value, bool) and value > 1
     hint = "; it is the share of the vocabulary that is cut, and 1.0 is greedy"
-    return _number("top_k_threshold", 0.1, 1.0, hint=hint + ("; to keep a number of tokens use --top-k" if above else ""))(
-        value
-    )
+    return _number(
+        "top_k_threshold", 0.1, 1.0, hint=hint + ("; to keep a number of tokens use --top-k" if above else "")
+    )(value)
 
 
 def _gamma(value: Any) -> Gamma:
@@ -174,7 +174,9 @@ class SpeculativeConfig:
                 f"early_exit {self.early_exit}: drafting by early exit is not available in this version; give a draft model"
             )
         if self.rule not in (None, "token"):
-            raise ConfigurationError(f"the {self.rule} rule is not available in this version; leave it out or use 'token'")
+            raise ConfigurationError(
+                f"the {self.rule} rule is not available in this version; leave it out or use 'token'"
+            )
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))
@@ -218,7 +220,9 @@ class ResolvedConfig:
             value = values.get(name, getattr(self.config, name))
             text = f"{value:g}" if isinstance(value, float) else str(value)
             shown.append(f"{label} {text} ({self.sources[name]})")
-        shown += [f"{name} ({self.sources[name]})" for name in ("auto_config", "disabled") if getattr(self.config, name)]
+        shown += [
+            f"{name} ({self.sources[name]})" for name in ("auto_config", "disabled") if getattr(self.config, name)
+        ]
         return ", ".join(shown)
 
     def with_request(self, request: Mapping[str, Any]) -> ResolvedConfig:

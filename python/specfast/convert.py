@@ -19,7 +19,14 @@ from .safetensors_file import TensorView, write_safetensors
 
 SHARD_BYTES = 2 << 30
 BITS, GROUP_SIZES = (4, 8), (32, 64, 128)
-_COPIED = ("tokenizer*.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja", "*.txt", "LICENSE*")
+_COPIED = (
+    "tokenizer*.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "*.txt",
+    "LICENSE*",
+)
 Progress = Callable[[int, int, str], None]
 FloatArray = npt.NDArray[np.float32]
 
@@ -117,7 +124,9 @@ def convert(
         ModelFormatError, UnsupportedModelError: the source cannot be used.
     """
     if bits not in BITS or group_size not in GROUP_SIZES:
-        raise ConfigurationError(f"{bits} bits in groups of {group_size} are not supported; choose {BITS} bits and groups of {GROUP_SIZES}")
+        raise ConfigurationError(
+            f"{bits} bits in groups of {group_size} are not supported; choose {BITS} bits and groups of {GROUP_SIZES}"
+        )
     if destination.exists():
         raise ConfigurationError(f"{destination} exists already; remove it or choose another name")
     if read_config(source).quantisation:
@@ -168,7 +177,9 @@ def _write(
     if shard:
         flush()
     names = (
-        ["model.safetensors"] if shards == 1 else [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        ["model.safetensors"]
+        if shards == 1
+        else [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     )
     for i, file in enumerate(names):
         (directory / f"{i}.part").rename(directory / file)

@@ -6,13 +6,12 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from . import _core
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
 from .drafters import Drafter, ModelDrafter, NoDrafter
 from .errors import ConfigurationError, ContextFullError
-from .generation import Generation, Result
+from .generation import Generation, Result, Terms
 from .models import ModelPair, Notify, print_notice
 from .sampling import SamplingParams
 from .stats import SpeculationStats
@@ -100,7 +99,8 @@ class Engine:
 
         Returns:
             model_family_compatibility ("compatible", "incompatible" or "unknown"), acceptance_rate (a float),
-            lossless, lenience, precision, target_model, draft_model, and the counters of SpeculationStats.
+            lossless, lenience (no token gets more than max(1, lenience) times its probability), precision,
+            target_model, draft_model, and the counters of SpeculationStats.
         """
         pair, config = self._pair, self.config
         return {
@@ -159,7 +159,9 @@ class Engine:
         """
         models = sorted(set(request) & {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine"})
         if models:
-            raise ConfigurationError(f"{models[0]} cannot change with a request; use set_models or build another engine")
+            raise ConfigurationError(
+                f"{models[0]} cannot change with a request; use set_models or build another engine"
+            )
         resolved = self.resolved.with_request(request)
         config = resolved.config
         config.require_available()
@@ -185,27 +187,25 @@ class Engine:
             TextStream(StreamDecoder(pair.tokenizer, continues=True), stops),
         )
         speculating = pair.draft is not None and not config.disabled
+        exact = config.lenience <= 1 or law.temperature == 0 or not speculating
+        if not exact:
+            self._say_once(
+                f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
+                f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
+            )
         drafter: Drafter = NoDrafter()
         if pair.draft and speculating:
             drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity)
-        generation = Generation(
+        return Generation(
             context,
             NativeTarget(pair.target.model, law, config.lenience, sampling.seed, capacity),
             drafter,
             self._controller(resolved, timed=seed is None or law.temperature == 0),
             progress=progress,
+            terms=Terms(sampling.seed, self._gamma(resolved)[0] if speculating else 0, exact, pair.target.precision),
             on_draft_failure=self._draft_failed,
             on_end=self.stats.add,
         )
-        generation.seed, generation.precision = sampling.seed, pair.target.precision
-        generation.lossless = config.lenience <= 1 or law.temperature == 0 or not speculating
-        generation.gamma = self._gamma(resolved)[0] if speculating else 0
-        if not generation.lossless:
-            self._say_once(
-                f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
-                f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
-            )
-        return generation
 
     def _draft_failed(self, error: Exception) -> None:
         self._say_once(f"drafting failed, and plain decoding goes on ({type(error).__name__}: {error})")

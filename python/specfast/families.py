@@ -96,7 +96,7 @@ FAMILIES = (
     ),
     Family(
         "mistral",
-        ("mistral-7b", "mistral-nemo", "mistral-small", "mistral-large"),
+        ("mistral-7b", "mistral-nemo", "mistral-small-24b", "mistral-large"),
         {"mistral-large": ("mistral-7b",)},
     ),
     Family("phi", ("phi-3.5-mini", "phi-4", "phi-4-mini")),
@@ -127,7 +127,7 @@ REPOSITORIES: Mapping[str, str] = {
     **{name: f"{_MLX}{name}-it-4bit" for name in FAMILIES[4].variants},
     "mistral-7b": _MLX + "Mistral-7B-Instruct-v0.3-4bit",
     "mistral-nemo": _MLX + "Mistral-Nemo-Instruct-2407-4bit",
-    "mistral-small": _MLX + "Mistral-Small-24B-Instruct-2501-4bit",
+    "mistral-small-24b": _MLX + "Mistral-Small-24B-Instruct-2501-4bit",
     "mistral-large": _MLX + "Mistral-Large-Instruct-2407-4bit",
     "phi-3.5-mini": _MLX + "Phi-3.5-mini-instruct-4bit",
     "phi-4": _MLX + "phi-4-4bit",
@@ -155,10 +155,9 @@ def short_name(model: str) -> str:
     Case, organisation, packaging suffixes and punctuation do not matter. Unknown ids come back in lower case, without
     organisation and packaging suffixes.
     """
-    name = re.split(r"[/\\]", model.strip().rstrip("/\\"))[-1].lower()
-    while (shorter := _PACKAGING.sub("", name)) != name:
+    name = re.split(r"[/\\]", model.strip().rstrip("/\\"))[-1].lower().removeprefix("meta-")
+    while _key(name) not in _BY_KEY and (shorter := _PACKAGING.sub("", name)) != name:
         name = shorter
-    name = name.removeprefix("meta-")
     return _BY_KEY[_key(name)][0] if _key(name) in _BY_KEY else name
 
 
@@ -181,7 +180,13 @@ def suggested_drafts(target: str) -> tuple[str, ...]:
 def parameters(model: str) -> float | None:
     """A model's parameters by its name, in billions; None when the name does not tell."""
     name = short_name(model)
-    known = {"deepseek-v3": 671.0, "deepseek-r1": 671.0, "mistral-nemo": 12.0, "mistral-small": 24.0, "mistral-large": 123.0}
+    known = {
+        "deepseek-v3": 671.0,
+        "deepseek-r1": 671.0,
+        "mistral-nemo": 12.0,
+        "mistral-small-24b": 24.0,
+        "mistral-large": 123.0,
+    }
     if found := _SIZE.search(name):
         return float(found[1]) / (1000 if found[2] == "m" else 1)
     return known.get(name)

@@ -41,16 +41,33 @@ def rounds(
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What a request is decoded under.
+
+    Attributes:
+        seed: of the random streams, given or drawn: with it the text can be had again.
+        gamma: most tokens drafted a round, or "auto"; 0 is plain decoding.
+        lossless: whether the tokens follow the target's law at this precision.
+        precision: of the target's activations.
+    """
+
+    seed: int = 0
+    gamma: int | Literal["auto"] = 0
+    lossless: bool = True
+    precision: str = "unknown"
+
+
+@dataclass(frozen=True)
 class Result:
     """A generation, finished or not.
 
     Attributes:
         text: the generated text, without the prompt.
         token_ids: the generated tokens, an end token included.
-        finish_reason: "eos", "stop", "length", "context", or "interrupted".
-        seed: the request's, given or drawn: with it the text can be had again.
-        gamma: most tokens drafted a round, or "auto"; 0 is plain decoding.
-        lossless: whether the tokens follow the target's law at this precision.
+        prompt_tokens: tokens of the prompt.
+        finish_reason: "eos" (an end token), "stop" (a stop string), "length" (max_tokens), "context" (it is full), or
+            "interrupted".
+        terms: what it was decoded under.
         stats: counters of this request.
     """
 
@@ -58,11 +75,13 @@ class Result:
     token_ids: list[int]
     prompt_tokens: int
     finish_reason: FinishReason | Literal["interrupted"]
-    seed: int
-    gamma: int | Literal["auto"]
-    lossless: bool
-    precision: str
+    terms: Terms
     stats: SpeculationStats
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the tokens follow the target's law at this precision."""
+        return self.terms.lossless
 
 
 class Generation:
@@ -74,6 +93,7 @@ class Generation:
         context: the request, with its prompt's tokens.
         target, drafter, controller: this request's; a drafter that fails is replaced by plain decoding.
         progress: called with (done, total) while the target reads the prompt.
+        terms: told in the result.
         on_draft_failure: called with a drafter's exception.
         on_end: called with the counters when the request ends, however it does.
 
@@ -89,8 +109,9 @@ class Generation:
         controller: Controller,
         *,
         progress: Progress | None = None,
-        on_draft_failure: Callable[[Exception], None] = lambda error: None,
-        on_end: Callable[[SpeculationStats], None] = lambda stats: None,
+        terms: Terms = Terms(),
+        on_draft_failure: Callable[[Exception], None] | None = None,
+        on_end: Callable[[SpeculationStats], None] | None = None,
     ) -> None:
         seams: list[tuple[object, type]] = [(target, Target), (drafter, Drafter), (controller, Controller)]
         for seam, protocol in seams:
@@ -100,8 +121,7 @@ class Generation:
                 raise TypeError(f"{type(seam).__name__} is not a {protocol.__name__}: it lacks {', '.join(lacking)}")
         self.context = context
         self.stats = SpeculationStats(requests=1, prompt_tokens=context.prompt_length)
-        self.seed, self.precision, self.lossless = 0, "", True
-        self.gamma: int | Literal["auto"] = 0
+        self.terms = terms
         self._target, self._controller = target, controller
         self._drafter = FallbackDrafter(drafter, self._draft_failed)
         self._progress, self._on_draft_failure, self._on_end = progress, on_draft_failure, on_end
@@ -126,16 +146,14 @@ class Generation:
             token_ids=context.tokens[context.prompt_length :],
             prompt_tokens=context.prompt_length,
             finish_reason=context.finish_reason or "interrupted",
-            seed=self.seed,
-            gamma=self.gamma,
-            lossless=self.lossless,
-            precision=self.precision,
+            terms=self.terms,
             stats=self.stats,
         )
 
     def _draft_failed(self, error: Exception) -> None:
         self.stats.fallbacks += 1
-        self._on_draft_failure(error)
+        if self._on_draft_failure:
+            self._on_draft_failure(error)
 
     def _run(self) -> Generator[Chunk, None, None]:
         stats, context = self.stats, self.context
@@ -153,4 +171,5 @@ class Generation:
                 yield chunk
                 away += time.perf_counter() - left
         finally:
-            self._on_end(stats)
+            if self._on_end:
+                self._on_end(stats)

@@ -144,7 +144,9 @@ def _choose_draft(config: SpeculativeConfig, target: Path, notify: Notify) -> _D
             return typed
     if not config.auto_config:
         drafts = ", ".join(suggested_drafts(name))
-        hint = f"--speculative-auto-config takes one of its family ({drafts})" if drafts else "name one with --draft-model"
+        hint = (
+            f"--speculative-auto-config takes one of its family ({drafts})" if drafts else "name one with --draft-model"
+        )
         notify(f"{name} has no draft: plain decoding; {hint}")
         return typed
     for candidate in ranked_drafts(name):

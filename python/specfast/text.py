@@ -67,7 +67,7 @@ class _Window:
         if len(self._tokens) >= self.LONGEST:
             head, tail = self._tokens[: -self.KEPT], self._tokens[-self.KEPT :]
             rest = self._tokenizer.decode(tail)
-            if self._tokenizer.decode(head) + rest == text or len(self._tokens) > 4 * self.LONGEST:
+            if (rest and self._tokenizer.decode(head) + rest == text) or len(self._tokens) > 4 * self.LONGEST:
                 self._tokens, self._shown = tail, rest
         return new
 

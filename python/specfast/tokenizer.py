@@ -13,7 +13,7 @@ import tokenizers
 from .architecture import read_json
 from .errors import ConfigurationError, ModelFormatError
 
-Spelling = Literal["byte-level", "pieces", "other"]
+Spelling = Literal["byte-level", "pieces", "pieces and bytes", "other"]
 LeadingSpace = Literal["keep", "strip one", "strip first token"]
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -35,7 +35,8 @@ class Tokenizer:
         config: tokenizer_config.json, or empty.
         vocab: one more than the largest token id, added tokens included.
         spelling: how tokens spell text, by the decoder of tokenizer.json: "byte-level" (GPT-2 characters for bytes),
-            "pieces" (sentencepiece: a lower one eighth block for a space, <0xNN> for a byte) or "other".
+            "pieces" (sentencepiece: a lower one eighth block for a space), "pieces and bytes" (<0xNN> is a byte) or
+            "other".
         leading_space: what the decoder does with a space at the start of a whole text.
 
     Raises:
@@ -72,7 +73,7 @@ class Tokenizer:
         """
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):
             raise ConfigurationError("the text holds lone surrogates; pass valid Unicode") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -82,7 +83,7 @@ class Tokenizer:
     def bytes_of(self, token: int) -> bytes:
         """The UTF-8 bytes one token adds to a text: a character may be spread over several tokens; empty for special ones.
 
-        Only for the spellings "byte-level" and "pieces".
+        Not for the spelling "other".
         """
         if token not in self._bytes:
             self._bytes[token] = self._spell(token)
@@ -95,7 +96,7 @@ class Tokenizer:
         if self.spelling == "byte-level":
             spelled = [_BYTE_OF.get(character, -1) for character in text]
             return text.encode() if -1 in spelled else bytes(spelled)
-        byte = _BYTE_TOKEN.fullmatch(text)
+        byte = _BYTE_TOKEN.fullmatch(text) if self.spelling == "pieces and bytes" else None
         return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
 
     def special_text(self, key: str) -> str:
@@ -126,5 +127,5 @@ def _describe_decoder(tokenizer: tokenizers.Tokenizer) -> tuple[Spelling, Leadin
         replaces = steps[0].get("pattern") == {"String": "\u2581"} and steps[0].get("content") == " "
         strip = steps[3] if len(steps) == 4 else {"content": " ", "start": 0, "stop": 0}
         if replaces and strip.get("content") == " " and strip.get("start") in (0, 1) and strip.get("stop") == 0:
-            return "pieces", "strip one" if strip["start"] else "keep"
+            return "pieces and bytes", "strip one" if strip["start"] else "keep"
     return "other", "keep"

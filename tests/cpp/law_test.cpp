@@ -24,7 +24,9 @@ void expect(bool held, const char* what, uint64_t round) {
   failures++;
 }
 
-double draw(uint64_t round, uint32_t position) { return uniform(20221130, round, position, Purpose::draft); }
+double draw(uint64_t round, uint32_t position) {
+  return uniform(20221130, round, position, Purpose::draft);
+}
 
 /// Laws, sums and draws are defined without fused or reordered arithmetic: this hash is the same on every machine.
 constexpr uint64_t kExpectedBits = 0x4d362aec1f24c541;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,18 +19,21 @@ EXAMPLES = """examples:
   specfast suggest llama-3.1-8b                         drafts and options of a model's family
   specfast convert ./Qwen2.5-7B ./qwen-q4 --bits 4      quantise a Hugging Face directory
   specfast doctor                                       kernels and hosts found, and why not
+
+`specfast COMMAND --help` tells more.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
-    from .. import __version__  # noqa: PLC0415 - the package imports this module's siblings
+    """The parser of all subcommands; each module of COMMANDS has add_parser(subparsers) and run(options)."""
+    from .. import __version__  # noqa: PLC0415 - the package's __init__ is not complete when this module is imported
 
     parser = argparse.ArgumentParser(
         prog="specfast",
         description="Speculative decoding with compiled kernels: faster tokens, the same words.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"specfast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -40,22 +44,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no failure
+    command = "specfast"
     try:
-        return int(options.run(options))
+        options = build_parser().parse_args(arguments)
+        command = f"specfast {options.command}"
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except ConfigurationError as error:
-        print(f"specfast {options.command}: {error}", file=sys.stderr)
-        return 2
+        return _fail(command, str(error), 2)
     except SpecfastError as error:
-        print(f"specfast {options.command}: {error}", file=sys.stderr)
-        return 1
+        return _fail(command, str(error), 1)
     except MemoryError:
-        print(f"specfast {options.command}: not enough memory; use a smaller model or --context", file=sys.stderr)
-        return 1
+        return _fail(command, "not enough memory; use a smaller model, or less context (--context)", 1)
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
         return 1
     except KeyboardInterrupt:
-        print(f"\nspecfast {options.command}: interrupted", file=sys.stderr)
-        return 130
+        return _fail(command, "interrupted", 130)
+
+
+def _fail(command: str, message: str, code: int) -> int:
+    print(f"{command}: {message}", file=sys.stderr)
+    return code

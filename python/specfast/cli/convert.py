@@ -14,12 +14,18 @@ from .. import hub
 
 def add_parser(commands: Any) -> None:
     """Registers the subcommand."""
-    parser = commands.add_parser("convert", help="quantise a model directory", description="Quantises a Hugging Face model directory into MLX's affine layout.")
+    parser = commands.add_parser(
+        "convert",
+        help="quantise a model directory",
+        description="Quantises a Hugging Face model directory into MLX's affine layout.",
+    )
     parser.set_defaults(run=run)
     parser.add_argument("source", help="directory or repo id with F32, F16 or BF16 weights")
     parser.add_argument("destination", type=Path, help="directory to create")
     parser.add_argument("--bits", type=int, default=4, choices=conversion.BITS, help="bits per weight (4)")
-    parser.add_argument("--group-size", type=int, default=64, choices=conversion.GROUP_SIZES, help="weights that share a scale (64)")
+    parser.add_argument(
+        "--group-size", type=int, default=64, choices=conversion.GROUP_SIZES, help="weights that share a scale (64)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON summary")
 
 

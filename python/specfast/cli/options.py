@@ -1,0 +1,134 @@
+"""The options of `specfast generate`: one option may have a short and a documented long name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..config import ENGINES, FIELDS, RULES, UNSET
+
+EPILOG = """examples:
+  specfast generate --prompt "def fibonacci(n):" --max-tokens 64 --temperature 0
+  specfast generate --model ./llama-8b --draft-model ./llama-1b --prompt-file question.txt --time
+  specfast generate --speculative-target-model llama-3.1-8b --speculative-auto-config --prompt "Write a story"
+  echo "class Stack:" | specfast generate --json | tail -n 1
+  specfast generate --compare --temperature 0
+
+A model is a directory (Hugging Face or MLX layout), a short name (llama-3.2-1b) or a repo id (org/name), which is
+downloaded. Exit codes: 0, 2 for usage, 1 for failures and for --compare when greedy tokens differ, 130 after Ctrl-C.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds all options of generate."""
+    prompt = parser.add_argument_group("prompt (default: stdin; on a terminal, or when stdin is empty, a built-in one)")
+    source = prompt.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the text itself")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file; - is stdin")
+    prompt.add_argument("--system", metavar="TEXT", help="system message, with a chat template")
+    prompt.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
+    _add_speculation(parser)
+    _add_sampling(parser)
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--precision", choices=("int8", "bf16", "f32"), help="of activations (int8 for quantised weights, else theirs)"
+    )
+    machine.add_argument("--threads", type=int, metavar="N", help="of native calls (all cores)")
+    machine.add_argument("--context", type=int, metavar="N", help="bound the context below the model's")
+    output = parser.add_argument_group("output")
+    output.add_argument("--time", action="store_true", help="prompt tok/s, time to first token, split of the time")
+    output.add_argument(
+        "--compare",
+        action="store_true",
+        help="run plain and speculative; both figures, and whether tokens are identical",
+    )
+    output.add_argument("--json", action="store_true", help="the last line is a JSON object")
+    output.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    output.add_argument("--quiet", action="store_true", help="nothing on stderr but warnings and errors")
+
+
+def typed_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of SpeculativeConfig that were typed."""
+    return {name: value for name in FIELDS if (value := getattr(options, name, UNSET)) is not UNSET}
+
+
+def _add_speculation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speculation (the names of one line are one option)")
+
+    def add(*names: str, **options: Any) -> None:
+        group.add_argument(*names, default=UNSET, **options)
+
+    add(
+        "--model", "--speculative-target-model", dest="target_model", metavar="MODEL", help="target (the embedded pair)"
+    )
+    add(
+        "--draft-model",
+        "--speculative-draft-model",
+        dest="draft_model",
+        metavar="MODEL",
+        help="draft, of the same tokens",
+    )
+    add(
+        *("--auto-config", "--speculative-auto-config"),
+        **{"dest": "auto_config", "action": "store_const", "const": True},
+        help="draft and options of the target's family; gamma follows measurements",
+    )
+    engines = {"choices": ENGINES, "metavar": "ENGINE"}
+    add(
+        "--target-engine", "--speculative-target-engine", dest="target_engine", **engines, help="native in this version"
+    )
+    add("--draft-engine", "--speculative-draft-engine", dest="draft_engine", **engines, help="as the target's")
+    add(
+        *("--gamma", "--speculative-gamma"),
+        **{"dest": "gamma", "type": _gamma, "metavar": "1-20|auto"},
+        help="tokens drafted per round (5); auto measures what pays",
+    )
+    add(
+        *("--temperature", "--speculative-temperature"),
+        **{"dest": "temperature", "type": float, "metavar": "0|0.1-2.0"},
+        help="sampling temperature (1.0); 0 is greedy",
+    )
+    add(
+        *("--top-k-threshold", "--speculative-top-k"),
+        **{"dest": "top_k_threshold", "type": float, "metavar": "0.1-1.0"},
+        help="share of the vocabulary that is cut (0.9); 1.0 is greedy",
+    )
+    add(
+        *("--lenience", "--speculative-lenience"),
+        **{"dest": "lenience", "type": float, "metavar": "0.5-2.0"},
+        help="above 1.0 accepts more, and changes the output law (1.0)",
+    )
+    add("--rule", "--speculative-rule", dest="rule", choices=RULES, metavar="RULE", help="token in this version")
+    add(
+        *("--early-exit", "--speculative-early-exit"),
+        **{"dest": "early_exit", "type": int, "metavar": "LAYER"},
+        help="draft with the target's first layers; not in this version",
+    )
+    add(
+        *("--plain", "--disable-speculative"),
+        **{"dest": "disabled", "action": "store_const", "const": True},
+        help="plain decoding; no draft is fetched or loaded",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most tokens to generate (256)")
+    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    group.add_argument(
+        "--top-k", type=int, metavar="N", help="keep the N likeliest tokens, 0 for all; replaces an untyped threshold"
+    )
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the fewest tokens with mass P")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+
+
+def _gamma(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer in 1 to 20 nor 'auto'") from None
