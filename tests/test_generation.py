@@ -242,12 +242,12 @@ class FailingTarget(ToyTarget):
         return super().verify(context, proposal)
 
 
-@pytest.mark.parametrize("error", [NumericalError("not finite"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [NumericalError, KeyboardInterrupt])
 def test_a_failing_target_or_ctrl_c_ends_the_request_with_everything_consistent(error):
     target, ended = FailingTarget(3, error), []
     context = Context([4, 4], 40, 200)
     run = Generation(context, target, ToyDrafter(1.0), FixedGamma(4), on_end=ended.append)
-    with pytest.raises(type(error)):
+    with pytest.raises(error):
         list(run)
     result = run.result()
     assert result.token_ids == plain([4, 4], 10)
@@ -271,7 +271,11 @@ def test_closing_early_keeps_the_counts():
 @pytest.mark.parametrize(("position", "lacking"), [(0, "verify"), (1, "propose"), (2, "update")])
 def test_parts_that_lack_a_method_are_refused_at_once(position, lacking):
     parts = [ToyTarget(), NoDrafter(), FixedGamma(3)]
-    known = {name: getattr(parts[position], name) for name in ("prefill", "commit", "gamma") if hasattr(parts[position], name)}
+    known = {
+        name: getattr(parts[position], name)
+        for name in ("prefill", "commit", "gamma")
+        if hasattr(parts[position], name)
+    }
     parts[position] = SimpleNamespace(**known)
     with pytest.raises(TypeError, match=f"lacks {lacking}"):
         Generation(Context([1], 2, 9), *parts)
