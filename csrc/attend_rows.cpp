@@ -1,4 +1,5 @@
-// Causal attention of a tile over the cache, page by page: every page is read once for all rows and the heads of a group.
+// Causal attention of a tile over the cache, page by page: every page is read once for all rows and the heads of a
+// group.
 #include "regions.hpp"
 
 namespace specfast {
@@ -26,9 +27,10 @@ void attend_rows(const Pass& pass, int layer) {
     args.group = model.group();
     args.head_dim = model.head_dim;
     args.padded_dim = padded;
-    args.first_valid = static_cast<int32_t>(tile.position + 1 - static_cast<int64_t>(page) * kPagePositions < kPagePositions
-                                                ? tile.position + 1 - static_cast<int64_t>(page) * kPagePositions
-                                                : kPagePositions);
+    args.first_valid =
+        static_cast<int32_t>(tile.position + 1 - static_cast<int64_t>(page) * kPagePositions < kPagePositions
+                                 ? tile.position + 1 - static_cast<int64_t>(page) * kPagePositions
+                                 : kPagePositions);
     args.scale = model.attention_scale();
     pass.kernels().attend_rows(args);
   }
@@ -39,7 +41,8 @@ void attend_rows(const Pass& pass, int layer) {
     const int32_t m = i / model.heads, head = i % model.heads;
     const int32_t seen = static_cast<int32_t>((tile.position + m) / kPagePositions) + 1;
     pass.kernels().merge_pages(partial + m * row_stride + head * head_stride, page_stride, seen,
-                               out.f32 + static_cast<size_t>(m) * out.stride + head * model.head_dim, model.head_dim, padded);
+                               out.f32 + static_cast<size_t>(m) * out.stride + head * model.head_dim, model.head_dim,
+                               padded);
   }
   pass.team.barrier();
 }

@@ -13,7 +13,8 @@ namespace specfast {
 
 Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
     : model_(std::move(model)),
-      cache_({static_cast<int32_t>(model_->layers.size()), model_->kv_heads, model_->head_dim, model_->precision != Precision::f32},
+      cache_({static_cast<int32_t>(model_->layers.size()), model_->kv_heads, model_->head_dim,
+              model_->precision != Precision::f32},
              model_->rope_inv_freq, capacity),
       work_(*model_) {}
 
@@ -46,15 +47,17 @@ void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows
   const Model& model = *model_;
   for (int64_t i = 0; i < count; i++) {
     if (tokens[i] < 0 || tokens[i] >= model.vocab)
-      throw ShapeError("token " + std::to_string(tokens[i]) + " is outside the vocabulary of " + std::to_string(model.vocab));
+      throw ShapeError("token " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
+                       std::to_string(model.vocab));
   }
   const int64_t before = cache_.provisional();
   const int64_t first = cache_.length() + before;
-  work_.logits.resize(std::max(work_.logits.size(), static_cast<size_t>(logits_rows) * static_cast<size_t>(model.vocab)));
+  work_.logits.resize(
+      std::max(work_.logits.size(), static_cast<size_t>(logits_rows) * static_cast<size_t>(model.vocab)));
   best_.assign(static_cast<size_t>(logits_rows), RowMax{});
   if (!cache_.append(count))
-    throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens; " + std::to_string(first) +
-                           " are in it and " + std::to_string(count) + " more were asked for");
+    throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens; " +
+                           std::to_string(first) + " are in it and " + std::to_string(count) + " more were asked for");
   try {
     for (int64_t done = 0; done < count; done += kTileRows) {
       const int32_t M = static_cast<int32_t>(std::min<int64_t>(kTileRows, count - done));
@@ -63,7 +66,8 @@ void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows
       const int64_t slot = wanted - (count - logits_rows);
       const bool any = wanted < done + M;
       tile({tokens + done, M, first + done}, any ? static_cast<int32_t>(wanted - done) : M, limit,
-           work_.logits.data() + (any ? static_cast<size_t>(slot) * static_cast<size_t>(model.vocab) : 0), best_.data() + (any ? slot : 0));
+           work_.logits.data() + (any ? static_cast<size_t>(slot) * static_cast<size_t>(model.vocab) : 0),
+           best_.data() + (any ? slot : 0));
     }
   } catch (...) {
     cache_.drop_to(before);
@@ -74,7 +78,8 @@ void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows
 void Sequence::require_finite(int32_t rows) const {
   for (int32_t m = 0; m < rows; m++) {
     if (!(best_[static_cast<size_t>(m)].poison == 0.0f))
-      throw NumericalError("logits of row " + std::to_string(m) + " are not finite (NaN or infinite); the weights are damaged or overflow at this precision");
+      throw NumericalError("logits of row " + std::to_string(m) +
+                           " are not finite (NaN or infinite); the weights are damaged or overflow at this precision");
   }
 }
 
@@ -93,13 +98,14 @@ void Sequence::laws(int32_t rows, const Law& law, float* out) {
   });
 }
 
-void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed, uint64_t round,
-                     Proposal& proposal) {
+void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed,
+                     uint64_t round, Proposal& proposal) {
   const int32_t limit = law.limit(model_->vocab);
   const size_t vocab = static_cast<size_t>(model_->vocab);
   const int64_t needed = cache_.length() + count + std::max(gamma - 1, 0);
   if (needed > cache_.capacity())
-    throw ContextFullError("the draft's context holds " + std::to_string(cache_.capacity()) + " tokens and this round needs " + std::to_string(needed));
+    throw ContextFullError("the draft's context holds " + std::to_string(cache_.capacity()) +
+                           " tokens and this round needs " + std::to_string(needed));
   const int64_t length = cache_.length();
   proposal.tokens.assign(static_cast<size_t>(gamma), -1);
   proposal.vocab = model_->vocab;
@@ -125,8 +131,8 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
   }
 }
 
-Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law, double lenience,
-                         uint64_t seed, uint64_t round) {
+Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law,
+                         double lenience, uint64_t seed, uint64_t round) {
   const int32_t gamma = proposal.gamma();
   const int64_t before = cache_.provisional();
   std::vector<int32_t> tokens(pending, pending + count);
@@ -143,10 +149,11 @@ Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& 
     if (work_.laws.size() < size) work_.laws.resize(size);
     laws(gamma + 1, law, work_.laws.data());
     std::vector<double> u(static_cast<size_t>(gamma) + 1);
-    for (int32_t i = 0; i < gamma; i++) u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
+    for (int32_t i = 0; i < gamma; i++)
+      u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
     u.back() = uniform(seed, round, static_cast<uint32_t>(gamma), Purpose::residual);
-    return verify_tokens(work_.laws.data(), model_->vocab, proposal.q.empty() ? nullptr : proposal.q.data(), proposal.vocab,
-                         proposal.tokens.data(), gamma, u.data(), lenience);
+    return verify_tokens(work_.laws.data(), model_->vocab, proposal.q.empty() ? nullptr : proposal.q.data(),
+                         proposal.vocab, proposal.tokens.data(), gamma, u.data(), lenience);
   } catch (...) {
     cache_.drop_to(before);
     throw;

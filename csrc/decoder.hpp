@@ -29,16 +29,17 @@ class Sequence {
   const KvCache& cache() const { return cache_; }
 
   /// Appends `count` tokens provisionally and leaves the logits of the last `logits_rows` in work().logits with their
-  /// maxima over ids below `limit` in `best`. All or nothing: throws ContextFullError, ShapeError (token out of range) or
-  /// std::bad_alloc with the cache as it was.
+  /// maxima over ids below `limit` in `best`. All or nothing: throws ContextFullError, ShapeError (token out of range)
+  /// or std::bad_alloc with the cache as it was.
   void forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit);
 
   /// Appends and commits `pending`, then drafts gamma tokens; gamma - 1 of them stay provisional.
-  void draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed, uint64_t round, Proposal& proposal);
+  void draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed, uint64_t round,
+             Proposal& proposal);
 
   /// Appends `pending` and the drafted tokens provisionally and decides by the token rule, or greedily, what is kept.
-  Verdict verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law, double lenience, uint64_t seed,
-                 uint64_t round);
+  Verdict verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law, double lenience,
+                 uint64_t seed, uint64_t round);
 
   const float* logits() const { return work_.logits.data(); }
   const std::vector<RowMax>& best() const { return best_; }

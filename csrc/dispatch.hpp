@@ -16,8 +16,8 @@ struct IsaEntry {
 /// Every compiled table, slowest first.
 const std::vector<IsaEntry>& compiled_isas();
 
-/// The table named `isa`; empty means SPECFAST_ISA if set, else the best supported one. Null when unknown or unsupported, with the
-/// reason in *why.
+/// The table named `isa`; empty means SPECFAST_ISA if set, else the best supported one. Null when unknown or
+/// unsupported, with the reason in *why.
 const KernelTable* find_kernels(const std::string& isa, std::string* why);
 
 }  // namespace specfast

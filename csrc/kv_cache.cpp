@@ -72,6 +72,8 @@ const float* KvCache::rope_cos(int64_t position) const {
   return angles.data() + static_cast<size_t>(position % kPagePositions) * inv_freq_.size();
 }
 
-const float* KvCache::rope_sin(int64_t position) const { return rope_cos(position) + kPagePositions * inv_freq_.size(); }
+const float* KvCache::rope_sin(int64_t position) const {
+  return rope_cos(position) + kPagePositions * inv_freq_.size();
+}
 
 }  // namespace specfast

@@ -11,8 +11,8 @@ void logits_rows(const Pass& pass, int32_t first_row, int32_t limit, float* logi
   const int32_t M = pass.tile.M - first_row;
   const Needs needs = needs_of({&model.head}, model.precision);
   const Rows rows = pass.work.normed.view(M);
-  normalise_rows(pass.team, pass.kernels(), pass.work.x.data() + static_cast<size_t>(first_row) * model.hidden, model.hidden,
-                 model.norm.data(), model.rms_eps, rows, needs);
+  normalise_rows(pass.team, pass.kernels(), pass.work.x.data() + static_cast<size_t>(first_row) * model.hidden,
+                 model.hidden, model.norm.data(), model.rms_eps, rows, needs);
   pass.team.barrier();
 
   RowMax* mine = pass.work.best.data() + static_cast<size_t>(pass.team.id) * kTileRows;
@@ -21,8 +21,8 @@ void logits_rows(const Pass& pass, int32_t first_row, int32_t limit, float* logi
   pass.team.part(model.vocab, kPanel, &first, &last);
   for (int n0 = first; n0 < last; n0 += kColumns) {
     const int n1 = std::min(n0 + kColumns, last);
-    pass.kernels().matmul_rows(model.head, rows, activation_of(model.head, model.precision), n0, n1, logits, model.vocab, {},
-                               pass.scratch());
+    pass.kernels().matmul_rows(model.head, rows, activation_of(model.head, model.precision), n0, n1, logits,
+                               model.vocab, {}, pass.scratch());
     const int n = std::min(n1, limit) - n0;
     for (int32_t m = 0; n > 0 && m < M; m++)
       pass.kernels().logits_rows(logits + static_cast<size_t>(m) * model.vocab + n0, n, n0, &mine[m]);

@@ -35,7 +35,9 @@ void expect_range(int64_t value, int64_t low, int64_t high, const char* name) {
 
 }  // namespace
 
-float Model::attention_scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
+float Model::attention_scale() const {
+  return 1.0f / std::sqrt(static_cast<float>(head_dim));
+}
 
 size_t Model::pass_bytes() const {
   size_t total = 0;
@@ -57,7 +59,9 @@ void Model::check() const {
   expect_range(intermediate, 1, 1 << 22, "intermediate");
   expect_range(vocab, 1, 1 << 22, "vocab");
   expect_range(max_context, 1, int64_t{1} << 30, "max_context");
-  if (heads % kv_heads) throw ShapeError("heads (" + std::to_string(heads) + ") is not a multiple of kv_heads (" + std::to_string(kv_heads) + ")");
+  if (heads % kv_heads)
+    throw ShapeError("heads (" + std::to_string(heads) + ") is not a multiple of kv_heads (" +
+                     std::to_string(kv_heads) + ")");
   if (head_dim % 2) throw ShapeError("head_dim " + std::to_string(head_dim) + " is odd; RoPE rotates pairs");
   expect(rope_inv_freq, head_dim / 2, "rope_inv_freq");
   expect(norm, hidden, "norm");

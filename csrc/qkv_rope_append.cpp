@@ -27,14 +27,15 @@ void qkv_rope_append(const Pass& pass, int layer) {
   float* qkv = pass.work.qkv.data();
   const int32_t columns = model.qkv_columns();
   int32_t first_column = 0;
-  const std::pair<const Matrix*, const std::vector<float>*> parts[] = {{&w.q, &w.q_bias}, {&w.k, &w.k_bias}, {&w.v, &w.v_bias}};
+  const std::pair<const Matrix*, const std::vector<float>*> parts[] = {
+      {&w.q, &w.q_bias}, {&w.k, &w.k_bias}, {&w.v, &w.v_bias}};
   for (const auto& [matrix, bias] : parts) {
     int n0, n1;
     pass.team.part(matrix->N, kPanel, &n0, &n1);
     Epilogue epilogue;
     if (!bias->empty()) epilogue.bias = bias->data();
-    kernels.matmul_rows(*matrix, rows, activation_of(*matrix, model.precision), n0, n1, qkv + first_column, columns, epilogue,
-                        pass.scratch());
+    kernels.matmul_rows(*matrix, rows, activation_of(*matrix, model.precision), n0, n1, qkv + first_column, columns,
+                        epilogue, pass.scratch());
     first_column += matrix->N;
   }
   pass.team.barrier();

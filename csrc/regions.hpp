@@ -30,7 +30,8 @@ void attend_rows(const Pass& pass, int layer);
 void project_rows(const Pass& pass, const Matrix& w, RowsBuffer& rows);
 /// work.activated = silu(RMSNorm(x) Wgate) * (RMSNorm(x) Wup).
 void swiglu_rows(const Pass& pass, int layer);
-/// logits = RMSNorm(x[first_row:]) Whead, (M - first_row, vocab), with each row's maximum over ids below `limit` in best.
+/// logits = RMSNorm(x[first_row:]) Whead, (M - first_row, vocab), with each row's maximum over ids below `limit` in
+/// best.
 void logits_rows(const Pass& pass, int32_t first_row, int32_t limit, float* logits, RowMax* best);
 
 }  // namespace specfast

@@ -43,7 +43,8 @@ Rows RowsBuffer::view(int32_t M) {
   rows.stride = stride_;
   rows.f32 = f32_.data();
   rows.bf16 = bf16_.data();
-  for (int i = 0; i < kInt8Layouts; i++) rows.int8[i] = {q_[i].data(), scale_[i].data(), scaled_sum_[i].data(), sum_[i].data()};
+  for (int i = 0; i < kInt8Layouts; i++)
+    rows.int8[i] = {q_[i].data(), scale_[i].data(), scaled_sum_[i].data(), sum_[i].data()};
   return rows;
 }
 
@@ -65,8 +66,8 @@ void prepare_rows(const Team& team, const KernelTable& kernels, const Rows& rows
   prepare_columns(kernels, rows, needs, k0, k1);
 }
 
-void normalise_rows(const Team& team, const KernelTable& kernels, const float* x, int64_t ldx, const float* weight, float eps,
-                    const Rows& rows, const Needs& needs) {
+void normalise_rows(const Team& team, const KernelTable& kernels, const float* x, int64_t ldx, const float* weight,
+                    float eps, const Rows& rows, const Needs& needs) {
   int k0, k1;
   team.part(rows.K, 64, &k0, &k1);
   if (k0 >= k1) return;

@@ -47,7 +47,7 @@ class RowsBuffer {
 void prepare_rows(const Team& team, const KernelTable& kernels, const Rows& rows, const Needs& needs);
 
 /// rows.f32 = RMSNorm(x) * weight, then prepare_rows, for this thread's part of the columns. x: (M, K), `ldx` apart.
-void normalise_rows(const Team& team, const KernelTable& kernels, const float* x, int64_t ldx, const float* weight, float eps,
-                    const Rows& rows, const Needs& needs);
+void normalise_rows(const Team& team, const KernelTable& kernels, const float* x, int64_t ldx, const float* weight,
+                    float eps, const Rows& rows, const Needs& needs);
 
 }  // namespace specfast

@@ -8,13 +8,14 @@ void swiglu_rows(const Pass& pass, int layer) {
   const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
   const Needs needs = needs_of({&w.gate, &w.up}, model.precision);
   const Rows rows = pass.work.normed.view(pass.tile.M);
-  normalise_rows(pass.team, pass.kernels(), pass.work.x.data(), model.hidden, w.post_norm.data(), model.rms_eps, rows, needs);
+  normalise_rows(pass.team, pass.kernels(), pass.work.x.data(), model.hidden, w.post_norm.data(), model.rms_eps, rows,
+                 needs);
   pass.team.barrier();
   const Rows out = pass.work.activated.view(pass.tile.M);
   int n0, n1;
   pass.team.part(model.intermediate, 64, &n0, &n1);
-  pass.kernels().swiglu_rows(w.gate, w.up, rows, activation_of(w.gate, model.precision), activation_of(w.up, model.precision), n0,
-                             n1, out.f32, out.stride, pass.scratch());
+  pass.kernels().swiglu_rows(w.gate, w.up, rows, activation_of(w.gate, model.precision),
+                             activation_of(w.up, model.precision), n0, n1, out.f32, out.stride, pass.scratch());
   // No barrier: project_rows prepares the very columns (cut at 64) that this thread has just written.
 }
 

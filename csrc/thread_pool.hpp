@@ -40,8 +40,8 @@ struct Team {
   }
 };
 
-/// Runs functions on all its threads. A second caller at the same time runs alone on its own thread (the results are the
-/// same bits); after a fork the child starts its own threads on first use.
+/// Runs functions on all its threads. A second caller at the same time runs alone on its own thread (the results are
+/// the same bits); after a fork the child starts its own threads on first use.
 class ThreadPool {
  public:
   static ThreadPool& instance();
@@ -53,7 +53,8 @@ class ThreadPool {
   /// Calls work(team) on every thread and returns when all are done. `work` must not throw.
   template <class Work>
   void run(Work&& work) {
-    run_erased([](void* context, const Team& team) { (*static_cast<std::remove_reference_t<Work>*>(context))(team); }, &work);
+    run_erased([](void* context, const Team& team) { (*static_cast<std::remove_reference_t<Work>*>(context))(team); },
+               &work);
   }
 
  private:

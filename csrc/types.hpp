@@ -17,7 +17,9 @@ inline constexpr int kKeyTile = 16;
 
 enum class Format : uint8_t { q4, q8, bf16, f16, f32 };
 
-constexpr bool is_quantised(Format f) { return f == Format::q4 || f == Format::q8; }
+constexpr bool is_quantised(Format f) {
+  return f == Format::q4 || f == Format::q8;
+}
 
 /// One weight matrix (N, K), row major, owned by somebody else and used in place.
 ///
@@ -44,9 +46,7 @@ struct Matrix {
   size_t scale_bytes() const { return scale_format == Format::f32 ? 4 : 2; }
   size_t groups() const { return group ? static_cast<size_t>(K) / static_cast<size_t>(group) : 0; }
   /// Bytes streamed from memory in one pass.
-  size_t bytes() const {
-    return static_cast<size_t>(N) * (row_bytes() + 2 * groups() * scale_bytes());
-  }
+  size_t bytes() const { return static_cast<size_t>(N) * (row_bytes() + 2 * groups() * scale_bytes()); }
 };
 
 /// The activation form a matrix is multiplied with.
@@ -56,8 +56,12 @@ enum class Activation : uint8_t { f32, bf16, int8 };
 /// the even inputs of a block before its odd ones (the two nibbles of a byte).
 enum Int8Layout : uint8_t { kQ4Block32, kQ4Block64, kQ8Block32, kQ8Block64, kInt8Layouts };
 
-constexpr int block_of(Int8Layout layout) { return layout == kQ4Block32 || layout == kQ8Block32 ? 32 : 64; }
-constexpr bool interleaved(Int8Layout layout) { return layout == kQ4Block32 || layout == kQ4Block64; }
+constexpr int block_of(Int8Layout layout) {
+  return layout == kQ4Block32 || layout == kQ8Block32 ? 32 : 64;
+}
+constexpr bool interleaved(Int8Layout layout) {
+  return layout == kQ4Block32 || layout == kQ4Block64;
+}
 constexpr Int8Layout int8_layout(Format format, int group) {
   return format == Format::q4 ? (group == 32 ? kQ4Block32 : kQ4Block64) : (group == 32 ? kQ8Block32 : kQ8Block64);
 }
@@ -74,9 +78,9 @@ struct Int8Rows {
 struct Rows {
   int32_t M = 0;
   int32_t K = 0;
-  int32_t stride = 0;         // elements between rows of f32 and bf16
-  float* f32 = nullptr;       // (M, stride), always present
-  uint16_t* bf16 = nullptr;   // (M, stride), rounded to nearest even
+  int32_t stride = 0;        // elements between rows of f32 and bf16
+  float* f32 = nullptr;      // (M, stride), always present
+  uint16_t* bf16 = nullptr;  // (M, stride), rounded to nearest even
   Int8Rows int8[kInt8Layouts];
 };
 

@@ -10,7 +10,9 @@ using namespace specfast;
 
 namespace {
 
-double seconds_now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 nb::dict build_info() {
   nb::dict info;
@@ -44,7 +46,9 @@ nb::dict build_info() {
 double peak_dot(const std::string& kind, const std::optional<std::string>& isa, double milliseconds) {
   const KernelTable& kernels = kernels_named(isa);
   const Precision precision = precision_named(kind);
-  const Activation activation = precision == Precision::int8 ? Activation::int8 : precision == Precision::bf16 ? Activation::bf16 : Activation::f32;
+  const Activation activation = precision == Precision::int8   ? Activation::int8
+                                : precision == Precision::bf16 ? Activation::bf16
+                                                               : Activation::f32;
   nb::gil_scoped_release release;
   std::vector<double> rates(static_cast<size_t>(ThreadPool::instance().size()) + 256);
   ThreadPool::instance().run([&](const Team& team) {
@@ -52,7 +56,8 @@ double peak_dot(const std::string& kind, const std::optional<std::string>& isa, 
     team.barrier();
     const double start = seconds_now();
     double done = 0;
-    while (seconds_now() - start < milliseconds * 1e-3) done += static_cast<double>(kernels.peak_dot(activation, 20000));
+    while (seconds_now() - start < milliseconds * 1e-3)
+      done += static_cast<double>(kernels.peak_dot(activation, 20000));
     rates[static_cast<size_t>(team.id)] = done / (seconds_now() - start);
   });
   return std::accumulate(rates.begin(), rates.end(), 0.0) * 1e-9;
@@ -62,7 +67,8 @@ double read_bandwidth(const Bytes& buffer, int passes) {
   const KernelTable& kernels = kernels_named(std::nullopt);
   const uint8_t* data = buffer.data();
   const size_t lines = buffer.nbytes() / 512;
-  if (lines == 0) throw ShapeError("the buffer of " + std::to_string(buffer.nbytes()) + " bytes is too small to measure");
+  if (lines == 0)
+    throw ShapeError("the buffer of " + std::to_string(buffer.nbytes()) + " bytes is too small to measure");
   nb::gil_scoped_release release;
   std::atomic<uint32_t> sink{0};
   const double start = seconds_now();
@@ -79,11 +85,13 @@ double read_bandwidth(const Bytes& buffer, int passes) {
 }  // namespace
 
 void bind_machine(nb::module_& m) {
-  m.def("build_info", &build_info, "Version, compiled and supported instruction sets, kernels by name, the selected ones, threads.");
+  m.def("build_info", &build_info,
+        "Version, compiled and supported instruction sets, kernels by name, the selected ones, threads.");
   m.def(
       "set_num_threads",
       [](int threads) {
-        if (threads < 1 || threads > 256) throw ShapeError("threads must be in 1 to 256, not " + std::to_string(threads));
+        if (threads < 1 || threads > 256)
+          throw ShapeError("threads must be in 1 to 256, not " + std::to_string(threads));
         nb::gil_scoped_release release;
         ThreadPool::instance().set_size(threads);
       },

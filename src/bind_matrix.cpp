@@ -26,27 +26,32 @@ const char* format_name(Format format) {
 
 const uint8_t* checked(const Bytes& bytes, size_t expected, const char* what) {
   if (bytes.nbytes() != expected)
-    throw ShapeError(std::string(what) + " has " + std::to_string(bytes.nbytes()) + " bytes but its shape needs " + std::to_string(expected));
+    throw ShapeError(std::string(what) + " has " + std::to_string(bytes.nbytes()) + " bytes but its shape needs " +
+                     std::to_string(expected));
   return bytes.data();
 }
 
 void init_matrix(BoundMatrix* self, const std::string& format, int32_t N, int32_t K, const Bytes& weight, int32_t group,
-                 const std::optional<Bytes>& scales, const std::optional<Bytes>& biases, const std::string& scale_format) {
+                 const std::optional<Bytes>& scales, const std::optional<Bytes>& biases,
+                 const std::string& scale_format) {
   BoundMatrix bound;
   Matrix& w = bound.matrix;
   w.format = format_named(format);
   if (N < 1 || K < 1 || N > (1 << 28) || K > (1 << 24))
-    throw ShapeError("a matrix of (" + std::to_string(N) + ", " + std::to_string(K) + ") is outside (1, 1) to (2^28, 2^24)");
+    throw ShapeError("a matrix of (" + std::to_string(N) + ", " + std::to_string(K) +
+                     ") is outside (1, 1) to (2^28, 2^24)");
   w.N = N;
   w.K = K;
   if (is_quantised(w.format)) {
     if (group != 32 && group != 64 && group != 128)
       throw ShapeError("group size " + std::to_string(group) + " is not supported; supported: 32, 64, 128");
-    if (K % group) throw ShapeError("K = " + std::to_string(K) + " is not a multiple of the group size " + std::to_string(group));
+    if (K % group)
+      throw ShapeError("K = " + std::to_string(K) + " is not a multiple of the group size " + std::to_string(group));
     if (!scales || !biases) throw ShapeError("a quantised matrix needs scales and biases");
     w.group = group;
     w.scale_format = format_named(scale_format);
-    if (is_quantised(w.scale_format)) throw ShapeError("scale_format must be bf16, f16 or f32, not '" + scale_format + "'");
+    if (is_quantised(w.scale_format))
+      throw ShapeError("scale_format must be bf16, f16 or f32, not '" + scale_format + "'");
     const size_t expected = static_cast<size_t>(N) * w.groups() * w.scale_bytes();
     w.scales = checked(*scales, expected, "scales");
     w.biases = checked(*biases, expected, "biases");
@@ -61,16 +66,18 @@ void init_matrix(BoundMatrix* self, const std::string& format, int32_t N, int32_
 }  // namespace
 
 void bind_matrix(nb::module_& m) {
-  nb::class_<BoundMatrix>(m, "Matrix",
-                          "One weight matrix (N, K), row major, used in place; keeps the arrays that own its memory alive.\n\n"
-                          "weight, scales and biases are C-contiguous uint8 views. q4 and q8 are MLX's affine layout: packed\n"
-                          "little-endian words, scales and biases (N, K / group) in scale_format. Raises ShapeError.")
-      .def("__init__", &init_matrix, nb::arg("format"), nb::arg("N"), nb::arg("K"), nb::arg("weight").noconvert(), nb::kw_only(),
-           nb::arg("group") = 0, nb::arg("scales").noconvert() = nb::none(), nb::arg("biases").noconvert() = nb::none(),
-           nb::arg("scale_format") = "f32")
+  nb::class_<BoundMatrix>(
+      m, "Matrix",
+      "One weight matrix (N, K), row major, used in place; keeps the arrays that own its memory alive.\n\n"
+      "weight, scales and biases are C-contiguous uint8 views. q4 and q8 are MLX's affine layout: packed\n"
+      "little-endian words, scales and biases (N, K / group) in scale_format. Raises ShapeError.")
+      .def("__init__", &init_matrix, nb::arg("format"), nb::arg("N"), nb::arg("K"), nb::arg("weight").noconvert(),
+           nb::kw_only(), nb::arg("group") = 0, nb::arg("scales").noconvert() = nb::none(),
+           nb::arg("biases").noconvert() = nb::none(), nb::arg("scale_format") = "f32")
       .def_prop_ro("N", [](const BoundMatrix& self) { return self.matrix.N; })
       .def_prop_ro("K", [](const BoundMatrix& self) { return self.matrix.K; })
       .def_prop_ro("group", [](const BoundMatrix& self) { return self.matrix.group; })
       .def_prop_ro("format", [](const BoundMatrix& self) { return format_name(self.matrix.format); })
-      .def_prop_ro("nbytes", [](const BoundMatrix& self) { return self.matrix.bytes(); }, "Bytes streamed in one pass.");
+      .def_prop_ro(
+          "nbytes", [](const BoundMatrix& self) { return self.matrix.bytes(); }, "Bytes streamed in one pass.");
 }

@@ -25,7 +25,9 @@ const KernelTable& kernels_named(const std::optional<std::string>& isa) {
 
 namespace {
 
-std::vector<float> floats_of(const Floats& array) { return {array.data(), array.data() + array.size()}; }
+std::vector<float> floats_of(const Floats& array) {
+  return {array.data(), array.data() + array.size()};
+}
 
 std::vector<float> optional_floats(const nb::dict& layer, const char* key) {
   if (!layer.contains(key) || nb::object(layer[key]).is_none()) return {};
@@ -39,10 +41,10 @@ Matrix matrix_of(const nb::dict& layer, const char* key, std::vector<BoundMatrix
   return bound.matrix;
 }
 
-void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t intermediate, int32_t vocab,
-                float rms_eps, const Floats& rope_inv_freq, int64_t max_context, const BoundMatrix& embed,
-                std::optional<const BoundMatrix*> head, const Floats& norm, const nb::list& layers, const std::string& precision,
-                const std::optional<std::string>& isa) {
+void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_heads, int32_t head_dim,
+                int32_t intermediate, int32_t vocab, float rms_eps, const Floats& rope_inv_freq, int64_t max_context,
+                const BoundMatrix& embed, std::optional<const BoundMatrix*> head, const Floats& norm,
+                const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa) {
   auto model = std::make_shared<Model>();
   std::vector<BoundMatrix> owners{embed};
   model->hidden = hidden;
@@ -88,7 +90,8 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
 
 void init_cache(BoundCache* self, const BoundModel& model, int64_t capacity) {
   if (capacity < 0 || capacity > model.model->max_context)
-    throw ShapeError("capacity " + std::to_string(capacity) + " is outside 1 to the model's context of " + std::to_string(model.model->max_context));
+    throw ShapeError("capacity " + std::to_string(capacity) + " is outside 1 to the model's context of " +
+                     std::to_string(model.model->max_context));
   auto sequence = std::make_unique<Sequence>(model.model, capacity ? capacity : model.model->max_context);
   new (self) BoundCache();
   self->sequence = std::move(sequence);
@@ -103,11 +106,13 @@ void require_tokens(const Tokens& tokens) {
   if (tokens.size() == 0) throw ShapeError("at least one token is needed, got none");
 }
 
-nb::ndarray<nb::numpy, float> forward(const BoundModel& self, BoundCache& cache, const Tokens& tokens, int32_t logits_rows) {
+nb::ndarray<nb::numpy, float> forward(const BoundModel& self, BoundCache& cache, const Tokens& tokens,
+                                      int32_t logits_rows) {
   Sequence& sequence = sequence_of(self, cache);
   require_tokens(tokens);
   if (logits_rows < 0 || static_cast<size_t>(logits_rows) > tokens.size())
-    throw ShapeError("logits_rows " + std::to_string(logits_rows) + " is outside 0 to the " + std::to_string(tokens.size()) + " tokens given");
+    throw ShapeError("logits_rows " + std::to_string(logits_rows) + " is outside 0 to the " +
+                     std::to_string(tokens.size()) + " tokens given");
   CacheUse use(cache);
   const size_t vocab = static_cast<size_t>(self.model->vocab);
   {
@@ -130,8 +135,8 @@ void prefill(const BoundModel& self, BoundCache& cache, const Tokens& tokens) {
   sequence.cache().commit(static_cast<int64_t>(tokens.size()));
 }
 
-void draft(const BoundModel& self, BoundCache& cache, const Tokens& pending, int32_t gamma, const Law& law, uint64_t seed, uint64_t round,
-           Proposal& proposal) {
+void draft(const BoundModel& self, BoundCache& cache, const Tokens& pending, int32_t gamma, const Law& law,
+           uint64_t seed, uint64_t round, Proposal& proposal) {
   Sequence& sequence = sequence_of(self, cache);
   require_tokens(pending);
   if (gamma < 0 || gamma > 64) throw ShapeError("gamma " + std::to_string(gamma) + " is outside 0 to 64");
@@ -141,13 +146,14 @@ void draft(const BoundModel& self, BoundCache& cache, const Tokens& pending, int
   sequence.draft(pending.data(), static_cast<int64_t>(pending.size()), gamma, law, seed, round, proposal);
 }
 
-Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending, const Proposal* proposal, const Law& law, double lenience,
-               uint64_t seed, uint64_t round) {
+Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending, const Proposal* proposal,
+               const Law& law, double lenience, uint64_t seed, uint64_t round) {
   Sequence& sequence = sequence_of(self, cache);
   require_tokens(pending);
   static const Proposal kNothing;
   const Proposal& drafted = proposal ? *proposal : kNothing;
-  if (drafted.gamma() > 64) throw ShapeError("a proposal of " + std::to_string(drafted.gamma()) + " tokens is longer than 64");
+  if (drafted.gamma() > 64)
+    throw ShapeError("a proposal of " + std::to_string(drafted.gamma()) + " tokens is longer than 64");
   CacheUse use(cache);
   nb::gil_scoped_release release;
   sequence.cache().drop_to(0);
@@ -157,21 +163,25 @@ Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending,
 }  // namespace
 
 void bind_model(nb::module_& m) {
-  nb::class_<BoundModel>(m, "Model",
-                         "A decoder's weights, used in place, bound to the kernels of one instruction set and one precision.\n\n"
-                         "Results of a row are the same bits for any number of rows and threads.")
-      .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"),
-           nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"), nb::arg("max_context"), nb::arg("embed"),
-           nb::arg("head").none(), nb::arg("norm"), nb::arg("layers"), nb::arg("precision") = "int8", nb::arg("isa") = nb::none())
+  nb::class_<BoundModel>(
+      m, "Model",
+      "A decoder's weights, used in place, bound to the kernels of one instruction set and one precision.\n\n"
+      "Results of a row are the same bits for any number of rows and threads.")
+      .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
+           nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
+           nb::arg("max_context"), nb::arg("embed"), nb::arg("head").none(), nb::arg("norm"), nb::arg("layers"),
+           nb::arg("precision") = "int8", nb::arg("isa") = nb::none())
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens"), nb::arg("logits_rows") = 1,
-           "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last rows.\n\n"
+           "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
+           "rows.\n\n"
            "Raises ContextFullError or ShapeError with the cache unchanged.")
-      .def("prefill", &prefill, nb::arg("cache"), nb::arg("tokens"), "Appends and commits tokens (M,) int32 without logits.")
-      .def("draft", &draft, nb::arg("cache"), nb::arg("pending"), nb::arg("gamma"), nb::arg("law"), nb::arg("seed"), nb::arg("round"),
-           nb::arg("proposal"),
+      .def("prefill", &prefill, nb::arg("cache"), nb::arg("tokens"),
+           "Appends and commits tokens (M,) int32 without logits.")
+      .def("draft", &draft, nb::arg("cache"), nb::arg("pending"), nb::arg("gamma"), nb::arg("law"), nb::arg("seed"),
+           nb::arg("round"), nb::arg("proposal"),
            "Commits pending (n,) int32, then drafts gamma tokens into proposal; gamma - 1 of them stay provisional.")
-      .def("verify", &verify, nb::arg("cache"), nb::arg("pending"), nb::arg("proposal").none(), nb::arg("law"), nb::arg("lenience"),
-           nb::arg("seed"), nb::arg("round"),
+      .def("verify", &verify, nb::arg("cache"), nb::arg("pending"), nb::arg("proposal").none(), nb::arg("law"),
+           nb::arg("lenience"), nb::arg("seed"), nb::arg("round"),
            "Appends pending and the drafted tokens provisionally in one pass and applies the token rule, or greedy.\n\n"
            "Raises NumericalError on logits that are not finite, with the cache unchanged.")
       .def_prop_ro("hidden", [](const BoundModel& self) { return self.model->hidden; })
@@ -184,15 +194,23 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("max_context", [](const BoundModel& self) { return self.model->max_context; })
       .def_prop_ro("precision", [](const BoundModel& self) { return precision_name(self.model->precision); })
       .def_prop_ro("isa", [](const BoundModel& self) { return self.model->kernels->isa; })
-      .def_prop_ro("weight_bytes", [](const BoundModel& self) { return self.model->pass_bytes(); }, "Bytes of weights one pass streams.")
-      .def_prop_ro("macs_per_row", [](const BoundModel& self) { return self.model->row_macs(); }, "Multiply-adds of one row's matmuls.");
+      .def_prop_ro(
+          "weight_bytes", [](const BoundModel& self) { return self.model->pass_bytes(); },
+          "Bytes of weights one pass streams.")
+      .def_prop_ro(
+          "macs_per_row", [](const BoundModel& self) { return self.model->row_macs(); },
+          "Multiply-adds of one row's matmuls.");
 
   nb::class_<BoundCache>(m, "Cache",
-                         "Keys and values of one sequence, as a transaction: rows are appended provisionally, then committed or dropped.\n\n"
+                         "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
+                         "committed or dropped.\n\n"
                          "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed.")
       .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::keep_alive<1, 2>())
-      .def_prop_ro("length", [](const BoundCache& self) { return self.sequence->cache().length(); }, "Committed positions.")
-      .def_prop_ro("provisional", [](const BoundCache& self) { return self.sequence->cache().provisional(); }, "Positions not yet committed.")
+      .def_prop_ro(
+          "length", [](const BoundCache& self) { return self.sequence->cache().length(); }, "Committed positions.")
+      .def_prop_ro(
+          "provisional", [](const BoundCache& self) { return self.sequence->cache().provisional(); },
+          "Positions not yet committed.")
       .def_prop_ro("capacity", [](const BoundCache& self) { return self.sequence->cache().capacity(); })
       .def_prop_ro("nbytes", [](const BoundCache& self) { return self.sequence->cache().bytes(); })
       .def(
@@ -201,7 +219,8 @@ void bind_model(nb::module_& m) {
             CacheUse use(self);
             const int64_t provisional = self.sequence->cache().provisional();
             if (n < 0 || n > provisional)
-              throw ShapeError("cannot commit " + std::to_string(n) + " rows: " + std::to_string(provisional) + " are provisional");
+              throw ShapeError("cannot commit " + std::to_string(n) + " rows: " + std::to_string(provisional) +
+                               " are provisional");
             self.sequence->cache().commit(n);
           },
           nb::arg("n"), "Keeps the first n provisional rows and drops the rest.")
@@ -217,7 +236,8 @@ void bind_model(nb::module_& m) {
           [](BoundCache& self, int64_t length) {
             CacheUse use(self);
             if (length < 0 || length > self.sequence->cache().length())
-              throw ShapeError("cannot truncate to " + std::to_string(length) + ": the cache holds " + std::to_string(self.sequence->cache().length()));
+              throw ShapeError("cannot truncate to " + std::to_string(length) + ": the cache holds " +
+                               std::to_string(self.sequence->cache().length()));
             self.sequence->cache().truncate(length);
           },
           nb::arg("length"), "Drops committed positions from the end, and everything provisional.");

@@ -25,25 +25,31 @@ nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bo
   for (int32_t first = 0; first < M; first += kTileRows) {
     const Rows rows = buffer.view(std::min(M - first, kTileRows));
     for (int32_t m = 0; m < rows.M; m++)
-      std::copy_n(x.data() + static_cast<size_t>(first + m) * w.K, w.K, rows.f32 + static_cast<size_t>(m) * rows.stride);
+      std::copy_n(x.data() + static_cast<size_t>(first + m) * w.K, w.K,
+                  rows.f32 + static_cast<size_t>(m) * rows.stride);
     pool.run([&](const Team& team) {
       std::vector<float> scratch(matmul_scratch_floats(w.K));
       prepare_rows(team, kernels, rows, needs);
       team.barrier();
       int n0, n1;
       team.part(w.N, kPanel, &n0, &n1);
-      kernels.matmul_rows(w, rows, activation_of(w, activations), n0, n1, y + static_cast<size_t>(first) * w.N, w.N, {}, scratch.data());
+      kernels.matmul_rows(w, rows, activation_of(w, activations), n0, n1, y + static_cast<size_t>(first) * w.N, w.N, {},
+                          scratch.data());
     });
   }
   return out;
 }
 
-nb::ndarray<nb::numpy, float> attend_rows(const Floats& q, const Floats& k, const Floats& v, bool half, const std::optional<std::string>& isa) {
-  if (q.ndim() != 3 || k.ndim() != 3 || v.ndim() != 3) throw ShapeError("q must be (M, heads, head_dim), k and v (S, kv_heads, head_dim)");
+nb::ndarray<nb::numpy, float> attend_rows(const Floats& q, const Floats& k, const Floats& v, bool half,
+                                          const std::optional<std::string>& isa) {
+  if (q.ndim() != 3 || k.ndim() != 3 || v.ndim() != 3)
+    throw ShapeError("q must be (M, heads, head_dim), k and v (S, kv_heads, head_dim)");
   const size_t M = q.shape(0), heads = q.shape(1), dim = q.shape(2), S = k.shape(0), kv_heads = k.shape(1);
-  if (k.shape(2) != dim || v.shape(0) != S || v.shape(1) != kv_heads || v.shape(2) != dim || kv_heads == 0 || heads % kv_heads || S < M || M < 1 || dim % 2)
-    throw ShapeError("q, k and v do not fit: (" + std::to_string(M) + ", " + std::to_string(heads) + ", " + std::to_string(dim) + ") against (" +
-                     std::to_string(S) + ", " + std::to_string(kv_heads) + ", " + std::to_string(k.shape(2)) + ")");
+  if (k.shape(2) != dim || v.shape(0) != S || v.shape(1) != kv_heads || v.shape(2) != dim || kv_heads == 0 ||
+      heads % kv_heads || S < M || M < 1 || dim % 2)
+    throw ShapeError("q, k and v do not fit: (" + std::to_string(M) + ", " + std::to_string(heads) + ", " +
+                     std::to_string(dim) + ") against (" + std::to_string(S) + ", " + std::to_string(kv_heads) + ", " +
+                     std::to_string(k.shape(2)) + ")");
   const KernelTable& kernels = kernels_named(isa);
   float* out_data;
   auto out = make_array(&out_data, {M, heads, dim});
@@ -52,8 +58,9 @@ nb::ndarray<nb::numpy, float> attend_rows(const Floats& q, const Floats& k, cons
   cache.append(static_cast<int64_t>(S));
   for (size_t i = 0; i < S; i++) {
     for (size_t h = 0; h < kv_heads; h++)
-      kernels.append_head(cache.page(static_cast<int64_t>(i / kPagePositions), 0, static_cast<int>(h)), k.data() + (i * kv_heads + h) * dim,
-                          v.data() + (i * kv_heads + h) * dim, static_cast<int>(dim), shape.padded_dim(), static_cast<int>(i % kPagePositions));
+      kernels.append_head(cache.page(static_cast<int64_t>(i / kPagePositions), 0, static_cast<int>(h)),
+                          k.data() + (i * kv_heads + h) * dim, v.data() + (i * kv_heads + h) * dim,
+                          static_cast<int>(dim), shape.padded_dim(), static_cast<int>(i % kPagePositions));
   }
   const int64_t head_stride = shape.padded_dim() + 2, row_stride = head_stride * static_cast<int64_t>(heads);
   const int64_t page_stride = row_stride * static_cast<int64_t>(M), position = static_cast<int64_t>(S - M);
@@ -72,7 +79,8 @@ nb::ndarray<nb::numpy, float> attend_rows(const Floats& q, const Floats& k, cons
       args.group = group;
       args.head_dim = static_cast<int32_t>(dim);
       args.padded_dim = shape.padded_dim();
-      args.first_valid = static_cast<int32_t>(std::min<int64_t>(position + 1 - int64_t{page} * kPagePositions, kPagePositions));
+      args.first_valid =
+          static_cast<int32_t>(std::min<int64_t>(position + 1 - int64_t{page} * kPagePositions, kPagePositions));
       args.scale = 1.0f / std::sqrt(static_cast<float>(dim));
       kernels.attend_rows(args);
     }
@@ -80,8 +88,9 @@ nb::ndarray<nb::numpy, float> attend_rows(const Floats& q, const Floats& k, cons
   for (size_t m = 0; m < M; m++) {
     const int seen = static_cast<int>((position + static_cast<int64_t>(m)) / kPagePositions) + 1;
     for (size_t h = 0; h < heads; h++)
-      kernels.merge_pages(partial.data() + static_cast<int64_t>(m) * row_stride + static_cast<int64_t>(h) * head_stride, page_stride, seen,
-                          out_data + (m * heads + h) * dim, static_cast<int>(dim), shape.padded_dim());
+      kernels.merge_pages(partial.data() + static_cast<int64_t>(m) * row_stride + static_cast<int64_t>(h) * head_stride,
+                          page_stride, seen, out_data + (m * heads + h) * dim, static_cast<int>(dim),
+                          shape.padded_dim());
   }
   return out;
 }
@@ -89,9 +98,11 @@ nb::ndarray<nb::numpy, float> attend_rows(const Floats& q, const Floats& k, cons
 }  // namespace
 
 void bind_ops(nb::module_& m) {
-  m.def("matmul_rows", &matmul_rows, nb::arg("x"), nb::arg("matrix"), nb::arg("precision") = "int8", nb::arg("isa") = nb::none(),
-        "x (M, K) float32 times matrix (N, K) transposed: (M, N) float32.");
-  m.def("attend_rows", &attend_rows, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("half") = true, nb::arg("isa") = nb::none(),
-        "Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all float32.\n\n"
+  m.def("matmul_rows", &matmul_rows, nb::arg("x"), nb::arg("matrix"), nb::arg("precision") = "int8",
+        nb::arg("isa") = nb::none(), "x (M, K) float32 times matrix (N, K) transposed: (M, N) float32.");
+  m.def("attend_rows", &attend_rows, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("half") = true,
+        nb::arg("isa") = nb::none(),
+        "Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all "
+        "float32.\n\n"
         "half stores keys and values as f16, as the cache does unless the precision is f32.");
 }

@@ -44,7 +44,8 @@ struct BoundCache {
 class CacheUse {
  public:
   explicit CacheUse(BoundCache& cache) : cache_(cache) {
-    if (cache_.busy.exchange(true)) throw specfast::ShapeError("this cache is in use by another thread; give every thread its own");
+    if (cache_.busy.exchange(true))
+      throw specfast::ShapeError("this cache is in use by another thread; give every thread its own");
   }
   ~CacheUse() { cache_.busy = false; }
 

@@ -3,7 +3,8 @@
 
 NB_MODULE(_core, m) {
   m.doc() = "Native kernels and decoder of specfast: NumPy arrays in and out, weights used in place.";
-  PyObject* base = PyErr_NewExceptionWithDoc("specfast._core.SpecfastError", "Base of every error specfast raises.", nullptr, nullptr);
+  PyObject* base = PyErr_NewExceptionWithDoc("specfast._core.SpecfastError", "Base of every error specfast raises.",
+                                             nullptr, nullptr);
   m.attr("SpecfastError") = nb::steal(base);
   nb::exception<specfast::NumericalError>(m, "NumericalError", base);
   nb::exception<specfast::ContextFullError>(m, "ContextFullError", base);

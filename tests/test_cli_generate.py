@@ -104,6 +104,11 @@ def test_both_names_are_one_option(run, short, documented):
     assert (one["token_ids"], one["drafted"]) == (other["token_ids"], other["drafted"])
 
 
+def test_an_engine_may_be_none(run):
+    code, out, _ = run("generate", "--prompt", "x", "--max-tokens", "3", "--json", "--speculative-draft-engine", "None")
+    assert (code, as_json(out)["config"]["draft_engine"]) == (0, {"value": None, "source": "typed"})
+
+
 def test_the_documented_names_of_the_models(run, pair):
     models = ("--speculative-target-model", pair[0], "--speculative-draft-model", pair[1])
     code, out, _ = run("generate", "--prompt", "x", "--json", "--max-tokens", "4", *models, models=False)
@@ -160,6 +165,7 @@ USAGE = {
     "early exit": ("--speculative-early-exit", "2"),
     "rule": ("--speculative-rule", "block"),
     "stop": ("--stop", ""),
+    "system": ("--system", "be brief"),
     "both": ("--prompt-file", "x"),
     "unknown": ("--speculate",),
     "abbreviated": ("--speculative-gam", "3"),

@@ -12,12 +12,15 @@ class Machine:
 
     def __init__(self, a, c, v, seed=0, noise=0.1):
         self.a, self.c, self.v, self.noise = a, c, v, noise
-        self.random = random.Random(seed)
+        self.random, self.behind = random.Random(seed), 0
 
     def round(self, gamma):
         tau = next((i for i in range(gamma) if self.random.random() > self.a), gamma)
+        behind = self.behind
         jitter = 1 + self.noise * self.random.random()
-        return Round(gamma, tau, tau + 1, 0.01 * self.c * gamma * jitter, 0.01 * (1 + self.v * gamma) * jitter)
+        self.behind = 0 if gamma else self.behind + 1
+        draft = self.c * (gamma + behind / 8) if gamma else 0.0  # it reads what it sat out, eight tokens a step
+        return Round(gamma, tau, tau + 1, 0.01 * draft * jitter, 0.01 * (1 + self.v * gamma) * jitter)
 
     def rate(self, gamma):
         """Expected tokens per pass of the target."""

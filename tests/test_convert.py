@@ -90,5 +90,5 @@ def test_refusals(tmp_path):
     convert(source, tmp_path / "done")
     with pytest.raises(ConfigurationError, match="already"):
         convert(tmp_path / "done", tmp_path / "again")
-    with pytest.raises(ModelFormatError, match="config.json"):
+    with pytest.raises(ModelFormatError, match=r"config\.json"):
         convert(tmp_path / "nowhere", tmp_path / "out")

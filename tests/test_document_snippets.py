@@ -56,7 +56,7 @@ def run(snippet, names):
     lines = lines.replace("from exo.download.shard_download import ShardDownloader", "")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(lines, "document", "exec"), names)  # noqa: S102 - it is the text above
+        exec(compile(lines, "document", "exec"), names)
     return printed.getvalue().splitlines()
 
 

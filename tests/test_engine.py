@@ -132,6 +132,10 @@ def test_a_full_context_ends_the_text(engine, gamma):
     assert result.token_ids == plain.token_ids
 
 
+def test_a_prompt_may_be_an_array_of_ids(engine):
+    assert tokens(engine, np.array([5, 6, 7])) == tokens(engine, [5, 6, 7])
+
+
 def test_a_prompt_that_does_not_fit_is_refused(engine):
     assert engine.generate([5] * 299, temperature=0.0, ignore_eos=True).finish_reason == "context"
     for length in (300, 301, 5000):
@@ -227,7 +231,7 @@ def test_a_target_of_nan_raises(directories, tmp_path):
     _, draft = directories
     engine = specfast.load(damaged(draft, tmp_path), draft)
     for temperature in (0.0, 1.0):
-        with pytest.raises(NumericalError, match="not finite|NaN"):
+        with pytest.raises(NumericalError, match=r"not finite|NaN"):
             engine.generate("x", temperature=temperature)
 
 

@@ -11,7 +11,9 @@ namespace {
 
 using namespace specfast;  // NOLINT: this header is only ever part of one instruction set's unit
 
-inline int smaller(int a, int b) { return a < b ? a : b; }
+inline int smaller(int a, int b) {
+  return a < b ? a : b;
+}
 
 /// exp(x) to about 1 ulp; clamps x to +-87 and lets NaN through.
 inline Vec exp(Vec x) {
@@ -29,13 +31,16 @@ inline Vec exp(Vec x) {
   return mul(p, pow2(n));
 }
 
-inline Vec silu(Vec x) { return div(x, add(broadcast(1.0f), exp(sub(zero(), x)))); }
+inline Vec silu(Vec x) {
+  return div(x, add(broadcast(1.0f), exp(sub(zero(), x))));
+}
 
 float sum_squares(const float* x, int n) {
   Vec total[4] = {zero(), zero(), zero(), zero()};
   int i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    SPECFAST_UNROLL for (int j = 0; j < 4; j++) {
+    SPECFAST_UNROLL
+    for (int j = 0; j < 4; j++) {
       const Vec a = load(x + i + j * kLanes);
       total[j] = fma(a, a, total[j]);
     }
@@ -140,8 +145,12 @@ void embed_row(const Matrix& w, int row, float* out) {
   for (int k = 0; k < w.K; k += kLanes) {
     const int part = smaller(kLanes, w.K - k);
     switch (w.format) {
-      case Format::bf16: store_part(out + k, load_bf16_part(reinterpret_cast<const uint16_t*>(data) + k, part), part); break;
-      case Format::f16: store_part(out + k, load_f16_part(reinterpret_cast<const uint16_t*>(data) + k, part), part); break;
+      case Format::bf16:
+        store_part(out + k, load_bf16_part(reinterpret_cast<const uint16_t*>(data) + k, part), part);
+        break;
+      case Format::f16:
+        store_part(out + k, load_f16_part(reinterpret_cast<const uint16_t*>(data) + k, part), part);
+        break;
       default: store_part(out + k, load_part(reinterpret_cast<const float*>(data) + k, part), part); break;
     }
   }

@@ -26,9 +26,11 @@ inline void quantise_block(const float* x, bool is_interleaved, int block, int8_
     _mm_store_si128(reinterpret_cast<__m128i*>(plain + 16 * i), bytes);
   }
   if (is_interleaved) {
-    const __m512i even_odd = _mm512_set_epi64(0x0f0d0b0907050301, 0x0e0c0a0806040200, 0x0f0d0b0907050301, 0x0e0c0a0806040200,
-                                              0x0f0d0b0907050301, 0x0e0c0a0806040200, 0x0f0d0b0907050301, 0x0e0c0a0806040200);
-    const __m512i halves = block == 64 ? _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0) : _mm512_set_epi64(7, 6, 5, 4, 3, 1, 2, 0);
+    const __m512i even_odd =
+        _mm512_set_epi64(0x0f0d0b0907050301, 0x0e0c0a0806040200, 0x0f0d0b0907050301, 0x0e0c0a0806040200,
+                         0x0f0d0b0907050301, 0x0e0c0a0806040200, 0x0f0d0b0907050301, 0x0e0c0a0806040200);
+    const __m512i halves =
+        block == 64 ? _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0) : _mm512_set_epi64(7, 6, 5, 4, 3, 1, 2, 0);
     const __m512i split = _mm512_permutexvar_epi64(halves, _mm512_shuffle_epi8(_mm512_load_si512(plain), even_odd));
     _mm512_store_si512(plain, split);
   }
@@ -45,8 +47,8 @@ void quantise_int8(const Rows& rows, Int8Layout layout, int k0, int k1) {
   for (int m = 0; m < rows.M; m++) {
     for (int k = k0; k < k1; k += block) {
       const size_t at = static_cast<size_t>(k / block) * rows.M + m;
-      quantise_block(rows.f32 + static_cast<size_t>(m) * rows.stride + k, interleaved(layout), block, out.q + at * block,
-                     out.scale + at, out.scaled_sum + at, out.sum + at);
+      quantise_block(rows.f32 + static_cast<size_t>(m) * rows.stride + k, interleaved(layout), block,
+                     out.q + at * block, out.scale + at, out.scaled_sum + at, out.sum + at);
     }
   }
 }
@@ -107,7 +109,8 @@ void transpose_scales(const Matrix& w, const void* scales, int n, float* out) {
       alignas(64) uint16_t copy[kPanel][32];
       const uint8_t* copies[kPanel];
       for (int i = 0; i < kPanel; i++) {
-        const __m512i row = _mm512_maskz_loadu_epi16(part == 32 ? 0xffffffffu : (1u << part) - 1u, rows[i] + static_cast<size_t>(g) * 2);
+        const __m512i row = _mm512_maskz_loadu_epi16(part == 32 ? 0xffffffffu : (1u << part) - 1u,
+                                                     rows[i] + static_cast<size_t>(g) * 2);
         _mm512_store_si512(copy[i], row);
         copies[i] = reinterpret_cast<const uint8_t*>(copy[i]);
       }
@@ -137,20 +140,25 @@ inline void dot_bytes(__m512i& acc, __m512i weights, const int8_t* x) {
 /// The same transpose without leaving registers: w[j] becomes word j of the 16 rows.
 inline void transpose_registers(const uint8_t* const* rows, size_t offset, __mmask16 words, __m512i* w) {
   __m512i r[16];
-  SPECFAST_UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(words, rows[i] + offset);
-  SPECFAST_UNROLL for (int i = 0; i < 16; i += 2) {
+  SPECFAST_UNROLL
+  for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(words, rows[i] + offset);
+  SPECFAST_UNROLL
+  for (int i = 0; i < 16; i += 2) {
     w[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     w[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
   }
-  SPECFAST_UNROLL for (int i = 0; i < 16; i += 4) {
+  SPECFAST_UNROLL
+  for (int i = 0; i < 16; i += 4) {
     r[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
     r[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
     r[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
     r[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
   }
-  SPECFAST_UNROLL for (int k = 0; k < 4; k++) {
+  SPECFAST_UNROLL
+  for (int k = 0; k < 4; k++) {
     const __m512i a = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x88), b = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x88), d = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x88),
+                  d = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xdd);
     w[k] = _mm512_shuffle_i32x4(a, c, 0x88);
     w[8 + k] = _mm512_shuffle_i32x4(a, c, 0xdd);
     w[4 + k] = _mm512_shuffle_i32x4(b, d, 0x88);
@@ -173,7 +181,8 @@ struct BlockCursor {
   inline void finish(const __m512i* t, Vec* acc) {
     const Vec s = load(weight_scales + static_cast<size_t>(block >> group_shift) * kPanel);
     const Vec b = load(weight_biases + static_cast<size_t>(block >> group_shift) * kPanel);
-    SPECFAST_UNROLL for (int m = 0; m < M; m++) {
+    SPECFAST_UNROLL
+    for (int m = 0; m < M; m++) {
       acc[m] = fma(b, broadcast(scaled_sum[m]), acc[m]);
       acc[m] = fma(_mm512_cvtepi32_ps(t[m]), mul(s, broadcast(scale[m])), acc[m]);
     }
@@ -190,15 +199,19 @@ inline void dot_word(__m512i word, int j, const int8_t* q, __m512i (*t)[M]) {
   if constexpr (BITS == 4) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i low = _mm512_and_si512(word, nibble), high = _mm512_and_si512(_mm512_srli_epi32(word, 4), nibble);
-    SPECFAST_UNROLL for (int m = 0; m < M; m++) dot_bytes(t[0][m], low, q + m * BLOCK + 4 * j);
-    SPECFAST_UNROLL for (int m = 0; m < M; m++) dot_bytes(t[CHAINS - 1][m], high, q + m * BLOCK + BLOCK / 2 + 4 * j);
+    SPECFAST_UNROLL
+    for (int m = 0; m < M; m++) dot_bytes(t[0][m], low, q + m * BLOCK + 4 * j);
+    SPECFAST_UNROLL
+    for (int m = 0; m < M; m++) dot_bytes(t[CHAINS - 1][m], high, q + m * BLOCK + BLOCK / 2 + 4 * j);
   } else {
-    SPECFAST_UNROLL for (int m = 0; m < M; m++) dot_bytes(t[j % CHAINS][m], word, q + m * BLOCK + 4 * j);
+    SPECFAST_UNROLL
+    for (int m = 0; m < M; m++) dot_bytes(t[j % CHAINS][m], word, q + m * BLOCK + 4 * j);
   }
 }
 
-/// 16 outputs from row n on for M rows, 64 bytes of 16 weight rows at a time. Few rows: the transposed words stay in registers.
-/// More rows: the next 64 bytes are transposed through the first-level cache, a step per two multiplied words.
+/// 16 outputs from row n on for M rows, 64 bytes of 16 weight rows at a time. Few rows: the transposed words stay in
+/// registers. More rows: the next 64 bytes are transposed through the first-level cache, a step per two multiplied
+/// words.
 template <int BITS, int BLOCK, int M>
 void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* scales, const float* biases, float* tile) {
   constexpr int kBlockWords = BLOCK * BITS / 32;
@@ -214,12 +227,14 @@ void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* sca
   const uint8_t* ahead = rows[0] + kPanel * row_bytes;  // the next panel, fetched while this one is used
   BlockCursor<BLOCK, M> cursor{x.q, x.scale, x.scaled_sum, scales, biases, w.group / BLOCK == 2 ? 1 : 0};
   Vec acc[M];
-  SPECFAST_UNROLL for (int m = 0; m < M; m++) acc[m] = zero();
+  SPECFAST_UNROLL
+  for (int m = 0; m < M; m++) acc[m] = zero();
 
   if constexpr (!kRegisters) transpose_words(rows, 0, smaller(words, 16), ready[0]);
   for (int c = 0; c < chunks; c++) {
     const uint8_t* fetch = ahead + static_cast<size_t>(c) * 1024;
-    SPECFAST_UNROLL for (int i = 0; i < 16; i++) _mm_prefetch(reinterpret_cast<const char*>(fetch + i * 64), _MM_HINT_T1);
+    SPECFAST_UNROLL
+    for (int i = 0; i < 16; i++) _mm_prefetch(reinterpret_cast<const char*>(fetch + i * 64), _MM_HINT_T1);
     const int left = words - 16 * c;
     __m512i now[kRegisters ? 16 : 1];
     if constexpr (kRegisters) transpose_registers(rows, static_cast<size_t>(c) * 64, low_lanes(left), now);
@@ -227,13 +242,17 @@ void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* sca
     __m512i* next = ready[(c & 1) ^ 1];
     const int next_words = left - 16 > 0 ? smaller(left - 16, 16) : 0;
     const size_t next_offset = next_words ? static_cast<size_t>(c + 1) * 64 : 0;
-    SPECFAST_UNROLL for (int h = 0; h < kChunkBlocks; h++) {
+    SPECFAST_UNROLL
+    for (int h = 0; h < kChunkBlocks; h++) {
       if (h * kBlockWords >= left) break;
       __m512i t[kChains][M];
-      SPECFAST_UNROLL for (int i = 0; i < kChains; i++) {
-        SPECFAST_UNROLL for (int m = 0; m < M; m++) t[i][m] = _mm512_setzero_si512();
+      SPECFAST_UNROLL
+      for (int i = 0; i < kChains; i++) {
+        SPECFAST_UNROLL
+        for (int m = 0; m < M; m++) t[i][m] = _mm512_setzero_si512();
       }
-      SPECFAST_UNROLL for (int j = 0; j < kBlockWords; j++) {
+      SPECFAST_UNROLL
+      for (int j = 0; j < kBlockWords; j++) {
         const int at = h * kBlockWords + j;
         if constexpr (kRegisters) {
           dot_word<BITS, BLOCK, M, kChains>(now[at], j, cursor.q, t);
@@ -249,12 +268,14 @@ void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* sca
         }
       }
       if constexpr (kChains == 2) {
-        SPECFAST_UNROLL for (int m = 0; m < M; m++) t[0][m] = _mm512_add_epi32(t[0][m], t[1][m]);
+        SPECFAST_UNROLL
+        for (int m = 0; m < M; m++) t[0][m] = _mm512_add_epi32(t[0][m], t[1][m]);
       }
       cursor.finish(t[0], acc);
     }
   }
-  SPECFAST_UNROLL for (int m = 0; m < M; m++) store(tile + m * kPanel, acc[m]);
+  SPECFAST_UNROLL
+  for (int m = 0; m < M; m++) store(tile + m * kPanel, acc[m]);
 }
 
 template <int BITS, int BLOCK>

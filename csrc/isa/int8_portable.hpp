@@ -37,7 +37,8 @@ void transpose_scales(const Matrix& w, const void* scales, int n, float* out) {
   const size_t groups = w.groups();
   for (int r = 0; r < kPanel; r++) {
     const size_t row = static_cast<size_t>(smaller(n + r, w.N - 1));
-    for (size_t g = 0; g < groups; g++) out[g * kPanel + static_cast<size_t>(r)] = scale_at(scales, w.scale_format, row * groups + g);
+    for (size_t g = 0; g < groups; g++)
+      out[g * kPanel + static_cast<size_t>(r)] = scale_at(scales, w.scale_format, row * groups + g);
   }
 }
 

@@ -3,7 +3,9 @@
 
 namespace {
 
-inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float fused(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
 
 void int8_panel(const Matrix& w, const Rows& x, int n, const float* scales, const float* biases, float* tile) {
   const Int8Layout layout = int8_layout(w.format, w.group);

@@ -10,8 +10,10 @@ template <Format F, class X, int MT>
 void float_block(const Matrix& w, const uint8_t* const* rows, const X* x, int64_t x_stride, const float* scales,
                  const float* biases, int first_row, float* tile) {
   Vec acc[kWeightRows][MT];
-  SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
-    SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = zero();
+  SPECFAST_UNROLL
+  for (int r = 0; r < kWeightRows; r++) {
+    SPECFAST_UNROLL
+    for (int m = 0; m < MT; m++) acc[r][m] = zero();
   }
   if constexpr (is_quantised(F)) {
     const int groups = w.K / w.group;
@@ -20,11 +22,14 @@ void float_block(const Matrix& w, const uint8_t* const* rows, const X* x, int64_
       const float* b = biases + g * kPanel + first_row;
       for (int k = g * w.group; k < (g + 1) * w.group; k += kLanes) {
         Vec in[MT];
-        SPECFAST_UNROLL for (int m = 0; m < MT; m++) in[m] = load_x(x + m * x_stride + k);
-        SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+        SPECFAST_UNROLL
+        for (int m = 0; m < MT; m++) in[m] = load_x(x + m * x_stride + k);
+        SPECFAST_UNROLL
+        for (int r = 0; r < kWeightRows; r++) {
           const Vec q = F == Format::q4 ? load_q4(rows[r], k) : load_q8(rows[r], k);
           const Vec value = fma(broadcast(s[r]), q, broadcast(b[r]));
-          SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = fma(value, in[m], acc[r][m]);
+          SPECFAST_UNROLL
+          for (int m = 0; m < MT; m++) acc[r][m] = fma(value, in[m], acc[r][m]);
         }
       }
     }
@@ -32,23 +37,29 @@ void float_block(const Matrix& w, const uint8_t* const* rows, const X* x, int64_
     int k = 0;
     for (; k + kLanes <= w.K; k += kLanes) {
       Vec in[MT];
-      SPECFAST_UNROLL for (int m = 0; m < MT; m++) in[m] = load_x(x + m * x_stride + k);
-      SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+      SPECFAST_UNROLL
+      for (int m = 0; m < MT; m++) in[m] = load_x(x + m * x_stride + k);
+      SPECFAST_UNROLL
+      for (int r = 0; r < kWeightRows; r++) {
         const Vec value = load_weight<F>(rows[r], k);
-        SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = fma(value, in[m], acc[r][m]);
+        SPECFAST_UNROLL
+        for (int m = 0; m < MT; m++) acc[r][m] = fma(value, in[m], acc[r][m]);
       }
     }
     if (k < w.K) {
       const int part = w.K - k;
-      SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+      SPECFAST_UNROLL
+      for (int r = 0; r < kWeightRows; r++) {
         const Vec value = load_weight_part<F>(rows[r], k, part);
-        SPECFAST_UNROLL for (int m = 0; m < MT; m++)
-          acc[r][m] = fma(value, load_x_part(x + m * x_stride + k, part), acc[r][m]);
+        SPECFAST_UNROLL
+        for (int m = 0; m < MT; m++) acc[r][m] = fma(value, load_x_part(x + m * x_stride + k, part), acc[r][m]);
       }
     }
   }
-  SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
-    SPECFAST_UNROLL for (int m = 0; m < MT; m++) tile[m * kPanel + first_row + r] = sum(acc[r][m]);
+  SPECFAST_UNROLL
+  for (int r = 0; r < kWeightRows; r++) {
+    SPECFAST_UNROLL
+    for (int m = 0; m < MT; m++) tile[m * kPanel + first_row + r] = sum(acc[r][m]);
   }
 }
 
@@ -57,7 +68,8 @@ void float_panel(const Matrix& w, const X* x, int64_t x_stride, int M, int n, co
                  float* tile) {
   for (int r = 0; r < kPanel; r += kWeightRows) {
     const uint8_t* rows[kWeightRows];
-    SPECFAST_UNROLL for (int i = 0; i < kWeightRows; i++) rows[i] = panel_row(w, n, r + i);
+    SPECFAST_UNROLL
+    for (int i = 0; i < kWeightRows; i++) rows[i] = panel_row(w, n, r + i);
     for (int m = 0; m < M; m += 4) {
       const X* in = x + m * x_stride;
       float* out = tile + m * kPanel;
@@ -74,27 +86,35 @@ void float_panel(const Matrix& w, const X* x, int64_t x_stride, int M, int n, co
 #if defined(SPECFAST_BF16_DOT)
 /// The same with the CPU's bf16 dot instruction: both operands bf16, 32 inputs a step.
 template <int MT>
-void bf16_block(const Matrix& w, const uint8_t* const* rows, const uint16_t* x, int64_t x_stride, int first_row, float* tile) {
+void bf16_block(const Matrix& w, const uint8_t* const* rows, const uint16_t* x, int64_t x_stride, int first_row,
+                float* tile) {
   Vec acc[kWeightRows][MT];
-  SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
-    SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = zero();
+  SPECFAST_UNROLL
+  for (int r = 0; r < kWeightRows; r++) {
+    SPECFAST_UNROLL
+    for (int m = 0; m < MT; m++) acc[r][m] = zero();
   }
   for (int k = 0; k < w.K; k += 2 * kLanes) {
     const int part = smaller(2 * kLanes, w.K - k);
-    SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
+    SPECFAST_UNROLL
+    for (int r = 0; r < kWeightRows; r++) {
       const uint16_t* row = reinterpret_cast<const uint16_t*>(rows[r]) + k;
-      SPECFAST_UNROLL for (int m = 0; m < MT; m++) acc[r][m] = dot_bf16(acc[r][m], row, x + m * x_stride + k, part);
+      SPECFAST_UNROLL
+      for (int m = 0; m < MT; m++) acc[r][m] = dot_bf16(acc[r][m], row, x + m * x_stride + k, part);
     }
   }
-  SPECFAST_UNROLL for (int r = 0; r < kWeightRows; r++) {
-    SPECFAST_UNROLL for (int m = 0; m < MT; m++) tile[m * kPanel + first_row + r] = sum(acc[r][m]);
+  SPECFAST_UNROLL
+  for (int r = 0; r < kWeightRows; r++) {
+    SPECFAST_UNROLL
+    for (int m = 0; m < MT; m++) tile[m * kPanel + first_row + r] = sum(acc[r][m]);
   }
 }
 
 void bf16_panel(const Matrix& w, const uint16_t* x, int64_t x_stride, int M, int n, float* tile) {
   for (int r = 0; r < kPanel; r += kWeightRows) {
     const uint8_t* rows[kWeightRows];
-    SPECFAST_UNROLL for (int i = 0; i < kWeightRows; i++) rows[i] = panel_row(w, n, r + i);
+    SPECFAST_UNROLL
+    for (int i = 0; i < kWeightRows; i++) rows[i] = panel_row(w, n, r + i);
     for (int m = 0; m < M; m += 4) {
       const uint16_t* in = x + m * x_stride;
       float* out = tile + m * kPanel;
@@ -119,7 +139,8 @@ void bf16_panel(const Matrix& w, const X* x, int64_t x_stride, int M, int n, flo
 #endif
 
 template <class X>
-void float_panel_of(const Matrix& w, const X* x, int64_t x_stride, int M, int n, const float* s, const float* b, float* tile) {
+void float_panel_of(const Matrix& w, const X* x, int64_t x_stride, int M, int n, const float* s, const float* b,
+                    float* tile) {
   switch (w.format) {
     case Format::q4: return float_panel<Format::q4>(w, x, x_stride, M, n, s, b, tile);
     case Format::q8: return float_panel<Format::q8>(w, x, x_stride, M, n, s, b, tile);
@@ -144,7 +165,9 @@ void panel(const Matrix& w, const Rows& x, Activation activation, int n, float* 
   }
 }
 
-inline float* tile_of(const Matrix& w, float* scratch) { return scratch + 2 * (static_cast<size_t>(w.K) / 32 + 2) * kPanel; }
+inline float* tile_of(const Matrix& w, float* scratch) {
+  return scratch + 2 * (static_cast<size_t>(w.K) / 32 + 2) * kPanel;
+}
 
 void matmul_rows(const Matrix& w, const Rows& x, Activation activation, int n0, int n1, float* y, int64_t ldy,
                  const Epilogue& epilogue, float* scratch) {
@@ -165,8 +188,8 @@ void matmul_rows(const Matrix& w, const Rows& x, Activation activation, int n0, 
   }
 }
 
-void swiglu_rows(const Matrix& gate, const Matrix& up, const Rows& x, Activation gate_activation, Activation up_activation,
-                 int n0, int n1, float* h, int64_t ldh, float* scratch) {
+void swiglu_rows(const Matrix& gate, const Matrix& up, const Rows& x, Activation gate_activation,
+                 Activation up_activation, int n0, int n1, float* h, int64_t ldh, float* scratch) {
   float* gate_tile = tile_of(gate, scratch);
   float* up_tile = gate_tile + kTileRows * kPanel;
   for (int n = n0; n < n1; n += kPanel) {

@@ -8,10 +8,18 @@ inline const uint8_t* panel_row(const Matrix& w, int n, int i) {
   return static_cast<const uint8_t*>(w.weight) + static_cast<size_t>(smaller(n + i, w.N - 1)) * w.row_bytes();
 }
 
-inline Vec load_x(const float* p) { return load(p); }
-inline Vec load_x(const uint16_t* p) { return load_bf16(p); }
-inline Vec load_x_part(const float* p, int n) { return load_part(p, n); }
-inline Vec load_x_part(const uint16_t* p, int n) { return load_bf16_part(p, n); }
+inline Vec load_x(const float* p) {
+  return load(p);
+}
+inline Vec load_x(const uint16_t* p) {
+  return load_bf16(p);
+}
+inline Vec load_x_part(const float* p, int n) {
+  return load_part(p, n);
+}
+inline Vec load_x_part(const uint16_t* p, int n) {
+  return load_bf16_part(p, n);
+}
 
 template <Format F>
 inline Vec load_weight_part(const uint8_t* row, int k, int n) {

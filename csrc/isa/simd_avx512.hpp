@@ -18,21 +18,49 @@ constexpr int kLanes = 16;
 
 using Vec = __m512;
 
-inline __mmask16 low_lanes(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
+inline __mmask16 low_lanes(int n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u);
+}
 
-inline Vec zero() { return _mm512_setzero_ps(); }
-inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
-inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
-inline Vec load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(low_lanes(n), p); }
-inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
-inline void store_part(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, low_lanes(n), a); }
-inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
-inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
-inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec zero() {
+  return _mm512_setzero_ps();
+}
+inline Vec broadcast(float x) {
+  return _mm512_set1_ps(x);
+}
+inline Vec load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+inline Vec load_part(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(low_lanes(n), p);
+}
+inline void store(float* p, Vec a) {
+  _mm512_storeu_ps(p, a);
+}
+inline void store_part(float* p, Vec a, int n) {
+  _mm512_mask_storeu_ps(p, low_lanes(n), a);
+}
+inline Vec add(Vec a, Vec b) {
+  return _mm512_add_ps(a, b);
+}
+inline Vec sub(Vec a, Vec b) {
+  return _mm512_sub_ps(a, b);
+}
+inline Vec mul(Vec a, Vec b) {
+  return _mm512_mul_ps(a, b);
+}
+inline Vec div(Vec a, Vec b) {
+  return _mm512_div_ps(a, b);
+}
+inline Vec max(Vec a, Vec b) {
+  return _mm512_max_ps(a, b);
+}
+inline Vec min(Vec a, Vec b) {
+  return _mm512_min_ps(a, b);
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
 // Written out, so that the order of the additions does not depend on the compiler.
 inline float sum(Vec a) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -40,7 +68,9 @@ inline float sum(Vec a) {
   quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
-inline float maximum(Vec a) { return _mm512_reduce_max_ps(a); }
+inline float maximum(Vec a) {
+  return _mm512_reduce_max_ps(a);
+}
 
 inline float from_bf16(uint16_t h) {
   const uint32_t bits = static_cast<uint32_t>(h) << 16;
@@ -48,18 +78,28 @@ inline float from_bf16(uint16_t h) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline float from_f16(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
+inline float from_f16(uint16_t h) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+}
 inline uint16_t to_f16(float x) {
   return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
 }
 
-inline Vec widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+inline Vec widen_bf16(__m256i h) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
 inline Vec load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline Vec load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline Vec load_f16_part(const uint16_t* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(low_lanes(n), p)); }
-inline Vec load_bf16_part(const uint16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(low_lanes(n), p)); }
+inline Vec load_bf16(const uint16_t* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load_f16_part(const uint16_t* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(low_lanes(n), p));
+}
+inline Vec load_bf16_part(const uint16_t* p, int n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(low_lanes(n), p));
+}
 inline void store_f16(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -95,7 +135,9 @@ inline Vec dot_bf16(Vec acc, const uint16_t* w, const uint16_t* x, int n) {
 inline Vec pow2(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-inline Vec round_even(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec round_even(Vec a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 /// Keeps lanes below n, the others become `other`.
 inline Vec keep(Vec a, int n, float other) {

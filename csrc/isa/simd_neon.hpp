@@ -17,31 +17,55 @@ constexpr int kLanes = 4;
 
 using Vec = float32x4_t;
 
-inline Vec zero() { return vdupq_n_f32(0.0f); }
-inline Vec broadcast(float x) { return vdupq_n_f32(x); }
-inline Vec load(const float* p) { return vld1q_f32(p); }
+inline Vec zero() {
+  return vdupq_n_f32(0.0f);
+}
+inline Vec broadcast(float x) {
+  return vdupq_n_f32(x);
+}
+inline Vec load(const float* p) {
+  return vld1q_f32(p);
+}
 inline Vec load_part(const float* p, int n) {
   if (n >= 4) return vld1q_f32(p);
   float lanes[4] = {0, 0, 0, 0};
   for (int i = 0; i < n; i++) lanes[i] = p[i];
   return vld1q_f32(lanes);
 }
-inline void store(float* p, Vec a) { vst1q_f32(p, a); }
+inline void store(float* p, Vec a) {
+  vst1q_f32(p, a);
+}
 inline void store_part(float* p, Vec a, int n) {
   if (n >= 4) return vst1q_f32(p, a);
   float lanes[4];
   vst1q_f32(lanes, a);
   for (int i = 0; i < n; i++) p[i] = lanes[i];
 }
-inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
-inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
-inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
-inline Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
+inline Vec add(Vec a, Vec b) {
+  return vaddq_f32(a, b);
+}
+inline Vec sub(Vec a, Vec b) {
+  return vsubq_f32(a, b);
+}
+inline Vec mul(Vec a, Vec b) {
+  return vmulq_f32(a, b);
+}
+inline Vec div(Vec a, Vec b) {
+  return vdivq_f32(a, b);
+}
 // The second operand wins when a lane is NaN, as on the other instruction sets.
-inline Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
-inline Vec min(Vec a, Vec b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
-inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
-inline float sum(Vec a) { return (vgetq_lane_f32(a, 0) + vgetq_lane_f32(a, 2)) + (vgetq_lane_f32(a, 1) + vgetq_lane_f32(a, 3)); }
+inline Vec max(Vec a, Vec b) {
+  return vbslq_f32(vcgtq_f32(a, b), a, b);
+}
+inline Vec min(Vec a, Vec b) {
+  return vbslq_f32(vcltq_f32(a, b), a, b);
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return vfmaq_f32(c, a, b);
+}
+inline float sum(Vec a) {
+  return (vgetq_lane_f32(a, 0) + vgetq_lane_f32(a, 2)) + (vgetq_lane_f32(a, 1) + vgetq_lane_f32(a, 3));
+}
 inline float maximum(Vec a) {
   const float x = vgetq_lane_f32(a, 0), y = vgetq_lane_f32(a, 1), z = vgetq_lane_f32(a, 2), w = vgetq_lane_f32(a, 3);
   const float left = x > y ? x : y, right = z > w ? z : w;
@@ -54,8 +78,12 @@ inline float from_bf16(uint16_t h) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline float from_f16(uint16_t h) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0); }
-inline uint16_t to_f16(float x) { return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0); }
+inline float from_f16(uint16_t h) {
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);
+}
+inline uint16_t to_f16(float x) {
+  return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
+}
 
 inline uint16x4_t load_halves(const uint16_t* p, int n) {
   if (n >= 4) return vld1_u16(p);
@@ -63,11 +91,21 @@ inline uint16x4_t load_halves(const uint16_t* p, int n) {
   for (int i = 0; i < n; i++) lanes[i] = p[i];
   return vld1_u16(lanes);
 }
-inline Vec load_f16_part(const uint16_t* p, int n) { return vcvt_f32_f16(vreinterpret_f16_u16(load_halves(p, n))); }
-inline Vec load_bf16_part(const uint16_t* p, int n) { return vreinterpretq_f32_u32(vshll_n_u16(load_halves(p, n), 16)); }
-inline Vec load_f16(const uint16_t* p) { return load_f16_part(p, 4); }
-inline Vec load_bf16(const uint16_t* p) { return load_bf16_part(p, 4); }
-inline void store_f16(uint16_t* p, Vec a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+inline Vec load_f16_part(const uint16_t* p, int n) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(load_halves(p, n)));
+}
+inline Vec load_bf16_part(const uint16_t* p, int n) {
+  return vreinterpretq_f32_u32(vshll_n_u16(load_halves(p, n), 16));
+}
+inline Vec load_f16(const uint16_t* p) {
+  return load_f16_part(p, 4);
+}
+inline Vec load_bf16(const uint16_t* p) {
+  return load_bf16_part(p, 4);
+}
+inline void store_f16(uint16_t* p, Vec a) {
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a)));
+}
 inline void store_bf16_part(uint16_t* p, Vec a, int n) {
   const uint32x4_t bits = vreinterpretq_u32_f32(a);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -94,8 +132,12 @@ inline Vec load_q8(const uint8_t* row, int k) {
 }
 
 /// 2^n for an integral n within the exponent range of normal floats.
-inline Vec pow2(Vec n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23)); }
-inline Vec round_even(Vec a) { return vrndnq_f32(a); }
+inline Vec pow2(Vec n) {
+  return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+inline Vec round_even(Vec a) {
+  return vrndnq_f32(a);
+}
 
 /// Keeps lanes below n, the others become `other`.
 inline Vec keep(Vec a, int n, float other) {

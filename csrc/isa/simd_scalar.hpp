@@ -13,21 +13,51 @@ struct Vec {
   float v;
 };
 
-inline Vec zero() { return {0.0f}; }
-inline Vec broadcast(float x) { return {x}; }
-inline Vec load(const float* p) { return {*p}; }
-inline Vec load_part(const float* p, int) { return {*p}; }
-inline void store(float* p, Vec a) { *p = a.v; }
-inline void store_part(float* p, Vec a, int) { *p = a.v; }
-inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
-inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
-inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
-inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
-inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-inline float sum(Vec a) { return a.v; }
-inline float maximum(Vec a) { return a.v; }
+inline Vec zero() {
+  return {0.0f};
+}
+inline Vec broadcast(float x) {
+  return {x};
+}
+inline Vec load(const float* p) {
+  return {*p};
+}
+inline Vec load_part(const float* p, int) {
+  return {*p};
+}
+inline void store(float* p, Vec a) {
+  *p = a.v;
+}
+inline void store_part(float* p, Vec a, int) {
+  *p = a.v;
+}
+inline Vec add(Vec a, Vec b) {
+  return {a.v + b.v};
+}
+inline Vec sub(Vec a, Vec b) {
+  return {a.v - b.v};
+}
+inline Vec mul(Vec a, Vec b) {
+  return {a.v * b.v};
+}
+inline Vec div(Vec a, Vec b) {
+  return {a.v / b.v};
+}
+inline Vec max(Vec a, Vec b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+inline Vec min(Vec a, Vec b) {
+  return {a.v < b.v ? a.v : b.v};
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return {a.v * b.v + c.v};
+}
+inline float sum(Vec a) {
+  return a.v;
+}
+inline float maximum(Vec a) {
+  return a.v;
+}
 
 inline float bits_to_float(uint32_t bits) {
   float x;
@@ -40,7 +70,9 @@ inline uint32_t float_to_bits(float x) {
   return bits;
 }
 
-inline float from_bf16(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
+inline float from_bf16(uint16_t h) {
+  return bits_to_float(static_cast<uint32_t>(h) << 16);
+}
 inline uint16_t to_bf16(float x) {
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
@@ -63,7 +95,7 @@ inline uint16_t to_f16(float x) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
-  if (magnitude < 0x38800000u) {                                              // subnormal: add 0.5 ulp of 2^-24 in float
+  if (magnitude < 0x38800000u) {  // subnormal: add 0.5 ulp of 2^-24 in float
     const float shifted = bits_to_float(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u));
   }
@@ -71,22 +103,44 @@ inline uint16_t to_f16(float x) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-inline Vec load_f16(const uint16_t* p) { return {from_f16(*p)}; }
-inline Vec load_bf16(const uint16_t* p) { return {from_bf16(*p)}; }
-inline void store_f16(uint16_t* p, Vec a) { *p = to_f16(a.v); }
-inline void store_bf16_part(uint16_t* p, Vec a, int) { *p = to_bf16(a.v); }
+inline Vec load_f16(const uint16_t* p) {
+  return {from_f16(*p)};
+}
+inline Vec load_bf16(const uint16_t* p) {
+  return {from_bf16(*p)};
+}
+inline void store_f16(uint16_t* p, Vec a) {
+  *p = to_f16(a.v);
+}
+inline void store_bf16_part(uint16_t* p, Vec a, int) {
+  *p = to_bf16(a.v);
+}
 
 /// Values q of quantised weights at inputs k.., as floats.
-inline Vec load_q4(const uint8_t* row, int k) { return {static_cast<float>((row[k / 2] >> (4 * (k % 2))) & 15)}; }
-inline Vec load_q8(const uint8_t* row, int k) { return {static_cast<float>(row[k])}; }
-inline Vec load_f16_part(const uint16_t* p, int) { return {from_f16(*p)}; }
-inline Vec load_bf16_part(const uint16_t* p, int) { return {from_bf16(*p)}; }
+inline Vec load_q4(const uint8_t* row, int k) {
+  return {static_cast<float>((row[k / 2] >> (4 * (k % 2))) & 15)};
+}
+inline Vec load_q8(const uint8_t* row, int k) {
+  return {static_cast<float>(row[k])};
+}
+inline Vec load_f16_part(const uint16_t* p, int) {
+  return {from_f16(*p)};
+}
+inline Vec load_bf16_part(const uint16_t* p, int) {
+  return {from_bf16(*p)};
+}
 
 /// 2^n for an integral n within the exponent range of normal floats.
-inline Vec pow2(Vec n) { return {bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v) + 127) << 23)}; }
-inline Vec round_even(Vec a) { return {__builtin_rintf(a.v)}; }
+inline Vec pow2(Vec n) {
+  return {bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v) + 127) << 23)};
+}
+inline Vec round_even(Vec a) {
+  return {__builtin_rintf(a.v)};
+}
 
 /// Keeps lanes below n, the others become `other`.
-inline Vec keep(Vec a, int n, float other) { return {n > 0 ? a.v : other}; }
+inline Vec keep(Vec a, int n, float other) {
+  return {n > 0 ? a.v : other};
+}
 
 }  // namespace

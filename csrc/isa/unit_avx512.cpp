@@ -14,10 +14,12 @@ namespace {
 uint32_t read_bytes(const void* data, size_t bytes) {
   const uint8_t* p = static_cast<const uint8_t*>(data);
   __m512i seen[8];
-  SPECFAST_UNROLL for (int i = 0; i < 8; i++) seen[i] = _mm512_setzero_si512();
+  SPECFAST_UNROLL
+  for (int i = 0; i < 8; i++) seen[i] = _mm512_setzero_si512();
   size_t at = 0;
   for (; at + 512 <= bytes; at += 512) {
-    SPECFAST_UNROLL for (int i = 0; i < 8; i++) seen[i] = _mm512_or_si512(seen[i], _mm512_loadu_si512(p + at + 64 * i));
+    SPECFAST_UNROLL
+    for (int i = 0; i < 8; i++) seen[i] = _mm512_or_si512(seen[i], _mm512_loadu_si512(p + at + 64 * i));
   }
   for (; at + 64 <= bytes; at += 64) seen[0] = _mm512_or_si512(seen[0], _mm512_loadu_si512(p + at));
   for (int i = 1; i < 8; i++) seen[0] = _mm512_or_si512(seen[0], seen[i]);
@@ -29,32 +31,37 @@ uint64_t peak_dot(Activation activation, uint64_t iterations) {
   if (activation == Activation::int8) {
     __m512i acc[kChains];
     const __m512i a = _mm512_set1_epi8(1);
-    SPECFAST_UNROLL for (int i = 0; i < kChains; i++) acc[i] = _mm512_setzero_si512();
+    SPECFAST_UNROLL
+    for (int i = 0; i < kChains; i++) acc[i] = _mm512_setzero_si512();
     for (uint64_t n = 0; n < iterations; n++) {
-      SPECFAST_UNROLL for (int i = 0; i < kChains; i++) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(acc[i]) : "v"(a));
+      SPECFAST_UNROLL
+      for (int i = 0; i < kChains; i++) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(acc[i]) : "v"(a));
     }
     return iterations * kChains * 64;
   }
   Vec acc[kChains];
   const Vec a = broadcast(0.5f);
-  SPECFAST_UNROLL for (int i = 0; i < kChains; i++) acc[i] = zero();
+  SPECFAST_UNROLL
+  for (int i = 0; i < kChains; i++) acc[i] = zero();
   if (activation == Activation::bf16) {
     for (uint64_t n = 0; n < iterations; n++) {
-      SPECFAST_UNROLL for (int i = 0; i < kChains; i++) __asm__ volatile("vdpbf16ps %1, %1, %0" : "+v"(acc[i]) : "v"(a));
+      SPECFAST_UNROLL
+      for (int i = 0; i < kChains; i++) __asm__ volatile("vdpbf16ps %1, %1, %0" : "+v"(acc[i]) : "v"(a));
     }
     return iterations * kChains * 32;
   }
   for (uint64_t n = 0; n < iterations; n++) {
-    SPECFAST_UNROLL for (int i = 0; i < kChains; i++) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(acc[i]) : "v"(a));
+    SPECFAST_UNROLL
+    for (int i = 0; i < kChains; i++) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(acc[i]) : "v"(a));
   }
   return iterations * kChains * 16;
 }
 
 const KernelInfo kInfos[] = {
-    {"matmul_rows", "matmul_rows_q4_int8_16x16_avx512"},  {"matmul_rows", "matmul_rows_q8_int8_16x16_avx512"},
-    {"matmul_rows", "matmul_rows_any_f32_4x4_avx512"},    {"matmul_rows", "matmul_rows_bf16_bf16_4x4_avx512"},
-    {"swiglu_rows", "swiglu_rows_any_any_16x16_avx512"},  {"qkv_rope_append", "qkv_rope_append_f32_f32_1x16_avx512"},
-    {"attend_rows", "attend_rows_kv_f32_4x16_avx512"},    {"logits_rows", "logits_rows_f32_f32_1x16_avx512"},
+    {"matmul_rows", "matmul_rows_q4_int8_16x16_avx512"}, {"matmul_rows", "matmul_rows_q8_int8_16x16_avx512"},
+    {"matmul_rows", "matmul_rows_any_f32_4x4_avx512"},   {"matmul_rows", "matmul_rows_bf16_bf16_4x4_avx512"},
+    {"swiglu_rows", "swiglu_rows_any_any_16x16_avx512"}, {"qkv_rope_append", "qkv_rope_append_f32_f32_1x16_avx512"},
+    {"attend_rows", "attend_rows_kv_f32_4x16_avx512"},   {"logits_rows", "logits_rows_f32_f32_1x16_avx512"},
     {"embed_rows", "embed_rows_any_f32_1x16_avx512"},
 };
 
@@ -63,10 +70,14 @@ const KernelInfo kInfos[] = {
 namespace specfast {
 
 const KernelTable& avx512_kernels() {
-  static const KernelTable table{"avx512",   "AVX-512 F, BW, VL, DQ, VNNI and BF16", kInfos, sizeof(kInfos) / sizeof(kInfos[0]),
-                                 sum_squares, scale_row,   round_bf16,  quantise_int8,
-                                 matmul_rows, swiglu_rows, rope_head,   append_head,
-                                 attend_rows, merge_pages, logits_rows, embed_row,
+  static const KernelTable table{"avx512",    "AVX-512 F, BW, VL, DQ, VNNI and BF16",
+                                 kInfos,      sizeof(kInfos) / sizeof(kInfos[0]),
+                                 sum_squares, scale_row,
+                                 round_bf16,  quantise_int8,
+                                 matmul_rows, swiglu_rows,
+                                 rope_head,   append_head,
+                                 attend_rows, merge_pages,
+                                 logits_rows, embed_row,
                                  read_bytes,  peak_dot};
   return table;
 }

@@ -34,10 +34,10 @@ uint64_t peak_dot(Activation, uint64_t iterations) {
 }
 
 const KernelInfo kInfos[] = {
-    {"matmul_rows", "matmul_rows_q4_int8_16x16_scalar"},  {"matmul_rows", "matmul_rows_q8_int8_16x16_scalar"},
-    {"matmul_rows", "matmul_rows_any_f32_4x4_scalar"},    {"matmul_rows", "matmul_rows_any_bf16_4x4_scalar"},
-    {"swiglu_rows", "swiglu_rows_any_any_16x16_scalar"},  {"qkv_rope_append", "qkv_rope_append_f32_f32_1x1_scalar"},
-    {"attend_rows", "attend_rows_kv_f32_4x16_scalar"},    {"logits_rows", "logits_rows_f32_f32_1x1_scalar"},
+    {"matmul_rows", "matmul_rows_q4_int8_16x16_scalar"}, {"matmul_rows", "matmul_rows_q8_int8_16x16_scalar"},
+    {"matmul_rows", "matmul_rows_any_f32_4x4_scalar"},   {"matmul_rows", "matmul_rows_any_bf16_4x4_scalar"},
+    {"swiglu_rows", "swiglu_rows_any_any_16x16_scalar"}, {"qkv_rope_append", "qkv_rope_append_f32_f32_1x1_scalar"},
+    {"attend_rows", "attend_rows_kv_f32_4x16_scalar"},   {"logits_rows", "logits_rows_f32_f32_1x1_scalar"},
     {"embed_rows", "embed_rows_any_f32_1x1_scalar"},
 };
 
@@ -46,10 +46,10 @@ const KernelInfo kInfos[] = {
 namespace specfast {
 
 const KernelTable& scalar_kernels() {
-  static const KernelTable table{"scalar",   "nothing special", kInfos,      sizeof(kInfos) / sizeof(kInfos[0]),
-                                 sum_squares, scale_row,        round_bf16,  quantise_int8,
-                                 matmul_rows, swiglu_rows,      rope_head,   append_head,
-                                 attend_rows, merge_pages, logits_rows, embed_row,
+  static const KernelTable table{"scalar",    "nothing special", kInfos,      sizeof(kInfos) / sizeof(kInfos[0]),
+                                 sum_squares, scale_row,         round_bf16,  quantise_int8,
+                                 matmul_rows, swiglu_rows,       rope_head,   append_head,
+                                 attend_rows, merge_pages,       logits_rows, embed_row,
                                  read_bytes,  peak_dot};
   return table;
 }

@@ -53,7 +53,8 @@ class AutoGamma:
     With a the share of drafted tokens that is accepted, a round of gamma gives E = (1 - a^(gamma + 1)) / (1 - a) tokens
     (Leviathan et al. 2022, Eq. 1, arXiv:2211.17192) and costs gamma draft steps and one check of gamma + 1 rows. Checks of
     row counts not yet seen are taken from the line through their neighbours. What is not in use is measured again now
-    and then: plain decoding every 64 rounds, speculation after 16, 32, ... up to 256 plain rounds.
+    and then: plain decoding every 64 rounds, speculation for two rounds after 16, 32, ... up to 256 plain rounds (in the
+    first of the two the draft reads what it sat out, so only the second says what drafting costs).
 
     Args:
         ceiling: largest gamma.
@@ -76,13 +77,18 @@ class AutoGamma:
 
     def update(self, round_: Round) -> None:
         self._verify.setdefault(round_.gamma, _Seconds()).add(round_.verify_seconds)
+        caught_up = round_.gamma > 0 and self._since_speculation > 1  # the draft had to read what it sat out
         if round_.gamma:
-            self._draft.add(round_.draft_seconds / round_.gamma)
+            if not caught_up:
+                self._draft.add(round_.draft_seconds / round_.gamma)
             tested = min(round_.tau + 1, round_.gamma)
             self._acceptance += (1 - 0.97**tested) * (round_.tau / tested - self._acceptance)
         self._since_plain = self._since_plain + 1 if round_.gamma else 0
         self._since_speculation = 0 if round_.gamma else self._since_speculation + 1
-        self._gamma = self._opening.pop(0) if self._opening else self._choose()
+        if caught_up:
+            self._gamma = self._first
+        else:
+            self._gamma = self._opening.pop(0) if self._opening else self._choose()
 
     def _choose(self) -> int:
         if 0 not in self._verify or self._since_plain >= 64:

@@ -167,7 +167,7 @@ class Engine:
         config.require_available()
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ConfigurationError(f"max_tokens is {max_tokens!r}, but must be a whole number, at least 1")
-        sampling = self._sampling(resolved, top_k, top_p, min_p, secrets.randbits(63) if seed is None else seed)
+        sampling = self._sampling(resolved, top_k, top_p, min_p, secrets.randbits(53) if seed is None else seed)
         stops = StopStrings(stop)
 
         pair = self.pair

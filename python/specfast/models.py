@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from .checkpoint import LoadedModel, load_model
 from .compatibility import Status, compare_models
 from .config import SpeculativeConfig
 from .errors import ConfigurationError, SpecfastError
-from .families import ranked_drafts, suggested_drafts
+from .families import parameters, ranked_drafts, suggested_drafts
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
@@ -96,15 +97,23 @@ class ModelPair:
         """Tokens of a prompt: text and messages go through the chat template (text not if raw), ids are checked.
 
         Raises:
-            ConfigurationError: a prompt of 0 tokens, ids outside the vocabulary, or messages without a template.
+            ConfigurationError: a prompt of 0 tokens, ids outside the vocabulary, or a message without a template.
         """
-        if isinstance(prompt, str) and prompt and (raw or self.template is None):
-            tokens = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, str) and prompt:
-            messages = [{"role": "system", "content": system}] if system else []
-            tokens = self._encode_chat([*messages, {"role": "user", "content": prompt}])
-        elif prompt and isinstance(prompt[0], Mapping):
-            tokens = self._encode_chat([message for message in prompt if isinstance(message, Mapping)])
+        chat = not raw and self.template is not None
+        if system and not (chat and isinstance(prompt, str)):
+            raise ConfigurationError(
+                "a system message needs a text prompt and a model with a chat template, without raw"
+            )
+        if isinstance(prompt, str):
+            if not prompt:
+                tokens = []
+            elif chat:
+                messages = [{"role": "system", "content": system}] if system else []
+                tokens = self._encode_chat([*messages, {"role": "user", "content": prompt}])
+            else:
+                tokens = self.tokenizer.encode(prompt)
+        elif messages := [message for message in prompt if isinstance(message, Mapping)]:
+            tokens = self._encode_chat(messages)
         else:
             tokens = [int(token) for token in prompt if not isinstance(token, Mapping)]
         if not tokens:
@@ -149,7 +158,14 @@ def _choose_draft(config: SpeculativeConfig, target: Path, notify: Notify) -> _D
         )
         notify(f"{name} has no draft: plain decoding; {hint}")
         return typed
+    free = _free_bytes()
     for candidate in ranked_drafts(name):
+        needed = 0.6e9 * (parameters(candidate) or 0.0)  # 4 bit weights with scales
+        if needed > free:
+            notify(
+                f"the suggested draft {candidate} needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            )
+            continue
         try:
             choice = _try_draft(name, target, candidate, notify)
         except SpecfastError as error:
@@ -159,6 +175,16 @@ def _choose_draft(config: SpeculativeConfig, target: Path, notify: Notify) -> _D
             return choice
     notify(f"no draft is known to fit {name}: plain decoding")
     return typed
+
+
+def _free_bytes() -> float:
+    """Memory that can still be had, as far as the system tells."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    return math.inf
 
 
 def _try_draft(target_name: str, target: Path, name: str, notify: Notify) -> _DraftChoice:

@@ -28,7 +28,9 @@ void expect(bool ok, const char* isa, const std::string& what) {
 }
 
 std::mt19937 generator(7);
-float gaussian() { return std::normal_distribution<float>()(generator); }
+float gaussian() {
+  return std::normal_distribution<float>()(generator);
+}
 
 float widen_bf16(uint16_t h) {
   const uint32_t bits = static_cast<uint32_t>(h) << 16;
@@ -42,8 +44,8 @@ uint16_t cut_bf16(float x) {
   return static_cast<uint16_t>(bits >> 16);
 }
 
-/// A random matrix that owns its memory, with its values in float64. Vectors are exactly as long as the format needs, so
-/// that a sanitizer sees every read beyond them.
+/// A random matrix that owns its memory, with its values in float64. Vectors are exactly as long as the format needs,
+/// so that a sanitizer sees every read beyond them.
 struct OwnedMatrix {
   Matrix view;
   std::vector<uint8_t> weight, scales, biases;
@@ -94,13 +96,15 @@ OwnedMatrix random_matrix(Format format, int N, int K, int group, Format scale_f
       return static_cast<double>(widen_bf16(h));
     };
     for (size_t i = 0; i < groups; i++) {
-      s[i] = put(m.scales, i, (0.5f + static_cast<float>(generator() % 100) / 100.0f) * spread / static_cast<float>(levels) * 4);
+      s[i] = put(m.scales, i,
+                 (0.5f + static_cast<float>(generator() % 100) / 100.0f) * spread / static_cast<float>(levels) * 4);
       b[i] = put(m.biases, i, static_cast<float>(-s[i]) * static_cast<float>(levels) * 0.47f);
     }
     for (int n = 0; n < N; n++) {
       for (int k = 0; k < K; k++) {
         const uint32_t q = generator() % static_cast<uint32_t>(levels);
-        uint8_t& byte = m.weight[static_cast<size_t>(n) * m.view.row_bytes() + static_cast<size_t>(format == Format::q4 ? k / 2 : k)];
+        uint8_t& byte = m.weight[static_cast<size_t>(n) * m.view.row_bytes() +
+                                 static_cast<size_t>(format == Format::q4 ? k / 2 : k)];
         byte = static_cast<uint8_t>(format == Format::q4 ? byte | (q << (4 * (k % 2))) : q);
         const size_t g = static_cast<size_t>(n) * m.view.groups() + static_cast<size_t>(k / group);
         m.values[static_cast<size_t>(n) * K + k] = s[g] * q + b[g];
@@ -113,12 +117,14 @@ OwnedMatrix random_matrix(Format format, int N, int K, int group, Format scale_f
   return m;
 }
 
-std::vector<float> multiply(const KernelTable& kernels, const Matrix& w, const std::vector<float>& x, int M, Precision precision) {
+std::vector<float> multiply(const KernelTable& kernels, const Matrix& w, const std::vector<float>& x, int M,
+                            Precision precision) {
   RowsBuffer buffer(w.K);
   const Needs needs = needs_of({&w}, precision);
   buffer.reserve(needs);
   const Rows rows = buffer.view(M);
-  for (int m = 0; m < M; m++) std::copy_n(&x[static_cast<size_t>(m) * w.K], w.K, rows.f32 + static_cast<size_t>(m) * rows.stride);
+  for (int m = 0; m < M; m++)
+    std::copy_n(&x[static_cast<size_t>(m) * w.K], w.K, rows.f32 + static_cast<size_t>(m) * rows.stride);
   prepare_rows(Team{}, kernels, rows, needs);
   std::vector<float> scratch(matmul_scratch_floats(w.K)), y(static_cast<size_t>(M) * w.N);
   kernels.matmul_rows(w, rows, activation_of(w, precision), 0, w.N, y.data(), w.N, {}, scratch.data());
@@ -134,17 +140,20 @@ void check_matmul(const KernelTable& kernels, const OwnedMatrix& m, Precision pr
   for (int r = 0; r < kTileRows; r++) {
     for (int n = 0; n < w.N; n++) {
       double exact = 0;
-      for (int k = 0; k < w.K; k++) exact += m.values[static_cast<size_t>(n) * w.K + k] * x[static_cast<size_t>(r) * w.K + k];
+      for (int k = 0; k < w.K; k++)
+        exact += m.values[static_cast<size_t>(n) * w.K + k] * x[static_cast<size_t>(r) * w.K + k];
       error += std::pow(exact - y[static_cast<size_t>(r) * w.N + n], 2);
       norm += exact * exact;
     }
   }
-  const std::string name = "matmul format " + std::to_string(static_cast<int>(w.format)) + " group " + std::to_string(w.group) + " N " +
-                           std::to_string(w.N) + " K " + std::to_string(w.K) + " precision " + std::to_string(static_cast<int>(precision));
+  const std::string name = "matmul format " + std::to_string(static_cast<int>(w.format)) + " group " +
+                           std::to_string(w.group) + " N " + std::to_string(w.N) + " K " + std::to_string(w.K) +
+                           " precision " + std::to_string(static_cast<int>(precision));
   expect(std::sqrt(error / norm) < tolerance, kernels.isa, name + " error " + std::to_string(std::sqrt(error / norm)));
   for (int M = 1; M < kTileRows; M += full ? 1 : 1 + M / 3) {
     const std::vector<float> part = multiply(kernels, w, x, M, precision);
-    expect(!std::memcmp(part.data(), y.data(), part.size() * 4), kernels.isa, name + " differs at M = " + std::to_string(M));
+    expect(!std::memcmp(part.data(), y.data(), part.size() * 4), kernels.isa,
+           name + " differs at M = " + std::to_string(M));
   }
   if (precision == Precision::int8 && is_quantised(w.format)) {
     const std::vector<float> scalar = multiply(scalar_kernels(), w, x, kTileRows, precision);
@@ -155,7 +164,8 @@ void check_matmul(const KernelTable& kernels, const OwnedMatrix& m, Precision pr
 void check_matmuls(const KernelTable& kernels) {
   for (const Format format : {Format::q4, Format::q8}) {
     for (const int group : {32, 64, 128}) {
-      for (const auto& [N, K] : {std::pair{37, 3 * group}, std::pair{16, group}, std::pair{64, 256}, std::pair{5, 640}}) {
+      for (const auto& [N, K] :
+           {std::pair{37, 3 * group}, std::pair{16, group}, std::pair{64, 256}, std::pair{5, 640}}) {
         if (!full && N != 37 && N != 16) continue;
         for (const Format scales : {Format::bf16, Format::f32}) {
           const OwnedMatrix m = random_matrix(format, N, K, group, scales);
@@ -234,8 +244,9 @@ std::vector<float> run_in_steps(const TinyModel& tiny, const std::vector<int32_t
 }
 
 void check_decoder(const KernelTable& kernels) {
-  for (const auto& [format, precision] : {std::pair{Format::q4, Precision::int8}, std::pair{Format::q8, Precision::int8},
-                                          std::pair{Format::bf16, Precision::bf16}, std::pair{Format::f32, Precision::f32}}) {
+  for (const auto& [format, precision] :
+       {std::pair{Format::q4, Precision::int8}, std::pair{Format::q8, Precision::int8},
+        std::pair{Format::bf16, Precision::bf16}, std::pair{Format::f32, Precision::f32}}) {
     const TinyModel tiny = tiny_model(kernels, format, precision);
     std::vector<int32_t> tokens(270);  // across a page
     for (int32_t& token : tokens) token = static_cast<int32_t>(generator() % 131);
@@ -243,8 +254,9 @@ void check_decoder(const KernelTable& kernels) {
     for (const int step : {5, 21, 2, 9, 16, 270}) {
       for (const int threads : {2, 1, 3}) {
         if (!full && (step < 5 || step == 9 || threads == 3)) continue;
-        expect(run_in_steps(tiny, tokens, step, threads) == one, kernels.isa,
-               "decoder: " + std::to_string(step) + " rows and " + std::to_string(threads) + " threads give other bits");
+        expect(
+            run_in_steps(tiny, tokens, step, threads) == one, kernels.isa,
+            "decoder: " + std::to_string(step) + " rows and " + std::to_string(threads) + " threads give other bits");
       }
     }
     // Speculation with a drafter that is sometimes right, greedy: the tokens are the plain ones.
@@ -261,7 +273,8 @@ void check_decoder(const KernelTable& kernels) {
       Proposal proposal;
       for (int i = 0; i < 5; i++) {
         const size_t at = guessed.size() + static_cast<size_t>(i);
-        proposal.tokens.push_back(generator() % 4 && at < plain.size() ? plain[at] : static_cast<int32_t>(generator() % 131));
+        proposal.tokens.push_back(generator() % 4 && at < plain.size() ? plain[at]
+                                                                       : static_cast<int32_t>(generator() % 131));
       }
       const Verdict verdict = b.verify(&guessed.back(), 1, proposal, greedy, 1.0, 0, 0);
       b.cache().commit(1 + verdict.tau);
@@ -275,7 +288,8 @@ void check_decoder(const KernelTable& kernels) {
     Proposal drafted;
     Sequence c(tiny.model, 30);
     c.draft(tokens.data(), 20, 4, sampled, 1, 0, drafted);
-    expect(drafted.gamma() == 4 && c.cache().length() == 20 && c.cache().provisional() == 3, kernels.isa, "draft leaves the cache wrong");
+    expect(drafted.gamma() == 4 && c.cache().length() == 20 && c.cache().provisional() == 3, kernels.isa,
+           "draft leaves the cache wrong");
     c.cache().commit(0);
     bool refused = false;
     try {
@@ -283,7 +297,8 @@ void check_decoder(const KernelTable& kernels) {
     } catch (const ContextFullError&) {
       refused = true;
     }
-    expect(refused && c.cache().length() == 20 && c.cache().provisional() == 0, kernels.isa, "a full context is not refused cleanly");
+    expect(refused && c.cache().length() == 20 && c.cache().provisional() == 0, kernels.isa,
+           "a full context is not refused cleanly");
   }
 }
 

@@ -74,11 +74,17 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
         **{"dest": "auto_config", "action": "store_const", "const": True},
         help="draft and options of the target's family; gamma follows measurements",
     )
-    engines = {"choices": ENGINES, "metavar": "ENGINE"}
+    engines = {"type": _engine, "metavar": "ENGINE"}
     add(
         "--target-engine", "--speculative-target-engine", dest="target_engine", **engines, help="native in this version"
     )
-    add("--draft-engine", "--speculative-draft-engine", dest="draft_engine", **engines, help="as the target's")
+    add(
+        "--draft-engine",
+        "--speculative-draft-engine",
+        dest="draft_engine",
+        **engines,
+        help="as the target's, with none",
+    )
     add(
         *("--gamma", "--speculative-gamma"),
         **{"dest": "gamma", "type": _gamma, "metavar": "1-20|auto"},
@@ -132,3 +138,11 @@ def _gamma(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer in 1 to 20 nor 'auto'") from None
+
+
+def _engine(text: str) -> str | None:
+    if text.lower() == "none":
+        return None
+    if text not in ENGINES:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; choose one of {', '.join(ENGINES)}, none")
+    return text

@@ -1,0 +1,87 @@
+"""Compares a benchmark run with this CPU's baseline by ratios measured within each run, so that a slow minute does not count.
+
+    python benchmarks/compare.py build/benchmarks.json             compare; exit 1 on a regression
+    python benchmarks/compare.py build/benchmarks.json --update    store the run as a sample of the baseline
+
+A baseline is keyed by CPU model and holds the ratios of one or more runs; a ratio fails when it is above the baseline's median by
+more than 10 percent or three times the spread between the stored runs, whichever is larger.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+BASELINES = Path(__file__).parent / "baselines"
+TOLERANCE, SPREADS = 0.10, 3.0
+# Slower series over the faster one they are judged by.
+PAIRS = (("verify_tokens", "verify_tokens_numpy"), ("embedded_speculative", "embedded_plain"))
+
+
+def ratios(run: dict) -> dict[str, float]:
+    """T(M)/T(1) of every series, and the pairs above; smaller is better for all of them."""
+    medians = {}
+    for benchmark in run["benchmarks"]:
+        info = benchmark["extra_info"]
+        medians[info["series"], info.get("M", 0)] = benchmark["stats"]["median"]
+    found = {}
+    for (series, m), median in medians.items():
+        if m > 1 and (series, 1) in medians:
+            found[f"{series} T({m})/T(1)"] = median / medians[series, 1]
+    for candidate, reference in PAIRS:
+        if (candidate, 0) in medians and (reference, 0) in medians:
+            found[f"{candidate} / {reference}"] = medians[candidate, 0] / medians[reference, 0]
+    return found
+
+
+def cpu_key(run: dict) -> str:
+    """A file name for the run's CPU and thread count."""
+    machine = run["machine_info"]["specfast"]
+    return re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower()).strip("-")
+
+
+def judge(current: dict[str, float], samples: list[dict[str, float]]) -> list[tuple[str, float, float, float, bool]]:
+    """Rows (name, baseline median, now, limit, within) for every ratio both sides have."""
+    rows = []
+    for name in sorted(current):
+        stored = [sample[name] for sample in samples if name in sample]
+        if not stored:
+            continue
+        middle = statistics.median(stored)
+        spread = (max(stored) - min(stored)) / middle
+        limit = middle * (1 + max(TOLERANCE, SPREADS * spread))
+        rows.append((name, middle, current[name], limit, current[name] <= limit))
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="JSON of pytest-benchmark")
+    parser.add_argument("--baselines", type=Path, default=BASELINES)
+    parser.add_argument("--update", action="store_true", help="add the run to this CPU's baseline")
+    options = parser.parse_args(arguments)
+    run = json.loads(options.run.read_text())
+    file, current = options.baselines / f"{cpu_key(run)}.json", ratios(run)
+    samples = json.loads(file.read_text())["samples"] if file.is_file() else []
+    if options.update:
+        options.baselines.mkdir(exist_ok=True)
+        file.write_text(
+            json.dumps({"machine": run["machine_info"]["specfast"], "samples": [*samples, current]}, indent=1) + "\n"
+        )
+        print(f"{file}: {len(samples) + 1} samples")
+        return 0
+    if not samples:
+        print(f"no baseline for this CPU ({file.name}); make one with --update, best from three quiet runs")
+        return 0
+    rows = judge(current, samples)
+    for name, middle, now, limit, within in rows:
+        print(f"{'ok  ' if within else 'SLOW'} {name:44} baseline {middle:7.3f}  now {now:7.3f}  limit {limit:7.3f}")
+    slower = [row[0] for row in rows if not row[4]]
+    print(f"{len(rows)} ratios, {len(slower)} regressions")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
