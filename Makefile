@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc src python -name '*.cpp' -o -name '*.hpp' -o -name 
 CPP := $(shell find csrc src tests/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 APT_PACKAGES := g++-aarch64-linux-gnu qemu-user-static
 
-.PHONY: help demo test test-full lint format bench bench-compare wheel driver clean
+.PHONY: help demo test test-full lint format stubs bench bench-compare wheel driver clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -53,6 +53,10 @@ format: $(VENV)/tools ## format all sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+stubs: $(VENV)/installed $(VENV)/tools ## write the type stub of the native module
+	$(BIN)/python -m nanobind.stubgen -q -m specfast._core -o python/specfast/_core.pyi
+	sed -i -E 's/layers: list,/layers: list[dict[str, object]],/; s/-> dict:/-> dict[str, object]:/; s/Annotated\[NDArray,/Annotated[NDArray[Any],/g; s/^from typing import Annotated/from typing import Annotated, Any/' python/specfast/_core.pyi
 
 bench: $(VENV)/installed $(VENV)/tools ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks

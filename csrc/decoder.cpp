@@ -16,19 +16,23 @@ Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
       cache_({static_cast<int32_t>(model_->layers.size()), model_->kv_heads, model_->head_dim,
               model_->precision != Precision::f32},
              model_->rope_inv_freq, capacity),
-      work_(*model_) {}
+      work_(*model_),
+      small_(model_->pass_bytes() < (size_t{16} << 20)) {}
 
 void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best) {
   const Model& model = *model_;
   ThreadPool& pool = ThreadPool::instance();
-  const size_t threads = static_cast<size_t>(pool.size());
-  const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
-  work_.scratch.resize(threads * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
-  work_.best.resize(threads * kTileRows);
   const size_t pages = static_cast<size_t>((tile.position + tile.M - 1) / kPagePositions) + 1;
   work_.partial.resize(pages * static_cast<size_t>(tile.M) * static_cast<size_t>(model.heads) *
                        static_cast<size_t>(cache_.shape().padded_dim() + 2));
-  pool.run([&](const Team& team) {
+  const auto prepare = [&](int threads) {
+    const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
+    work_.scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
+    work_.best.resize(static_cast<size_t>(threads) * kTileRows);
+  };
+  // Barriers of a pass this short cost more on a busy machine than its threads gain.
+  const bool alone = small_ && !pool.size_was_set();
+  pool.run(alone, prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
     embed_rows(pass);
     for (int layer = 0; layer < static_cast<int>(model.layers.size()); layer++) {
@@ -85,15 +89,18 @@ void Sequence::require_finite(int32_t rows) const {
 
 void Sequence::laws(int32_t rows, const Law& law, float* out) {
   ThreadPool& pool = ThreadPool::instance();
-  work_.law_scratch.resize(std::max(work_.law_scratch.size(), static_cast<size_t>(pool.size())));
-  for (LawScratch& scratch : work_.law_scratch) scratch.reserve(model_->vocab);  // so that the threads do not allocate
+  const auto prepare = [&](int threads) {
+    work_.law_scratch.resize(std::max(work_.law_scratch.size(), static_cast<size_t>(threads)));
+    for (LawScratch& scratch : work_.law_scratch)
+      scratch.reserve(model_->vocab);  // so that the threads do not allocate
+  };
   const size_t vocab = static_cast<size_t>(model_->vocab);
   const auto row = [&](int32_t m, LawScratch& scratch) {
     const size_t first = static_cast<size_t>(m) * vocab;
     law_row(work_.logits.data() + first, model_->vocab, law, out + first, scratch);
   };
-  if (rows == 1) return row(0, work_.law_scratch[0]);
-  pool.run([&](const Team& team) {
+  const bool alone = rows == 1 || (small_ && !pool.size_was_set());
+  pool.run(alone, prepare, [&](const Team& team) {
     for (int32_t m = team.id; m < rows; m += team.size) row(m, work_.law_scratch[static_cast<size_t>(team.id)]);
   });
 }

@@ -53,6 +53,7 @@ class Sequence {
   KvCache cache_;
   Workspace work_;
   std::vector<RowMax> best_;
+  bool small_;  // a pass is over before a second thread would have helped much
 };
 
 }  // namespace specfast

@@ -47,9 +47,12 @@ const std::vector<IsaEntry>& compiled_isas() {
 }
 
 const KernelTable* find_kernels(const std::string& isa, std::string* why) {
-  std::string wanted = isa;
+  std::string wanted = isa, remedy = "choose another isa, or none for the best";
   if (wanted.empty()) {
-    if (const char* forced = std::getenv("SPECFAST_ISA")) wanted = forced;
+    if (const char* forced = std::getenv("SPECFAST_ISA")) {
+      wanted = forced;
+      remedy = "it was asked for by SPECFAST_ISA; unset it for the best";
+    }
   }
   const auto& entries = compiled_isas();
   std::string names;
@@ -58,11 +61,11 @@ const KernelTable* find_kernels(const std::string& isa, std::string* why) {
     names += (names.empty() ? "" : ", ") + std::string(entry.table->isa);
     if (wanted.empty() ? entry.supported : wanted == entry.table->isa) {
       if (entry.supported) return entry.table;
-      *why = "this CPU cannot run '" + wanted + "' kernels: they need " + entry.table->features;
+      *why = "this CPU cannot run '" + wanted + "' kernels: they need " + entry.table->features + "; " + remedy;
       return nullptr;
     }
   }
-  *why = "no kernels named '" + wanted + "' were compiled; this build has " + names;
+  *why = "no kernels named '" + wanted + "' were compiled; this build has " + names + "; " + remedy;
   return nullptr;
 }
 

@@ -2,16 +2,20 @@
 #include "model.hpp"
 
 #include <cmath>
+#include <cstdlib>
+#include <new>
 
 #include "errors.hpp"
+#include "thread_pool.hpp"
 
 namespace specfast {
 namespace {
 
-template <class Visit>
-void for_each_matrix(const Model& model, Visit&& visit) {
-  for (const LayerWeights& layer : model.layers) {
-    for (const Matrix* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) visit(*w);
+/// Every matrix a pass streams: those of the layers and the head.
+template <class AnyModel, class Visit>
+void for_each_matrix(AnyModel& model, Visit&& visit) {
+  for (auto& layer : model.layers) {
+    for (auto* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) visit(*w);
   }
   visit(model.head);
 }
@@ -48,6 +52,33 @@ size_t Model::pass_bytes() const {
 double Model::row_macs() const {
   double total = 0;
   for_each_matrix(*this, [&](const Matrix& w) { total += static_cast<double>(w.N) * w.K; });
+  return total;
+}
+
+void Model::Free::operator()(uint8_t* p) const {
+  std::free(p);
+}
+
+void Model::pack() {
+  if (!kernels->pack_panel || precision != Precision::int8) return;
+  for_each_matrix(*this, [this](Matrix& w) {
+    if (!is_quantised(w.format)) return;
+    uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(64, (w.panels() * w.panel_bytes() + 63) / 64 * 64));
+    if (!data) throw std::bad_alloc();
+    packed_.emplace_back(data);
+    ThreadPool::instance().run([&](const Team& team) {
+      int first, last;
+      team.part(w.N, kPanel, &first, &last);
+      for (int n = first; n < last; n += kPanel)
+        kernels->pack_panel(w, n, data + static_cast<size_t>(n / kPanel) * w.panel_bytes());
+    });
+    w.packed = data;
+  });
+}
+
+size_t Model::packed_bytes() const {
+  size_t total = 0;
+  for_each_matrix(*this, [&](const Matrix& w) { total += w.packed ? w.panels() * w.panel_bytes() : 0; });
   return total;
 }
 

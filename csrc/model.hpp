@@ -39,6 +39,16 @@ struct Model {
   double row_macs() const;
   /// Throws ShapeError when a matrix or vector does not fit the sizes above.
   void check() const;
+  /// Gives every quantised matrix a packed copy where the kernels read one (int8 activations only). The embedding,
+  /// which is read row by row, stays in place. Throws std::bad_alloc.
+  void pack();
+  size_t packed_bytes() const;
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const;
+  };
+  std::vector<std::unique_ptr<uint8_t[], Free>> packed_;
 };
 
 }  // namespace specfast

@@ -91,26 +91,25 @@ struct ThreadPool::Crew {
   }
   ~Crew() {
     stop = true;
-    call.fetch_add(1, std::memory_order_release);
-    call.notify_all();
+    calls.fetch_add(1, std::memory_order_release);
+    calls.notify_all();
     for (auto& worker : workers) worker.join();
   }
   void work(int id) {
     for (uint32_t seen = 0;;) {
-      wait_for_change(call, seen);
+      wait_for_change(calls, seen);
       seen++;
       if (stop) return;
-      job(context, Team{id, size, &barrier});
+      (*call)(Team{id, size, &barrier});
       barrier.wait();
     }
   }
 
   const int size;
   Barrier barrier;
-  Job job = nullptr;
-  void* context = nullptr;
+  const Call* call = nullptr;
   bool stop = false;
-  alignas(64) std::atomic<uint32_t> call{0};
+  alignas(64) std::atomic<uint32_t> calls{0};
   std::vector<std::thread> workers;
 };
 
@@ -120,47 +119,48 @@ ThreadPool& ThreadPool::instance() {
 }
 
 int ThreadPool::size() {
-  std::lock_guard<std::mutex> lock(busy_);
-  return wanted_ > 0 ? wanted_ : (wanted_ = usable_cores());
+  if (wanted_ == 0) wanted_ = usable_cores();
+  return wanted_;
 }
 
 void ThreadPool::set_size(int threads) {
-  std::lock_guard<std::mutex> lock(busy_);
   wanted_ = std::max(1, threads);
+  was_set_ = true;
+}
+
+bool ThreadPool::size_was_set() {
+  return was_set_;
 }
 
 ThreadPool::Crew& ThreadPool::crew() {
-  if (wanted_ <= 0) wanted_ = usable_cores();
+  const int wanted = size();
   const int pid = static_cast<int>(getpid());
   if (crew_ && crew_pid_ != pid) crew_ = nullptr;  // the parent's threads do not exist here
-  if (crew_ && crew_->size != wanted_) {
+  if (crew_ && crew_->size != wanted) {
     delete crew_;
     crew_ = nullptr;
   }
   if (!crew_) {
-    crew_ = new Crew(wanted_);
+    crew_ = new Crew(wanted);
     crew_pid_ = pid;
   }
   return *crew_;
 }
 
-void ThreadPool::run_erased(Job job, void* context) {
-  std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
-  if (!lock.owns_lock()) {
-    job(context, Team{});
+void ThreadPool::run_erased(bool alone, const Call& call) {
+  std::unique_lock<std::mutex> lock(busy_, std::defer_lock);
+  Crew* threads = !alone && lock.try_lock() ? &crew() : nullptr;
+  if (!threads || threads->size == 1) {
+    call.prepare(call.prepare_context, 1);
+    call(Team{});
     return;
   }
-  Crew& threads = crew();
-  if (threads.size == 1) {
-    job(context, Team{});
-    return;
-  }
-  threads.job = job;
-  threads.context = context;
-  threads.call.fetch_add(1, std::memory_order_release);
-  threads.call.notify_all();
-  job(context, Team{0, threads.size, &threads.barrier});
-  threads.barrier.wait();
+  call.prepare(call.prepare_context, threads->size);
+  threads->call = &call;
+  threads->calls.fetch_add(1, std::memory_order_release);
+  threads->calls.notify_all();
+  call(Team{0, threads->size, &threads->barrier});
+  threads->barrier.wait();
 }
 
 }  // namespace specfast

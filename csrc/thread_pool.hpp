@@ -50,23 +50,42 @@ class ThreadPool {
   int size();
   void set_size(int threads);
 
-  /// Calls work(team) on every thread and returns when all are done. `work` must not throw.
+  /// Whether set_size chose the number of threads.
+  bool size_was_set();
+
+  /// Calls prepare(threads) once, then work(team) on every thread, and returns when all are done. `work` must not
+  /// throw. `alone` runs it on the calling thread only.
+  template <class Prepare, class Work>
+  void run(bool alone, Prepare&& prepare, Work&& work) {
+    Call call{[](void* context, int threads) { (*static_cast<std::remove_reference_t<Prepare>*>(context))(threads); },
+              [](void* context, const Team& team) { (*static_cast<std::remove_reference_t<Work>*>(context))(team); },
+              const_cast<void*>(static_cast<const void*>(&prepare)),
+              const_cast<void*>(static_cast<const void*>(&work))};
+    run_erased(alone, call);
+  }
   template <class Work>
   void run(Work&& work) {
-    run_erased([](void* context, const Team& team) { (*static_cast<std::remove_reference_t<Work>*>(context))(team); },
-               &work);
+    run(false, [](int) {}, work);
   }
 
  private:
   struct Crew;  // the threads, replaced as a whole
-  using Job = void (*)(void*, const Team&);
-  void run_erased(Job job, void* context);
+  struct Call {
+    void (*prepare)(void*, int);
+    void (*work)(void*, const Team&);
+    void* prepare_context;
+    void* work_context;
+
+    void operator()(const Team& team) const { work(work_context, team); }
+  };
+  void run_erased(bool alone, const Call& call);
   Crew& crew();
 
   std::mutex busy_;
   Crew* crew_ = nullptr;
   int crew_pid_ = 0;
-  int wanted_ = 0;
+  std::atomic<int> wanted_{0};
+  std::atomic<bool> was_set_{false};
 };
 
 /// Physical cores this process may use: its affinity mask, one thread per core, cut by the cgroup's CPU quota.

@@ -34,6 +34,10 @@ struct Matrix {
   const void* weight = nullptr;
   const void* scales = nullptr;  // (N, K / group)
   const void* biases = nullptr;  // (N, K / group)
+  /// The same weights as panels of 16 rows, if the kernels want a copy of their own: per group 16 scales, 16 biases,
+  /// then the group's words, word j of the 16 rows side by side. 64-byte aligned; null means the rows are read in
+  /// place.
+  const uint8_t* packed = nullptr;
 
   size_t row_bytes() const {
     switch (format) {
@@ -45,6 +49,9 @@ struct Matrix {
   }
   size_t scale_bytes() const { return scale_format == Format::f32 ? 4 : 2; }
   size_t groups() const { return group ? static_cast<size_t>(K) / static_cast<size_t>(group) : 0; }
+  /// Bytes of one packed panel of 16 rows.
+  size_t panel_bytes() const { return kPanel * (row_bytes() + 2 * groups() * scale_bytes()); }
+  size_t panels() const { return (static_cast<size_t>(N) + kPanel - 1) / kPanel; }
   /// Bytes streamed from memory in one pass.
   size_t bytes() const { return static_cast<size_t>(N) * (row_bytes() + 2 * groups() * scale_bytes()); }
 };

@@ -252,7 +252,7 @@ def test_stop_and_raw_reach_the_engine(run):
     assert values["finish_reason"] == "stop"
 
 
-def command(*arguments, **options):
+def command(*arguments):
     return [sys.executable, "-m", "specfast", *arguments]
 
 
@@ -308,6 +308,17 @@ def test_the_module_runs_and_a_closed_pipe_is_no_crash(pair):
     _, err = child.communicate(timeout=60)
     assert child.returncode == 1
     assert b"Traceback" not in err
+
+
+def test_an_unknown_instruction_set_is_an_error_without_a_traceback():
+    environment = {**os.environ, "SPECFAST_ISA": "pentium"}
+    for arguments in (("doctor",), ("generate", "--prompt", "x")):
+        done = subprocess.run(
+            command(*arguments), capture_output=True, text=True, check=False, env=environment, timeout=60
+        )
+        assert done.returncode == 1
+        assert "pentium" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_help_teaches(run):

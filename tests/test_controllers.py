@@ -64,7 +64,7 @@ def test_never_much_slower_than_plain(machine):
 
 
 def test_it_follows_a_change():
-    machine = Machine(0.1, 0.3, 0.1)
+    machine = Machine(0.1, 0.1, 0.1)
     controller = AutoGamma(8)
     machine.run(controller, 500)
     machine.a, machine.c = 0.95, 0.02

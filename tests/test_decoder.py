@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from specfast import _core
+from specfast.bench.random_model import QUANTS, random_model
+from specfast.bench.shapes import Shape
 from tiny_models import native, quantised, random_decoder
 
 ISAS = _core.build_info()["isas_supported"]
@@ -106,3 +108,19 @@ def test_nan_weights_raise_and_leave_the_cache():
         with pytest.raises(_core.NumericalError, match="not finite"):
             model.verify(cache, np.array([1], dtype=np.int32), None, law, 1.0, 0, 0)
         assert (cache.length, cache.provisional) == (0, 0)
+
+
+@pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant.startswith("q")])
+def test_packed_weights_give_the_bits_of_those_in_place(quant):
+    shape = Shape("ragged", 256, 2, 4, 2, 64, 384, 1003, True)
+    tokens, logits = np.arange(40, dtype=np.int32), []
+    for pack in (True, False):
+        model = random_model(shape, quant, pack=pack)
+        assert pack or model.packed_bytes == 0
+        for M in (1, 3, 7, 16):
+            cache, rows = _core.Cache(model), []
+            for first in range(0, 40, M):
+                rows.append(model.forward(cache, tokens[first : first + M], len(tokens[first : first + M])))
+                cache.commit(cache.provisional)
+            logits.append(np.concatenate(rows))
+    assert all(np.array_equal(logits[0], other) for other in logits)

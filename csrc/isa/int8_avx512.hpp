@@ -300,14 +300,4 @@ void int8_panel_of(const Matrix& w, const Int8Rows& x, int M, int n, const float
   }
 }
 
-void int8_panel(const Matrix& w, const Rows& x, int n, const float* scales, const float* biases, float* tile) {
-  const Int8Layout layout = int8_layout(w.format, w.group);
-  switch (layout) {
-    case kQ4Block32: return int8_panel_of<4, 32>(w, x.int8[layout], x.M, n, scales, biases, tile);
-    case kQ4Block64: return int8_panel_of<4, 64>(w, x.int8[layout], x.M, n, scales, biases, tile);
-    case kQ8Block32: return int8_panel_of<8, 32>(w, x.int8[layout], x.M, n, scales, biases, tile);
-    default: return int8_panel_of<8, 64>(w, x.int8[layout], x.M, n, scales, biases, tile);
-  }
-}
-
 }  // namespace

@@ -154,7 +154,7 @@ void float_panel_of(const Matrix& w, const X* x, int64_t x_stride, int M, int n,
 void panel(const Matrix& w, const Rows& x, Activation activation, int n, float* scratch, float* tile) {
   float* scales = scratch;
   float* biases = scratch + (static_cast<size_t>(w.K) / 32 + 2) * kPanel;
-  if (is_quantised(w.format)) {
+  if (is_quantised(w.format) && !(w.packed && activation == Activation::int8)) {
     transpose_scales(w, w.scales, n, scales);
     transpose_scales(w, w.biases, n, biases);
   }

@@ -6,6 +6,7 @@
 #include "attend.hpp"
 #include "matmul_loads.hpp"
 #include "int8_avx512.hpp"
+#include "int8_packed_avx512.hpp"
 #include "matmul.hpp"
 // clang-format on
 
@@ -74,11 +75,12 @@ const KernelTable& avx512_kernels() {
                                  kInfos,      sizeof(kInfos) / sizeof(kInfos[0]),
                                  sum_squares, scale_row,
                                  round_bf16,  quantise_int8,
-                                 matmul_rows, swiglu_rows,
-                                 rope_head,   append_head,
-                                 attend_rows, merge_pages,
-                                 logits_rows, embed_row,
-                                 read_bytes,  peak_dot};
+                                 matmul_rows, pack_panel,
+                                 swiglu_rows, rope_head,
+                                 append_head, attend_rows,
+                                 merge_pages, logits_rows,
+                                 embed_row,   read_bytes,
+                                 peak_dot};
   return table;
 }
 

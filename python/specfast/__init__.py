@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _core
 from .config import SpeculativeConfig
@@ -27,8 +27,6 @@ from .errors import (
 from .families import get_model_family_variants, suggest_speculative_config
 from .generation import Generation, Result
 from .inference import get_inference_engine, load
-
-__version__ = str(_core.build_info()["version"])
 
 __all__ = [
     "Chunk",
@@ -56,3 +54,14 @@ __all__ = [
 def build_info() -> dict[str, Any]:
     """Version, compiler, compiled and supported instruction sets, kernels by name, the selected ones, threads."""
     return dict(_core.build_info())
+
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """`__version__`, when asked for: an impossible SPECFAST_ISA must not keep the package from being imported."""
+        if name == "__version__":
+            return str(_core.build_info()["version"])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

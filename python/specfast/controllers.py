@@ -52,13 +52,17 @@ class AutoGamma:
 
     With a the share of drafted tokens that is accepted, a round of gamma gives E = (1 - a^(gamma + 1)) / (1 - a) tokens
     (Leviathan et al. 2022, Eq. 1, arXiv:2211.17192) and costs gamma draft steps and one check of gamma + 1 rows. Checks of
-    row counts not yet seen are taken from the line through their neighbours. What is not in use is measured again now
-    and then: plain decoding every 64 rounds, speculation for two rounds after 16, 32, ... up to 256 plain rounds (in the
-    first of the two the draft reads what it sat out, so only the second says what drafting costs).
+    row counts not yet seen are taken from the line through their neighbours.
+
+    What is not in use is measured again now and then: plain decoding every 64 rounds; speculation for two rounds (in the
+    first the draft reads what it sat out, so only the second says what drafting costs), as long as all time lost by
+    looking stays below 2 percent.
 
     Args:
         ceiling: largest gamma.
     """
+
+    LOOKING, PATIENCE, PLAIN_EVERY = 0.02, 16, 64
 
     def __init__(self, ceiling: int = 20) -> None:
         self._ceiling = ceiling
@@ -66,41 +70,48 @@ class AutoGamma:
         self._acceptance = 0.8
         self._draft = _Seconds()
         self._verify: dict[int, _Seconds] = {}  # by gamma
-        self._opening = [self._first, 0, self._first, 0, self._first]
+        self._catch_up = 0.0  # seconds per token the draft sat out
+        self._elapsed = self._lost = 0.0
         self._since_plain = self._since_speculation = 0
-        self._patience = 16
-        self._gamma = self._opening.pop(0)
+        self._queue = [self._first, 0, self._first, 0, self._first]
+        self._gamma = self._queue.pop(0)
 
     @property
     def gamma(self) -> int:
         return self._gamma
 
     def update(self, round_: Round) -> None:
+        seconds = round_.draft_seconds + round_.verify_seconds
+        self._elapsed += seconds
         self._verify.setdefault(round_.gamma, _Seconds()).add(round_.verify_seconds)
-        caught_up = round_.gamma > 0 and self._since_speculation > 1  # the draft had to read what it sat out
         if round_.gamma:
-            if not caught_up:
-                self._draft.add(round_.draft_seconds / round_.gamma)
-            tested = min(round_.tau + 1, round_.gamma)
-            self._acceptance += (1 - 0.97**tested) * (round_.tau / tested - self._acceptance)
+            self._learn(round_)
+            if 0 in self._verify:
+                self._lost = max(0.0, self._lost + seconds - round_.kept * self._verify[0].value)
         self._since_plain = self._since_plain + 1 if round_.gamma else 0
         self._since_speculation = 0 if round_.gamma else self._since_speculation + 1
-        if caught_up:
-            self._gamma = self._first
+        self._gamma = self._queue.pop(0) if self._queue else self._choose()
+
+    def _learn(self, round_: Round) -> None:
+        tested = min(round_.tau + 1, round_.gamma)
+        self._acceptance += (1 - 0.97**tested) * (round_.tau / tested - self._acceptance)
+        if self._since_speculation > 1:
+            reading = round_.draft_seconds - round_.gamma * self._draft.value
+            self._catch_up = max(0.0, reading / self._since_speculation)
         else:
-            self._gamma = self._opening.pop(0) if self._opening else self._choose()
+            self._draft.add(round_.draft_seconds / round_.gamma)
 
     def _choose(self) -> int:
-        if 0 not in self._verify or self._since_plain >= 64:
+        if self._since_plain >= self.PLAIN_EVERY:
             return 0
         best = max(range(self._ceiling + 1), key=self._tokens_per_second)
-        if best:
-            self._patience = 16
-            return best
-        if self._since_speculation >= self._patience:
-            self._patience = min(2 * self._patience, 256)
+        reading = self._lost + self._since_speculation * self._catch_up
+        if best == 0 and self._since_speculation >= self.PATIENCE and reading < self.LOOKING * self._elapsed:
+            self._queue = [self._first]
             return self._first
-        return 0
+        if best and self._since_speculation > 1:
+            self._queue = [best]
+        return best
 
     def _tokens_per_second(self, gamma: int) -> float:
         a = min(self._acceptance, 0.999)

@@ -108,8 +108,8 @@ class ModelPair:
             if not prompt:
                 tokens = []
             elif chat:
-                messages = [{"role": "system", "content": system}] if system else []
-                tokens = self._encode_chat([*messages, {"role": "user", "content": prompt}])
+                first = [{"role": "system", "content": system}] if system else []
+                tokens = self._encode_chat([*first, {"role": "user", "content": prompt}])
             else:
                 tokens = self.tokenizer.encode(prompt)
         elif messages := [message for message in prompt if isinstance(message, Mapping)]:

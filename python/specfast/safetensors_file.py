@@ -150,4 +150,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorView]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in sorted(tensors.items()):
-            file.write(tensor.data)
+            file.write(tensor.data.data)

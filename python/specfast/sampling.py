@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from . import _core
@@ -34,20 +33,21 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def require(name: str, ok: bool, limit: str) -> None:
-            if not ok:
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}, but must be {limit}")
+        self._require("temperature", float, 0, 100, "; 0 is greedy")
+        self._require("top_k_threshold", float, 0, 1, "; to keep a number of tokens use --top-k")
+        self._require("top_k", int, 0, 2**31 - 1, "; 0 keeps all")
+        self._require("top_p", float, 0, 1, "", positive=True)
+        self._require("min_p", float, 0, 1)
+        self._require("seed", int, 0, 2**64 - 1)
 
-        require(
-            "temperature", math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "in 0 to 100; 0 is greedy"
-        )
-        require(
-            "top_k_threshold", 0 <= self.top_k_threshold <= 1, "in 0 to 1 (to keep a number of tokens, use --top-k)"
-        )
-        require("top_k", self.top_k >= 0, "0 (off) or positive")
-        require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        require("min_p", 0 <= self.min_p <= 1, "in 0 to 1")
-        require("seed", 0 <= self.seed < 2**64, "in 0 to 2^64 - 1")
+    def _require(self, name: str, kind: type, low: int, high: int, hint: str = "", *, positive: bool = False) -> None:
+        value = getattr(self, name)
+        kinds = int if kind is int else (int, float)
+        known = isinstance(value, kinds) and not isinstance(value, bool)
+        if not known or not low <= value <= high or (positive and value == 0):
+            what = "a whole number" if kind is int else "a number"
+            above = "above 0 and at most 1" if positive else f"in {low} to {high}"
+            raise ConfigurationError(f"{name} is {value!r}, but must be {what} {above}{hint}")
 
     def law(self, vocab: int, vocab_limit: int) -> _core.Law:
         """The native law over `vocab` logits, of which ids from `vocab_limit` on are padding."""

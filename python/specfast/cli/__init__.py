@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each module of COMMANDS has add_parser(subparsers) and run(options)."""
-    from .. import __version__  # noqa: PLC0415 - the package's __init__ is not complete when this module is imported
+    from .. import __version__  # noqa: PLC0415 - may fail, and main tells why
 
     parser = argparse.ArgumentParser(
         prog="specfast",

@@ -118,7 +118,12 @@ def run(options: argparse.Namespace) -> int:
     context = options.context if options.context is not None else 64 if options.speculate else 512
     with _bar(f"making random weights of {shape.name}") as progress:
         target = random_model(
-            shape, options.quant, max_context=max(8192, context + 64), isa=options.isa, progress=progress
+            shape,
+            options.quant,
+            max_context=max(8192, context + 64),
+            isa=options.isa,
+            pack=not options.in_place,
+            progress=progress,
         )
     record: dict[str, Any] = {
         "shape": shape.name,

@@ -63,12 +63,13 @@ def _compare(engine: Engine, prompt: str, options: argparse.Namespace) -> int:
     if engine.pair.draft is None or engine.config.disabled:
         raise ConfigurationError("--compare needs a draft that fits; give --draft-model or --auto-config")
     options.seed = secrets.randbits(32) if options.seed is None else options.seed
-    plain = _generate(engine, prompt, options, show=False, disabled=True)
-    if plain.finish_reason == "interrupted":
-        return 130
-    speculative = _generate(engine, prompt, options, show=True)
-    if speculative.finish_reason == "interrupted":
-        return 130
+    runs: list[Result] = []
+    cold = {"max_tokens": min(8, options.max_tokens)}  # the first run pays for cold weights
+    for show, request in ((False, cold), (False, {"disabled": True}), (True, {})):
+        runs.append(_generate(engine, prompt, options, show=show, **request))
+        if runs[-1].finish_reason == "interrupted":
+            return 130
+    _, plain, speculative = runs
     identical = plain.token_ids == speculative.token_ids
     greedy = engine.config.greedy
     _print_figures(plain.stats, "plain:       ", options, sys.stdout)
@@ -91,20 +92,9 @@ def _why_different(identical: bool, greedy: bool, engine: Engine) -> str:
 def _generate(engine: Engine, prompt: str, options: argparse.Namespace, *, show: bool, **request: Any) -> Result:
     """One run; after Ctrl-C what there is by then."""
     with _prompt_progress(len(prompt)) as progress:
-        generation = engine.stream(
-            prompt,
-            max_tokens=options.max_tokens,
-            seed=options.seed,
-            stop=options.stop,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            raw=options.raw,
-            system=options.system,
-            ignore_eos=options.ignore_eos,
-            progress=progress,
-            **request,
-        )
+        names = ("max_tokens", "seed", "stop", "top_k", "top_p", "min_p", "raw", "system", "ignore_eos")
+        typed = {name: getattr(options, name) for name in names}
+        generation = engine.stream(prompt, progress=progress, **{**typed, **request})
         try:
             for chunk in generation:
                 if show and not options.no_stream:
