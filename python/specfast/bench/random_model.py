@@ -102,7 +102,7 @@ def random_model(
         hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
         intermediate=shape.intermediate, vocab=shape.vocab, rms_eps=1e-5, rope_inv_freq=inv_freq, max_context=max_context,
         embed=make.matrix(shape.vocab, shape.hidden), head=None if shape.tied else make.matrix(shape.vocab, shape.hidden),
-        norm=ones, layers=layers, precision="int8" if make.group else "f32" if make.format == "f32" else "bf16", isa=isa, pack=pack, pack=pack,
+        norm=ones, layers=layers, precision="int8" if make.group else "f32" if make.format == "f32" else "bf16", isa=isa, pack=pack,
     )  # fmt: skip
     if progress:
         progress(shape.layers + 1, shape.layers + 1)
