@@ -55,6 +55,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timed passes per row count (9)")
     parser.add_argument("--threads", type=int, metavar="N", help="of native calls (all cores)")
     parser.add_argument("--isa", help="kernel table (the best this CPU runs)")
+    parser.add_argument("--in-place", action="store_true", help="no packed copy of the weights")
     parser.add_argument(
         "--speculate", action="store_true", help="plain against speculative decoding with a set acceptance"
     )
