@@ -166,32 +166,16 @@ inline void transpose_registers(const uint8_t* const* rows, size_t offset, __mma
   }
 }
 
-/// The M rows' part of one region: activations of the block at hand, advanced block by block.
-template <int BLOCK, int M>
-struct BlockCursor {
-  const int8_t* q;
-  const float* scale;
-  const float* scaled_sum;
-  const float* weight_scales;
-  const float* weight_biases;
-  int group_shift;
-  int block = 0;
-
-  /// Adds one block's integer dots to the float sums: bias first, then scale, each one fused multiply-add.
-  inline void finish(const __m512i* t, Vec* acc) {
-    const Vec s = load(weight_scales + static_cast<size_t>(block >> group_shift) * kPanel);
-    const Vec b = load(weight_biases + static_cast<size_t>(block >> group_shift) * kPanel);
-    SPECFAST_UNROLL
-    for (int m = 0; m < M; m++) {
-      acc[m] = fma(b, broadcast(scaled_sum[m]), acc[m]);
-      acc[m] = fma(_mm512_cvtepi32_ps(t[m]), mul(s, broadcast(scale[m])), acc[m]);
-    }
-    q += M * BLOCK;
-    scale += M;
-    scaled_sum += M;
-    block++;
+/// Adds one block's integer dots to the float sums: bias first, then scale, each one fused multiply-add. `scale` and
+/// `scaled_sum` are the block's (M,).
+template <int M>
+inline void add_block(const __m512i* t, Vec s, Vec b, const float* scale, const float* scaled_sum, Vec* acc) {
+  SPECFAST_UNROLL
+  for (int m = 0; m < M; m++) {
+    acc[m] = fma(b, broadcast(scaled_sum[m]), acc[m]);
+    acc[m] = fma(_mm512_cvtepi32_ps(t[m]), mul(s, broadcast(scale[m])), acc[m]);
   }
-};
+}
 
 /// Multiplies word j of a block with its 4 (8-bit) or 8 (4-bit) inputs of every row.
 template <int BITS, int BLOCK, int M, int CHAINS>
@@ -225,7 +209,10 @@ void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* sca
   const int words = static_cast<int>(row_bytes / 4);
   const int chunks = (words + 15) / 16;
   const uint8_t* ahead = rows[0] + kPanel * row_bytes;  // the next panel, fetched while this one is used
-  BlockCursor<BLOCK, M> cursor{x.q, x.scale, x.scaled_sum, scales, biases, w.group / BLOCK == 2 ? 1 : 0};
+  const int group_shift = w.group / BLOCK == 2 ? 1 : 0;
+  const int8_t* q = x.q;
+  const float *scale = x.scale, *scaled_sum = x.scaled_sum;
+  int block = 0;
   Vec acc[M];
   SPECFAST_UNROLL
   for (int m = 0; m < M; m++) acc[m] = zero();
@@ -255,9 +242,9 @@ void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* sca
       for (int j = 0; j < kBlockWords; j++) {
         const int at = h * kBlockWords + j;
         if constexpr (kRegisters) {
-          dot_word<BITS, BLOCK, M, kChains>(now[at], j, cursor.q, t);
+          dot_word<BITS, BLOCK, M, kChains>(now[at], j, q, t);
         } else {
-          dot_word<BITS, BLOCK, M, kChains>(_mm512_load_si512(current + at), j, cursor.q, t);
+          dot_word<BITS, BLOCK, M, kChains>(_mm512_load_si512(current + at), j, q, t);
           if (at % 2 == 0) {
             if (at < 8) {
               transpose_first(rows, next_offset, low_lanes(next_words), at / 2, tmp);
@@ -271,7 +258,12 @@ void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* sca
         SPECFAST_UNROLL
         for (int m = 0; m < M; m++) t[0][m] = _mm512_add_epi32(t[0][m], t[1][m]);
       }
-      cursor.finish(t[0], acc);
+      const size_t at = static_cast<size_t>(block >> group_shift) * kPanel;
+      add_block<M>(t[0], load(scales + at), load(biases + at), scale, scaled_sum, acc);
+      q += M * BLOCK;
+      scale += M;
+      scaled_sum += M;
+      block++;
     }
   }
   SPECFAST_UNROLL

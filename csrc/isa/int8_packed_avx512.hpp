@@ -76,11 +76,7 @@ void packed_panel_rows(const Matrix& w, const Int8Rows& x, int n, float* tile) {
         SPECFAST_UNROLL
         for (int m = 0; m < M; m++) t[0][m] = _mm512_add_epi32(t[0][m], t[1][m]);
       }
-      SPECFAST_UNROLL
-      for (int m = 0; m < M; m++) {
-        acc[m] = fma(b, broadcast(scaled_sum[m]), acc[m]);
-        acc[m] = fma(_mm512_cvtepi32_ps(t[0][m]), mul(s, broadcast(scale[m])), acc[m]);
-      }
+      add_block<M>(t[0], s, b, scale, scaled_sum, acc);
       p += 64 * kBlockWords;
       q += M * BLOCK;
       scale += M;
