@@ -30,19 +30,27 @@ def repeats(tokens: list[int], n: int = 16) -> bool:
     return max(Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)).values(), default=0) > 1
 
 
-def held_out_loss(directory: Path, texts: list[list[int]], precision: str | None) -> tuple[float, int]:
-    """Mean nats per token over windows of 512 held-out tokens."""
-    model = load_model(directory, precision=precision).model
-    total, count = 0.0, 0
+def log_laws(model: _core.Model, window: np.ndarray) -> np.ndarray:
+    """Log-probabilities (len(window), V) float64 after every token of a window."""
+    logits = model.forward(_core.Cache(model), window, len(window)).astype(np.float64)
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def held_out_loss(directory: Path, texts: list[list[int]]) -> dict[str, tuple[float, float, int]]:
+    """For every precision: mean nats per token, mean KL divergence from float32 activations, tokens; windows of 512."""
+    models = {precision: load_model(directory, precision=precision).model for precision in ("f32", "bf16", "int8")}
+    loss, divergence, count = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0), 0
     for text in texts:
         for first in range(0, len(text) - 1, 512):
             window = np.asarray(text[first : first + 513], dtype=np.int32)
-            logits = model.forward(_core.Cache(model), window[:-1], len(window) - 1).astype(np.float64)
-            top = logits.max(-1, keepdims=True)
-            log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-            total -= log_p[np.arange(len(window) - 1), window[1:]].sum()
+            exact = log_laws(models["f32"], window[:-1])
+            for precision, model in models.items():
+                log_p = exact if precision == "f32" else log_laws(model, window[:-1])
+                loss[precision] -= log_p[np.arange(len(window) - 1), window[1:]].sum()
+                divergence[precision] += (np.exp(exact) * (exact - log_p)).sum()
             count += len(window) - 1
-    return total / count, count
+    return {precision: (loss[precision] / count, divergence[precision] / count, count) for precision in models}
 
 
 def main() -> None:
@@ -56,7 +64,7 @@ def main() -> None:
     parser.add_argument("--per-file", type=int, default=8, help="prompts per held-out file")
     parser.add_argument("--tokens", type=int, default=128, help="tokens per continuation")
     parser.add_argument("--gamma", type=int, default=5)
-    parser.add_argument("--loss", action="store_true", help="also the held-out loss, at every precision")
+    parser.add_argument("--loss", action="store_true", help="also loss and divergence on held-out text, by precision")
     arguments = parser.parse_args()
     target = Path(arguments.target) if arguments.target else specfast.embedded.path("target")
     draft = Path(arguments.draft) if arguments.draft else specfast.embedded.path("draft")
@@ -86,20 +94,17 @@ def main() -> None:
     if arguments.loss:
         library_texts = [(arguments.library / name).read_text(encoding="utf-8", errors="replace") for name in names]
         texts = [tokenizer.encode(text) for text in library_texts]
+        size = sum(len(text.encode()) for text in library_texts)
         for role, directory in (("target", target), ("draft", draft)):
-            for precision in ("int8", "bf16", "f32"):
-                loss, count = held_out_loss(directory, texts, precision)
-                per_byte = loss * count / sum(len(t.encode()) for t in library_texts) / np.log(2)
-                print(
-                    json.dumps(
-                        {
-                            "model": role,
-                            "precision": precision,
-                            "nats_per_token": round(loss, 4),
-                            "bits_per_byte": round(per_byte, 4),
-                        }
-                    )
-                )
+            for precision, (loss, divergence, count) in held_out_loss(directory, texts).items():
+                figures = {
+                    "model": role,
+                    "precision": precision,
+                    "nats_per_token": round(loss, 4),
+                    "bits_per_byte": round(loss * count / size / np.log(2), 4),
+                    "kl_from_f32": float(f"{divergence:.3g}"),
+                }
+                print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":
