@@ -22,7 +22,8 @@ $(VENV)/installed: $(BIN)/pip $(SOURCES)
 	@touch $@
 
 $(VENV)/tools: $(BIN)/pip pyproject.toml
-	$(BIN)/pip install --quiet $$($(BIN)/python -c "import tomllib; print(*('\"' + r + '\"' for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev']))" | xargs -n 1 printf '%q ')
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'], sep='\n')" > $(VENV)/dev.txt
+	$(BIN)/pip install --quiet -r $(VENV)/dev.txt
 	@touch $@
 
 $(VENV)/system: | $(BIN)/pip
