@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--draft-shape", default="draft-128k", metavar="SHAPE", help="shape of the draft (draft-128k, 81 M parameters)"
     )
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode with --speculate (64)")
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens to decode with --speculate (256)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file (- for stdout)")
 
 
