@@ -89,7 +89,7 @@ def test_hostile_templates_end_in_a_typed_error(tokenizer, template, monkeypatch
     before, start = sys.gettrace(), time.monotonic()
     with pytest.raises(ModelFormatError, match="--raw"):
         render_chat(template, HELLO, tokenizer)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # bounded by time or memory, also on a busy machine
     assert sys.gettrace() is before
 
 
