@@ -12,7 +12,7 @@ from specfast.architecture import read_config
 from specfast.checkpoint import load_model, open_weights
 from specfast.convert import convert
 from specfast.errors import ConfigurationError, ModelFormatError, NumericalError, SpecfastError, UnsupportedModelError
-from specfast.safetensors_file import open_safetensors, write_safetensors
+from specfast.safetensors_file import TensorView, open_safetensors, write_safetensors
 
 MUTATIONS = int(os.environ.get("SPECFAST_FUZZ", "2000"))
 
@@ -153,12 +153,15 @@ def test_mutated_configs(model):
         ({"architectures": ["GPT2LMHeadModel"]}, UnsupportedModelError, "supported: Llama"),
         ({"hidden_act": "gelu"}, UnsupportedModelError, "silu"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, UnsupportedModelError, "llama3"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, UnsupportedModelError, "partial rotary"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, UnsupportedModelError, "kinds of layers"),
         ({"attention_bias": True}, UnsupportedModelError, "bias"),
         ({"mlp_bias": True}, UnsupportedModelError, "bias"),
         ({"quantization": {"bits": 3, "group_size": 64}}, UnsupportedModelError, "4 and 8 bit"),
         ({"quantization": {"bits": 4, "group_size": 16}}, UnsupportedModelError, "groups of 32, 64 and 128"),
         ({"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}, UnsupportedModelError, "mxfp4"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, UnsupportedModelError, "gptq"),
+        ({"quantization_config": {"quant_method": "hqq", "bits": 4, "group_size": 64}}, UnsupportedModelError, "hqq"),
     ],
 )
 def test_impossible_configs(model, changes, error, message):
@@ -212,9 +215,60 @@ def test_nan_in_a_matrix_is_seen_in_the_logits(model):
         native.verify(_core.Cache(native), np.array([1], dtype=np.int32), None, _core.Law(0.0), 1.0, 0, 0)
 
 
+@pytest.mark.parametrize("precision", ["int8", "bf16", "f32"])
+@pytest.mark.parametrize("quantise", [False, True])
+def test_one_nan_anywhere_is_seen(tmp_path, model, precision, quantise):
+    """One value of any matrix, bias or scale: no precision rounds it away."""
+    if quantise:
+        convert(model, tmp_path / "q", group_size=32)
+        model = tmp_path / "q"
+    path = model / "model.safetensors"
+    clean = {name: TensorView(t.dtype, t.shape, t.data.copy()) for name, t in open_weights(model).items()}
+    floats = [name for name, t in clean.items() if t.dtype == "F32" and "norm" not in name]
+    assert len(floats) >= 16
+    for name in floats:
+        values = clean[name].as_float32()
+        values.reshape(-1)[3 * values.shape[-1] if "embed" in name else 0] = np.nan
+        path.unlink()
+        write_safetensors(path, clean | {name: stored(values, "F32")})
+        native = load_model(model, precision=precision).model
+        with pytest.raises(NumericalError):
+            native.verify(_core.Cache(native), np.array([3, 1], dtype=np.int32), None, _core.Law(1.0), 1.0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "q4", "q8"])
+def test_tensors_need_no_alignment(tmp_path, dtype):
+    """A header of any length leaves the same bits in the logits."""
+    model = write_checkpoint(tmp_path / "model", "llama-untied", dtype=dtype if dtype[0] != "q" else "BF16")
+    if dtype[0] == "q":
+        convert(model, tmp_path / "q", bits=int(dtype[1]), group_size=32)
+        model = tmp_path / "q"
+    path = model / "model.safetensors"
+    original = path.read_bytes()
+    end = 8 + struct.unpack("<Q", original[:8])[0]
+    logits = []
+    for spaces in (0, 1, 3):
+        path.unlink()
+        path.write_bytes(struct.pack("<Q", end - 8 + spaces) + original[8:end] + b" " * spaces + original[end:])
+        native = load_model(model).model
+        logits.append(native.forward(_core.Cache(native), np.arange(5, dtype=np.int32), 5))
+    assert np.array_equal(logits[0], logits[1])
+    assert np.array_equal(logits[0], logits[2])
+
+
+def test_a_norm_of_integers(model):
+    tensors = dict(open_weights(model)) | {"model.norm.weight": TensorView("I32", (128,), np.zeros(512, np.uint8))}
+    (model / "model.safetensors").unlink()
+    write_safetensors(model / "model.safetensors", tensors)
+    with pytest.raises(ModelFormatError, match=r"model\.norm\.weight.*I32"):
+        load_model(model)
+
+
 def test_options_out_of_range(model):
     with pytest.raises(ConfigurationError, match="int8, bf16, f32"):
         load_model(model, precision="fp8")
+    with pytest.raises(ConfigurationError, match="'sse' cannot be used here"):
+        load_model(model, isa="sse")
     with pytest.raises(ConfigurationError, match="1 to the model's 512"):
         load_model(model, max_context=513)
 

@@ -81,12 +81,53 @@ def test_interrupted_runs_leave_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["source"]
 
 
+def test_others_work_is_never_removed(tmp_path):
+    source = write_checkpoint(tmp_path / "source", "llama")
+    for name in ("out.partial", f"out.{os.getpid()}.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").touch()
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        convert(source, tmp_path / "out")
+    assert (tmp_path / f"out.{os.getpid()}.partial" / "kept").exists()
+    (tmp_path / f"out.{os.getpid()}.partial").rename(tmp_path / "elsewhere")
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "kept").exists()
+
+
+def test_blocks_of_rows_change_no_bit(tmp_path, monkeypatch):
+    import specfast.convert
+
+    source = write_checkpoint(tmp_path / "source", "llama", dtype="BF16")
+    convert(source, tmp_path / "whole")
+    monkeypatch.setattr(specfast.convert, "BLOCK_WEIGHTS", 1000)
+    convert(source, tmp_path / "blocks")
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "blocks")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_16_bit_sources_equal_mlx(tmp_path, dtype, bits):
+    """Weights, scales and biases as mlx.core.quantize stores them for 16-bit input."""
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    source = write_checkpoint(tmp_path / "source", "llama", dtype={"bfloat16": "BF16", "float16": "F16"}[dtype])
+    convert(source, tmp_path / "out", bits=bits, group_size=64)
+    name = "model.layers.0.mlp.up_proj"
+    weight = mx.load(str(source / "model.safetensors"))[f"{name}.weight"]
+    ours = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    for kind, theirs in zip(("weight", "scales", "biases"), mx.quantize(weight, group_size=64, bits=bits), strict=True):
+        assert ours[f"{name}.{kind}"].dtype == theirs.dtype
+        assert mx.array_equal(ours[f"{name}.{kind}"], theirs), kind
+
+
 def test_refusals(tmp_path):
     source = write_checkpoint(tmp_path / "source", "llama")
     with pytest.raises(ConfigurationError, match="exists"):
         convert(source, source)
     with pytest.raises(ConfigurationError, match="3 bits"):
         convert(source, tmp_path / "out", bits=3)
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        convert(source, source / "config.json" / "out")
     convert(source, tmp_path / "done")
     with pytest.raises(ConfigurationError, match="already"):
         convert(tmp_path / "done", tmp_path / "again")

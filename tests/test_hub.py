@@ -31,6 +31,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict
     requests: list
+    status = 0  # answers everything with this status, if set; -1 closes the connection
     cut = 0  # weights are cut off after so many bytes this many times
 
     def log_message(self, *_):
@@ -50,6 +51,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.requests.append((self.command, self.path))
+        if self.status:
+            return self.connection.close() if self.status < 0 else self.answer(self.status, b"{}")
         path = self.path.split("?")[0]
         if "org/gated" in path:
             return self.answer(403, b"{}", [("X-Error-Code", "GatedRepo"), ("X-Error-Message", "Access is restricted")])
@@ -158,6 +161,35 @@ def test_a_broken_transfer_is_made_good(tmp_path, files):
         )
         with open(os.path.join(directory, "model.safetensors"), "rb") as file:
             assert file.read() == files["model.safetensors"]
+
+
+def test_transfers_that_always_break(tmp_path, files):
+    with serving(files) as (endpoint, handler):
+        handler.cut = 1000
+        assert resolve("org/model", endpoint, tmp_path / "home").startswith("DownloadError org/model could not be")
+        handler.cut = 0
+        directory = resolve("org/model", endpoint, tmp_path / "home")
+        with open(os.path.join(directory, "model.safetensors"), "rb") as file:
+            assert file.read() == files["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "log in"), (429, "try again later"), (500, "try again later"), (-1, "")]
+)
+def test_a_hub_that_fails(tmp_path, files, status, remedy):
+    with serving(files) as (endpoint, handler):
+        handler.status = status
+        answer = resolve("org/model", endpoint, tmp_path / "home")
+    assert answer.startswith("DownloadError org/model")
+    assert remedy in answer
+
+
+def test_a_repository_of_pickled_weights(tmp_path, files):
+    del files["model.safetensors"]
+    with serving(files) as (endpoint, _):
+        answer = resolve("org/model", endpoint, tmp_path / "home")
+        assert answer.startswith("DownloadError org/model: no *.safetensors")
+        assert not resolve("org/model", endpoint, tmp_path / "home", "metadata").startswith("DownloadError")
 
 
 def test_refusals(tmp_path, files):

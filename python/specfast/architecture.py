@@ -109,10 +109,11 @@ def _rope_inv_freq(reader: _Reader, head_dim: int) -> npt.NDArray[np.float64]:
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ModelFormatError(f"{reader.path}: 'rope_scaling' is {scaling!r}, but must be an object")
-    theta = reader.number(
-        {**values, **{k: v for k, v in scaling.items() if k == "rope_theta"}}, "rope_theta", 1.0, 1e12, 10000.0
-    )
-    if reader.number(values, "partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise reader.unsupported("RoPE that differs between kinds of layers", "the same RoPE in all layers")
+    merged = {**values, **{k: v for k, v in scaling.items() if k in ("rope_theta", "partial_rotary_factor")}}
+    theta = reader.number(merged, "rope_theta", 1.0, 1e12, 10000.0)
+    if reader.number(merged, "partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
         raise reader.unsupported("a partial rotary embedding", "RoPE over the whole head")
     inv_freq: npt.NDArray[np.float64] = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -141,11 +142,7 @@ def _quantisation(reader: _Reader) -> Quantisation | None:
         return None
     if not isinstance(values, dict):
         raise ModelFormatError(f"{reader.path}: 'quantization' is {values!r}, but must be an object")
-    if ("quant_method" in values and "group_size" not in values) or values.get("quant_method") in (
-        "gptq",
-        "awq",
-        "fp8",
-    ):
+    if values.get("quant_method") is not None:  # MLX's own layout has no such key
         raise reader.unsupported(f"quantisation method {values['quant_method']!r}", SUPPORTED_WEIGHTS)
 
     def checked(entry: Mapping[str, Any]) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -112,7 +112,13 @@ class _Weights:
         return tensor
 
     def vector(self, name: str, size: int) -> npt.NDArray[np.float32]:
-        values = self.expect_shape(name, (size,)).as_float32()
+        tensor = self.expect_shape(name, (size,))
+        if tensor.dtype not in FLOAT_FORMATS:
+            raise ModelFormatError(
+                f"{self.directory}: tensor {name!r} is {tensor.dtype}, but F32, F16 or BF16 is needed; "
+                "download or convert the model again"
+            )
+        values = tensor.as_float32()
         if not np.isfinite(values).all():
             raise ModelFormatError(
                 f"{self.directory}: tensor {name!r} holds NaN or infinite values; the file is damaged"
@@ -181,6 +187,15 @@ def default_precision(formats: set[str]) -> str:
     return "bf16" if formats & {"bf16", "f16"} else "f32"
 
 
+def _check_isa(isa: str | None) -> None:
+    try:
+        supported = cast(list[str], _core.build_info()["isas_supported"])
+    except ShapeError as error:  # SPECFAST_ISA names none of this build's
+        raise ConfigurationError(str(error)) from None
+    if isa is not None and isa not in supported:
+        raise ConfigurationError(f"isa {isa!r} cannot be used here; choose one of {', '.join(supported)}, or none")
+
+
 def load_model(
     directory: Path, *, precision: str | None = None, isa: str | None = None, max_context: int | None = None
 ) -> LoadedModel:
@@ -194,10 +209,11 @@ def load_model(
 
     Raises:
         ModelFormatError, UnsupportedModelError: what the files hold does not fit.
-        ConfigurationError: unknown precision or an impossible context.
+        ConfigurationError: unknown precision or kernel table, or an impossible context.
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    _check_isa(isa)
     config = read_config(directory)
     if max_context is not None and not 1 <= max_context <= config.max_context:
         raise ConfigurationError(f"a context of {max_context} is outside 1 to the model's {config.max_context}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .architecture import read_config, read_json
-from .checkpoint import open_weights
-from .errors import ConfigurationError, ModelFormatError
+from .checkpoint import FLOAT_FORMATS, open_weights
+from .errors import ConfigurationError, ModelFormatError, UnsupportedModelError
 from .safetensors_file import TensorView, write_safetensors
 
 SHARD_BYTES = 2 << 30
+BLOCK_WEIGHTS = 1 << 22
 BITS, GROUP_SIZES = (4, 8), (32, 64, 128)
 _COPIED = (
     "tokenizer*.json",
@@ -91,17 +94,36 @@ def _narrowed(values: FloatArray, dtype: str) -> TensorView:
     return _stored(dtype, values.astype(np.float16) if dtype == "F16" else values)
 
 
+def _row_blocks(name: str, tensor: TensorView) -> Iterator[FloatArray]:
+    """Finite float32 blocks of a tensor's rows: a large matrix is never in memory at once."""
+    if tensor.dtype not in FLOAT_FORMATS:
+        raise UnsupportedModelError(f"tensor {name!r} is {tensor.dtype}; F32, F16 or BF16 weights can be converted")
+    rows, row_bytes = tensor.shape[0] if tensor.shape else 1, tensor.data.nbytes // max(1, *tensor.shape[:1])
+    step = max(1, BLOCK_WEIGHTS // max(1, math.prod(tensor.shape[1:])))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        data = tensor.data[first * row_bytes : last * row_bytes]
+        values = TensorView(tensor.dtype, (last - first, *tensor.shape[1:]), data).as_float32()
+        if not np.isfinite(values).all():
+            raise ModelFormatError(f"tensor {name!r} holds NaN or infinite values; the source is damaged")
+        yield values
+
+
 def _converted(name: str, tensor: TensorView, bits: int, group_size: int) -> Iterator[tuple[str, TensorView]]:
-    values = tensor.as_float32()
-    if not np.isfinite(values).all():
-        raise ModelFormatError(f"tensor {name!r} holds NaN or infinite values; the source is damaged")
     module = name.removesuffix(".weight")
-    if len(tensor.shape) == 2 and tensor.shape[1] % group_size == 0 and module != name:
-        packed, scales, biases = quantise(values, bits, group_size)
-        yield f"{module}.weight", _stored("U32", packed)
-        yield f"{module}.scales", _narrowed(scales, tensor.dtype)
-        yield f"{module}.biases", _narrowed(biases, tensor.dtype)
+    if len(tensor.shape) == 2 and tensor.shape[1] % group_size == 0 and module != name and tensor.data.nbytes:
+        parts = [
+            (packed, _narrowed(scales, tensor.dtype), _narrowed(biases, tensor.dtype))
+            for packed, scales, biases in (quantise(rows, bits, group_size) for rows in _row_blocks(name, tensor))
+        ]
+        groups = (tensor.shape[0], tensor.shape[1] // group_size)
+        yield f"{module}.weight", _stored("U32", np.concatenate([part[0] for part in parts]))
+        for index, kind in ((1, "scales"), (2, "biases")):
+            data = np.concatenate([part[index].data for part in parts])
+            yield f"{module}.{kind}", TensorView(tensor.dtype, groups, data)
     else:
+        for _ in _row_blocks(name, tensor):
+            pass
         yield name, tensor
 
 
@@ -120,7 +142,7 @@ def convert(
         progress: called with (tensors done, tensors, name).
 
     Raises:
-        ConfigurationError: unsupported bits or group size, or the destination exists.
+        ConfigurationError: unsupported bits or group size, or the destination exists or cannot be written.
         ModelFormatError, UnsupportedModelError: the source cannot be used.
     """
     if bits not in BITS or group_size not in GROUP_SIZES:
@@ -132,9 +154,11 @@ def convert(
     if read_config(source).quantisation:
         raise ConfigurationError(f"{source} is quantised already; convert the original weights")
     tensors = open_weights(source)
-    partial = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = destination.with_name(f"{destination.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)  # never one that exists: it would be someone else's
+    except OSError as error:
+        raise _unwritable(destination, error) from None
     try:
         result = _write(tensors, partial, bits, group_size, progress)
         config = read_json(source / "config.json")
@@ -144,10 +168,18 @@ def convert(
             for file in source.glob(pattern):
                 shutil.copy2(file, partial / file.name)
         partial.rename(destination)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _unwritable(destination, error) from None
         raise
     return result
+
+
+def _unwritable(destination: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"{destination} cannot be written ({error.strerror or error}); free space, or choose another place"
+    )
 
 
 def _write(

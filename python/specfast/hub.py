@@ -48,13 +48,12 @@ def _download(repo: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import, and local models never need it
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+        directory = Path(snapshot_download(repo, allow_patterns=list(patterns)))
     except GatedRepoError:
         raise DownloadError(
             f"{repo} is gated: accept its licence on the hub and log in with `hf auth login` or HF_TOKEN"
@@ -63,12 +62,35 @@ def _download(repo: str, patterns: Sequence[str]) -> Path:
         raise DownloadError(
             f"{repo} is not on the hub, or is private: check the name, or log in with `hf auth login`"
         ) from None
-    except LocalEntryNotFoundError:
-        raise DownloadError(
-            f"{repo} is not in the local cache and the hub cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-        ) from None
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transport errors belong to whichever HTTP library the hub's client uses
+        status = _http_status(error)
+        if status in (401, 403):
+            raise DownloadError(
+                f"{repo}: the hub refused access (status {status}); log in with `hf auth login` or HF_TOKEN"
+            ) from None
+        if status is not None:
+            raise DownloadError(f"{repo}: the hub answered with status {status}; try again later") from None
+        if isinstance(error, LocalEntryNotFoundError):
+            raise DownloadError(
+                f"{repo} is not in the local cache and the hub cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            ) from None
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DownloadError(
             f"{repo} could not be downloaded ({cause}); run the command again, it resumes where it stopped"
         ) from None
+    if WEIGHTS[0] in patterns and not any(directory.glob(WEIGHTS[0])):
+        raise DownloadError(
+            f"{repo}: no *.safetensors file arrived. Either it has only pickled weights, which are refused: choose another "
+            "version of the model; or an earlier download stopped: run the command again with the hub in reach"
+        )
+    return directory
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """The HTTP status an error or one of its causes carries."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None
