@@ -21,14 +21,16 @@ PAIRS = (("verify_tokens", "verify_tokens_numpy"), ("embedded_speculative", "emb
 
 
 def ratios(run: dict) -> dict[str, float]:
-    """T(M)/T(1) of every series, and the pairs above; smaller is better for all of them."""
-    medians = {}
+    """Times over the roofline where it was measured, else T(M)/T(1), and the pairs above; smaller is better."""
+    medians, found = {}, {}
     for benchmark in run["benchmarks"]:
-        info = benchmark["extra_info"]
-        medians[info["series"], info.get("M", 0)] = benchmark["stats"]["median"]
-    found = {}
+        info, median = benchmark["extra_info"], benchmark["stats"]["median"]
+        medians[info["series"], info.get("M", 0)] = median
+        if "roofline_s" in info:
+            found[f"{info['series']} T({info['M']})/R({info['M']})"] = median / info["roofline_s"]
+    over_roofline = {name.split(" ")[0] for name in found}
     for (series, m), median in medians.items():
-        if m > 1 and (series, 1) in medians:
+        if m > 1 and (series, 1) in medians and series not in over_roofline:
             found[f"{series} T({m})/T(1)"] = median / medians[series, 1]
     for candidate, reference in PAIRS:
         if (candidate, 0) in medians and (reference, 0) in medians:
