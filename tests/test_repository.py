@@ -69,3 +69,15 @@ def test_readme():
     assert "TODO" not in readme
     for block in re.findall(r"```python\n(.*?)```", readme, re.S):
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_stub_is_in_step(tmp_path):
+    """`make stubs` writes it; signatures are compared by their names and parameters."""
+    fresh = tmp_path / "_core.pyi"
+    command = [sys.executable, "-m", "nanobind.stubgen", "-q", "-m", "specfast._core", "-o", str(fresh)]
+    subprocess.run(command, check=True, capture_output=True)
+
+    def names(path):
+        return re.findall(r"^\s*(?:def|class) (\w+)|(\w+): ", path.read_text(), re.M)
+
+    assert names(fresh) == names(ROOT / "python" / "specfast" / "_core.pyi")
