@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc src python -name '*.cpp' -o -name '*.hpp' -o -name '*.py' 2>/dev/null) CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc src python -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pth' 2>/dev/null) CMakeLists.txt pyproject.toml
 CPP := $(shell find csrc src tests/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 APT_PACKAGES := g++-aarch64-linux-gnu qemu-user-static
 
@@ -18,7 +18,10 @@ $(BIN)/pip:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/installed: $(BIN)/pip $(SOURCES)
-	$(BIN)/pip install --quiet .
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	$(BIN)/pip install --quiet build/wheel/*.whl
 	@touch $@
 
 $(VENV)/tools: $(BIN)/pip pyproject.toml

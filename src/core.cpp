@@ -2,6 +2,7 @@
 #include "bindings.hpp"
 
 NB_MODULE(_core, m) {
+  nb::set_leak_warnings(false);  // a host may hold engines until the interpreter is gone
   m.doc() = "Native kernels and decoder of specfast: NumPy arrays in and out, weights used in place.";
   PyObject* base = PyErr_NewExceptionWithDoc("specfast._core.SpecfastError", "Base of every error specfast raises.",
                                              nullptr, nullptr);

@@ -5,11 +5,13 @@ from specfast import get_model_family_variants, suggest_speculative_config
 from specfast.families import (
     FAMILIES,
     REPOSITORIES,
+    explain_suggestion,
     parameters,
     predicted_speedup,
     ranked_drafts,
     repository_of,
     short_name,
+    suggested_drafts,
 )
 
 TABLE = {
@@ -22,6 +24,78 @@ TABLE = {
     "qwen-2.5-72b": ["qwen-2.5-14b", "qwen-2.5-7b"],
     "deepseek-v3": ["deepseek-r1-distill-qwen-7b"],
     "deepseek-r1": ["deepseek-r1-distill-llama-8b"],
+}
+EXO_TEXT_MODELS = {
+    "llama-3.3-70b": "llama-3.2-3b",
+    "llama-3.2-1b": None,
+    "llama-3.2-1b-8bit": None,
+    "llama-3.2-3b": "llama-3.2-1b",
+    "llama-3.2-3b-8bit": "llama-3.2-1b",
+    "llama-3.2-3b-bf16": "llama-3.2-1b",
+    "llama-3.1-8b": "llama-3.2-3b",
+    "llama-3.1-70b": "llama-3.2-3b",
+    "llama-3.1-70b-bf16": "llama-3.2-3b",
+    "llama-3.1-405b": "llama-3.1-8b",
+    "llama-3.1-405b-8bit": "llama-3.1-8b",
+    "llama-3-8b": None,
+    "llama-3-70b": "llama-3-8b",
+    "nemotron-70b": "llama-3.2-3b",
+    "nemotron-70b-bf16": "llama-3.2-3b",
+    "mistral-nemo": None,
+    "mistral-large": "mistral-7b",
+    "deepseek-coder-v2-lite": None,
+    "deepseek-coder-v2.5": "deepseek-coder-v2-lite",
+    "deepseek-v3": "deepseek-r1-distill-qwen-7b",
+    "deepseek-v3-3bit": "deepseek-r1-distill-qwen-7b",
+    "deepseek-r1": "deepseek-r1-distill-llama-8b",
+    "deepseek-r1-3bit": "deepseek-r1-distill-llama-8b",
+    "deepseek-r1-distill-qwen-1.5b": None,
+    "deepseek-r1-distill-qwen-1.5b-3bit": None,
+    "deepseek-r1-distill-qwen-1.5b-6bit": None,
+    "deepseek-r1-distill-qwen-1.5b-8bit": None,
+    "deepseek-r1-distill-qwen-1.5b-bf16": None,
+    "deepseek-r1-distill-qwen-7b": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-7b-3bit": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-7b-6bit": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-7b-8bit": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-7b-bf16": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-14b": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-14b-3bit": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-14b-6bit": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-14b-8bit": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-14b-bf16": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-32b": "deepseek-r1-distill-qwen-7b",
+    "deepseek-r1-distill-qwen-32b-3bit": "deepseek-r1-distill-qwen-7b",
+    "deepseek-r1-distill-qwen-32b-6bit": "deepseek-r1-distill-qwen-7b",
+    "deepseek-r1-distill-qwen-32b-8bit": "deepseek-r1-distill-qwen-7b",
+    "deepseek-r1-distill-qwen-32b-bf16": "deepseek-r1-distill-qwen-7b",
+    "deepseek-r1-distill-llama-8b": None,
+    "deepseek-r1-distill-llama-8b-3bit": None,
+    "deepseek-r1-distill-llama-8b-6bit": None,
+    "deepseek-r1-distill-llama-8b-8bit": None,
+    "deepseek-r1-distill-llama-8b-bf16": None,
+    "deepseek-r1-distill-llama-70b": "deepseek-r1-distill-llama-8b",
+    "deepseek-r1-distill-llama-70b-3bit": "deepseek-r1-distill-llama-8b",
+    "deepseek-r1-distill-llama-70b-6bit": "deepseek-r1-distill-llama-8b",
+    "deepseek-r1-distill-llama-70b-8bit": "deepseek-r1-distill-llama-8b",
+    "qwen-2.5-0.5b": None,
+    "qwen-2.5-1.5b": "qwen-2.5-0.5b",
+    "qwen-2.5-3b": "qwen-2.5-0.5b",
+    "qwen-2.5-7b": "qwen-2.5-1.5b",
+    "qwen-2.5-14b": "qwen-2.5-3b",
+    "qwen-2.5-32b": "qwen-2.5-3b",
+    "qwen-2.5-72b": "qwen-2.5-14b",
+    "qwen-2.5-coder-1.5b": "qwen-2.5-0.5b",
+    "qwen-2.5-coder-3b": "qwen-2.5-coder-1.5b",
+    "qwen-2.5-coder-7b": "qwen-2.5-coder-1.5b",
+    "qwen-2.5-coder-14b": "qwen-2.5-coder-3b",
+    "qwen-2.5-coder-32b": "qwen-2.5-coder-3b",
+    "qwen-2.5-math-7b": "qwen-2.5-1.5b",
+    "qwen-2.5-math-72b": "qwen-2.5-math-7b",
+    "gemma2-9b": "gemma-2-2b",
+    "gemma2-27b": "gemma-2-2b",
+    "phi-3.5-mini": None,
+    "phi-4": None,
 }
 OPTIONS = {
     "llama": {"gamma": 6, "temperature": 1.0, "top_k": 0.9, "lenience": 1.1},
@@ -52,6 +126,32 @@ def test_an_unknown_target_gets_the_defaults_and_no_draft(target):
     assert get_model_family_variants(target) == {"family": "default", "variants": [], "suggested_drafts": []}
 
 
+@pytest.mark.parametrize(("target", "draft"), EXO_TEXT_MODELS.items())
+def test_every_text_model_of_exo_has_a_suggestion_or_no_smaller_sibling(target, draft):
+    assert repository_of(target) is not None
+    assert suggest_speculative_config(target)["draft_model_id"] == draft
+    for suggested in suggested_drafts(target):
+        assert suggested in EXO_TEXT_MODELS or suggested in REPOSITORIES
+        if parameters(target) is not None and parameters(suggested) is not None:
+            assert parameters(suggested) < parameters(target)
+    expected = f"{target}: draft " if draft else f"{target}: no smaller sibling: suffix"
+    assert explain_suggestion(target).startswith(expected)
+
+
+def test_the_suggestion_in_a_line():
+    assert explain_suggestion("llama-3.1-8b") == "llama-3.1-8b: draft llama-3.2-1b, then llama-3.2-3b"
+    assert explain_suggestion("llama-3.2-1b") == (
+        "llama-3.2-1b: no smaller sibling: suffix (plain decoding until the suffix drafter exists)"
+    )
+    assert explain_suggestion("gpt-5") == "gpt-5: not in the registry, so no draft is known: plain decoding"
+
+
+def test_llama_3_has_other_tokens_than_its_successors():
+    assert suggested_drafts("llama-3-70b") == ("llama-3-8b",)
+    later = [target for family in FAMILIES for target, drafts in family.drafts.items() if "llama-3-8b" in drafts]
+    assert later == ["llama-3-70b"]
+
+
 @pytest.mark.parametrize(
     ("spelling", "name"),
     [
@@ -67,6 +167,12 @@ def test_an_unknown_target_gets_the_defaults_and_no_draft(target):
         ("google/gemma-2-9b-it", "gemma-2-9b"),
         ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
         ("models/Llama-3.1-8B/", "llama-3.1-8b"),
+        ("gemma2-9b", "gemma-2-9b"),
+        ("mlx-community/Llama-3.1-Nemotron-70B-Instruct-HF-bf16", "nemotron-70b"),
+        ("mlx-community/Meta-Llama-3.1-70B-Instruct-bf16-CORRECTED", "llama-3.1-70b"),
+        ("mlx-community/DeepSeek-R1-Distill-Qwen-32B-MLX-8Bit", "deepseek-r1-distill-qwen-32b"),
+        ("deepseek-ai/DeepSeek-V2.5", "deepseek-coder-v2.5"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
         ("Acme/Other-Model-7B-Instruct", "other-model-7b"),
     ],
 )

@@ -109,6 +109,8 @@ def write_model(directory, decoder, *, max_context=512, eos=1, **config):
     for i, layer in enumerate(decoder.layers):
         at = f"model.layers.{i}."
         tensors |= {f"{at}{_MODULES[name]}.weight": getattr(layer, name) for name in MATRICES}
+        if layer.q_bias is not None:
+            tensors |= {f"{at}self_attn.{m}_proj.bias": getattr(layer, f"{m}_bias") for m in "qkv"}
         tensors[f"{at}input_layernorm.weight"] = layer.input_norm
         tensors[f"{at}post_attention_layernorm.weight"] = layer.post_norm
     floats = {name: np.ascontiguousarray(values, np.float32) for name, values in tensors.items()}

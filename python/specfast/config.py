@@ -109,6 +109,15 @@ _CHECKS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
+def check_option(name: str, value: Any) -> Any:
+    """The value an option takes.
+
+    Raises:
+        ConfigurationError: a value outside its range, with the limit and the remedy.
+    """
+    return _CHECKS[name](value)
+
+
 @dataclass(frozen=True)
 class SpeculativeConfig:
     """What is decoded with what, and how.

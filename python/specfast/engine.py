@@ -6,13 +6,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from . import hub
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
 from .drafters import Drafter, ModelDrafter, NoDrafter
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
-from .models import ModelPair, Notify, print_notice
+from .models import ModelPair, Notify, Resolve, print_notice
 from .sampling import SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
@@ -32,6 +33,7 @@ class Engine:
         max_context: bounds the context below the model's own.
         isa: kernel table to use; None is the best.
         notify: told, once each, what people should know.
+        resolve: finds a model's directory by its name; None is `hub.resolve`.
 
     Raises:
         ConfigurationError: something this version cannot do.
@@ -44,11 +46,13 @@ class Engine:
         max_context: int | None = None,
         isa: str | None = None,
         notify: Notify = print_notice,
+        resolve: Resolve | None = None,
     ) -> None:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
         self.stats = SpeculationStats()
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
+        self._resolve = resolve or hub.resolve
         self._pair: ModelPair | None = None
         self._said: set[str] = set()
 
@@ -69,7 +73,7 @@ class Engine:
         return self._pair
 
     def _load(self, config: SpeculativeConfig) -> ModelPair:
-        return ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once)
+        return ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
 
     def describe(self) -> str:
         """One line with every effective value and where it came from; loads the models."""

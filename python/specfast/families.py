@@ -27,13 +27,18 @@ class Family:
 FAMILIES = (
     Family(
         "llama",
-        ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b", "llama-3.3-70b"),
+        (
+            *("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b", "llama-3.3-70b"),
+            *("nemotron-70b", "llama-3-8b", "llama-3-70b"),
+        ),
         {
             "llama-3.1-8b": ("llama-3.2-3b", "llama-3.2-1b"),
             "llama-3.1-70b": ("llama-3.2-3b", "llama-3.1-8b"),
             "llama-3.1-405b": ("llama-3.1-8b", "llama-3.2-3b"),
             "llama-3.3-70b": ("llama-3.2-3b", "llama-3.1-8b"),
             "llama-3.2-3b": ("llama-3.2-1b",),
+            "nemotron-70b": ("llama-3.2-3b", "llama-3.1-8b"),  # a Llama 3.1
+            "llama-3-70b": ("llama-3-8b",),  # Llama 3's token map is not 3.1's
         },
         gamma=6,
         lenience=1.1,
@@ -43,6 +48,8 @@ FAMILIES = (
         (
             *("qwen-2.5-0.5b", "qwen-2.5-1.5b", "qwen-2.5-3b", "qwen-2.5-7b"),
             *("qwen-2.5-14b", "qwen-2.5-32b", "qwen-2.5-72b"),
+            *("qwen-2.5-coder-1.5b", "qwen-2.5-coder-3b", "qwen-2.5-coder-7b"),
+            *("qwen-2.5-coder-14b", "qwen-2.5-coder-32b", "qwen-2.5-math-7b", "qwen-2.5-math-72b"),
         ),
         {
             "qwen-2.5-7b": ("qwen-2.5-1.5b", "qwen-2.5-0.5b"),
@@ -51,6 +58,13 @@ FAMILIES = (
             "qwen-2.5-32b": ("qwen-2.5-3b", "qwen-2.5-1.5b"),
             "qwen-2.5-3b": ("qwen-2.5-0.5b",),
             "qwen-2.5-1.5b": ("qwen-2.5-0.5b",),
+            "qwen-2.5-coder-1.5b": ("qwen-2.5-0.5b",),
+            "qwen-2.5-coder-3b": ("qwen-2.5-coder-1.5b",),
+            "qwen-2.5-coder-7b": ("qwen-2.5-coder-1.5b", "qwen-2.5-coder-3b"),
+            "qwen-2.5-coder-14b": ("qwen-2.5-coder-3b", "qwen-2.5-coder-1.5b"),
+            "qwen-2.5-coder-32b": ("qwen-2.5-coder-3b", "qwen-2.5-coder-1.5b"),
+            "qwen-2.5-math-7b": ("qwen-2.5-1.5b", "qwen-2.5-0.5b"),
+            "qwen-2.5-math-72b": ("qwen-2.5-math-7b", "qwen-2.5-7b"),
         },
         gamma=4,
         temperature=0.8,
@@ -62,6 +76,7 @@ FAMILIES = (
             *("deepseek-v3", "deepseek-r1", "deepseek-r1-distill-qwen-1.5b", "deepseek-r1-distill-qwen-7b"),
             *("deepseek-r1-distill-qwen-14b", "deepseek-r1-distill-qwen-32b"),
             *("deepseek-r1-distill-llama-8b", "deepseek-r1-distill-llama-70b"),
+            *("deepseek-coder-v2-lite", "deepseek-coder-v2.5"),
         ),
         {
             "deepseek-v3": ("deepseek-r1-distill-qwen-7b",),
@@ -70,6 +85,7 @@ FAMILIES = (
             "deepseek-r1-distill-qwen-14b": ("deepseek-r1-distill-qwen-1.5b",),
             "deepseek-r1-distill-qwen-32b": ("deepseek-r1-distill-qwen-7b", "deepseek-r1-distill-qwen-1.5b"),
             "deepseek-r1-distill-llama-70b": ("deepseek-r1-distill-llama-8b",),
+            "deepseek-coder-v2.5": ("deepseek-coder-v2-lite",),
         },
     ),
     Family(
@@ -116,7 +132,14 @@ REPOSITORIES: Mapping[str, str] = {
     "llama-3.1-70b": _MLX + "Meta-Llama-3.1-70B-Instruct-4bit",
     "llama-3.1-405b": _MLX + "Meta-Llama-3.1-405B-4bit",
     "llama-3.3-70b": _MLX + "Llama-3.3-70B-Instruct-4bit",
-    **{name: f"{_MLX}Qwen2.5-{name.removeprefix('qwen-2.5-').upper()}-Instruct-4bit" for name in FAMILIES[1].variants},
+    "llama-3-8b": _MLX + "Meta-Llama-3-8B-Instruct-4bit",
+    "llama-3-70b": _MLX + "Meta-Llama-3-70B-Instruct-4bit",
+    "nemotron-70b": _MLX + "nvidia_Llama-3.1-Nemotron-70B-Instruct-HF_4bit",
+    **{f"qwen-2.5-{size}": f"{_MLX}Qwen2.5-{size.upper()}-Instruct-4bit" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")},
+    **{f"qwen-2.5-coder-{size}": f"{_MLX}Qwen2.5-Coder-{size.upper()}-Instruct-4bit" for size in ("1.5b", "3b", "7b", "14b", "32b")},
+    **{f"qwen-2.5-math-{size}": f"{_MLX}Qwen2.5-Math-{size.upper()}-Instruct-4bit" for size in ("7b", "72b")},
+    "deepseek-coder-v2-lite": _MLX + "DeepSeek-Coder-V2-Lite-Instruct-4bit-mlx",
+    "deepseek-coder-v2.5": _MLX + "DeepSeek-V2.5-MLX-AQ4_1_64",
     "deepseek-v3": _MLX + "DeepSeek-V3-4bit",
     "deepseek-r1": _MLX + "DeepSeek-R1-4bit",
     **{
@@ -136,8 +159,13 @@ REPOSITORIES: Mapping[str, str] = {
 }  # fmt: skip
 
 _PACKAGING = re.compile(
-    r"[-_.:](instruct|chat|it|base|hf|mlx|gguf|dwq|awq|\d+-?bit|bf16|fp16|f16|q4|q8|v\d+(\.\d+)*|2[345]\d\d|latest)$"
+    r"[-_.:](instruct|chat|it|base|hf|mlx|gguf|dwq|awq|\d+-?bit|bf16|fp16|f16|q4|q8|aq4_1_64|v\d+(\.\d+)*|2[345]\d\d|corrected|latest)$"
 )
+_ALIASES = {
+    "llama-3.1-nemotron-70b": "nemotron-70b",
+    "nvidia-llama-3.1-nemotron-70b": "nemotron-70b",
+    "deepseek-v2.5": "deepseek-coder-v2.5",
+}
 _SIZE = re.compile(r"-(\d+(?:\.\d+)?)([bm])$")
 
 
@@ -146,6 +174,7 @@ def _key(name: str) -> str:
 
 
 _BY_KEY = {_key(name): (name, family) for family in FAMILIES for name in family.variants}
+_BY_KEY |= {_key(alias): _BY_KEY[_key(name)] for alias, name in _ALIASES.items()}
 _BY_KEY |= {_key(name): (name, DEFAULT_FAMILY) for name in REPOSITORIES if _key(name) not in _BY_KEY}
 
 
@@ -183,6 +212,8 @@ def parameters(model: str) -> float | None:
     known = {
         "deepseek-v3": 671.0,
         "deepseek-r1": 671.0,
+        "deepseek-coder-v2-lite": 16.0,
+        "deepseek-coder-v2.5": 236.0,
         "mistral-nemo": 12.0,
         "mistral-small-24b": 24.0,
         "mistral-large": 123.0,
@@ -213,6 +244,15 @@ def predicted_speedup(target: str, draft: str, acceptance: float = 0.8, row_cost
 def ranked_drafts(target: str) -> tuple[str, ...]:
     """The suggested drafts, by predicted speed; those of unknown size last, in the documented order."""
     return tuple(sorted(suggested_drafts(target), key=lambda draft: -(predicted_speedup(target, draft) or 0.0)))
+
+
+def explain_suggestion(target: str) -> str:
+    """One line for people: the drafts of a target, those that promise most speed first, or why there is none."""
+    if drafts := ranked_drafts(target):
+        return f"{target}: draft {', then '.join(drafts)}"
+    if repository_of(target) is None:
+        return f"{target}: not in the registry, so no draft is known: plain decoding"
+    return f"{target}: no smaller sibling: suffix (plain decoding until the suffix drafter exists)"
 
 
 def get_model_family_variants(target: str) -> dict[str, Any]:

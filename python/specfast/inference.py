@@ -86,6 +86,11 @@ def get_inference_engine(
     del shard_downloader
     if name != "speculative":
         raise ConfigurationError(f"engine {name!r} is unknown here; specfast provides 'speculative'")
+    return Engine(resolve_config(options_of(config or {})))
+
+
+def options_of(config: Mapping[str, Any] | SpeculativeConfig) -> dict[str, Any]:
+    """A host's configuration under the names of SpeculativeConfig."""
     if isinstance(config, SpeculativeConfig):
-        config = {key: getattr(config, key) for key in FIELDS}
-    return Engine(resolve_config({_SUGGESTION_KEYS.get(key, key): value for key, value in (config or {}).items()}))
+        return {key: getattr(config, key) for key in FIELDS}
+    return {_SUGGESTION_KEYS.get(key, key): value for key, value in config.items()}

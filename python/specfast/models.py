@@ -7,18 +7,25 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from . import embedded, hub
+from . import embedded
 from .chat import chat_template, render_chat
 from .checkpoint import LoadedModel, load_model
 from .compatibility import Status, compare_models
 from .config import SpeculativeConfig
 from .errors import ConfigurationError, SpecfastError
-from .families import parameters, ranked_drafts, suggested_drafts
+from .families import explain_suggestion, parameters, ranked_drafts, suggested_drafts
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
+
+
+class Resolve(Protocol):
+    """Finds a model's directory by its name, and has it fetched if need be, as `hub.resolve` does."""
+
+    def __call__(self, name: str, *, metadata_only: bool = False) -> Path:
+        """The directory, with weights unless metadata_only."""
 
 
 def print_notice(message: str) -> None:
@@ -27,7 +34,7 @@ def print_notice(message: str) -> None:
 
 
 @dataclass(frozen=True)
-class _DraftChoice:
+class DraftChoice:
     """A draft directory, or none, and why."""
 
     status: Status = "unknown"
@@ -60,7 +67,13 @@ class ModelPair:
 
     @classmethod
     def load(
-        cls, config: SpeculativeConfig, precision: str | None, max_context: int | None, isa: str | None, notify: Notify
+        cls,
+        config: SpeculativeConfig,
+        precision: str | None,
+        max_context: int | None,
+        isa: str | None,
+        notify: Notify,
+        resolve: Resolve,
     ) -> ModelPair:
         """Finds and loads what a configuration names; a draft that does not fit is refused with a warning.
 
@@ -69,15 +82,18 @@ class ModelPair:
         Raises:
             ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
         """
-        directory = embedded.path("target") if config.target_model is None else hub.resolve(config.target_model)
+        directory = embedded.path("target") if config.target_model is None else resolve(config.target_model)
         target = load_model(directory, precision=precision, isa=isa, max_context=max_context)
         tokenizer = Tokenizer(directory)
-        choice = _choose_draft(config, directory, notify)
+        choice = choose_draft(config, directory, notify, resolve)
         draft = None
         if choice.directory:
             draft = load_model(choice.directory, isa=isa, precision=_draft_precision(precision))
             if draft.model.weight_bytes >= target.model.weight_bytes:
-                notify(f"the draft {choice.name} is not smaller than the target: expect no speed-up")
+                notify(
+                    f"check that the draft model is actually smaller: {choice.name} has {draft.model.weight_bytes / 1e6:.0f} MB "
+                    f"of weights, {_target_name(config)} {target.model.weight_bytes / 1e6:.0f} MB; expect no speed-up"
+                )
         end = tokenizer.token_id(tokenizer.special_text("eos_token"))
         return cls(
             target=target,
@@ -140,15 +156,16 @@ def _draft_precision(precision: str | None) -> str | None:
     return precision if precision == "f32" else None
 
 
-def _choose_draft(config: SpeculativeConfig, target: Path, notify: Notify) -> _DraftChoice:
+def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolve: Resolve) -> DraftChoice:
+    """The draft a configuration names or its family suggests, compared with the target's directory; says why there is none."""
     if config.disabled:
-        return _DraftChoice()
+        return DraftChoice()
     if config.target_model is None and config.draft_model is None:
-        return _DraftChoice("compatible", embedded.path("draft"), "embedded")
+        return DraftChoice("compatible", embedded.path("draft"), "embedded")
     name = _target_name(config)
-    typed = _DraftChoice()
+    typed = DraftChoice()
     if config.draft_model is not None:
-        typed = _try_draft(name, target, config.draft_model, notify)
+        typed = _try_draft(name, target, config.draft_model, notify, resolve)
         if typed.directory or not config.auto_config:
             return typed
     if not config.auto_config:
@@ -167,13 +184,13 @@ def _choose_draft(config: SpeculativeConfig, target: Path, notify: Notify) -> _D
             )
             continue
         try:
-            choice = _try_draft(name, target, candidate, notify)
+            choice = _try_draft(name, target, candidate, notify, resolve)
         except SpecfastError as error:
             notify(f"the suggested draft {candidate} cannot be used: {error}")
             continue
         if choice.directory:
             return choice
-    notify(f"no draft is known to fit {name}: plain decoding")
+    notify(f"no draft is known to fit {name}: plain decoding" if ranked_drafts(name) else explain_suggestion(name))
     return typed
 
 
@@ -187,13 +204,13 @@ def _free_bytes() -> float:
     return math.inf
 
 
-def _try_draft(target_name: str, target: Path, name: str, notify: Notify) -> _DraftChoice:
+def _try_draft(target_name: str, target: Path, name: str, notify: Notify, resolve: Resolve) -> DraftChoice:
     """Compares a draft with the target; its directory is given only if they fit."""
-    verdict = compare_models(target, hub.resolve(name, metadata_only=True))
+    verdict = compare_models(target, resolve(name, metadata_only=True))
     if verdict.status == "compatible":
-        return _DraftChoice("compatible", hub.resolve(name), name)
+        return DraftChoice("compatible", resolve(name), name)
     if verdict.status == "unknown":
         notify(f"{name} has no tokenizer.json to compare with the target's: plain decoding")
     else:
         notify(verdict.warning(target_name, name))
-    return _DraftChoice(verdict.status)
+    return DraftChoice(verdict.status)

@@ -11,13 +11,13 @@ import platform
 from typing import Any
 
 from .. import build_info, embedded
+from ..exo.detection import find_exo
 
 _NATIVE_READS_THE_SAME = "this version runs every model natively, from the same checkpoints"
 _HOSTS = {
     "mlx": ("mlx", "mlx", _NATIVE_READS_THE_SAME),
     "mlx_lm": ("mlx_lm", "mlx-lm", _NATIVE_READS_THE_SAME),
     "tinygrad": ("tinygrad", "tinygrad", _NATIVE_READS_THE_SAME),
-    "exo": ("exo", "exo", "this version does not hook into exo"),
 }
 
 
@@ -50,7 +50,8 @@ def examine() -> dict[str, Any]:
         "kernels": info["kernels"],
         "selected": info["selected"],
         "hosts": {"native": {"found": True, "used": True, "version": info["version"], "why": "always there"}}
-        | {name: _look_for(*host) for name, host in _HOSTS.items()},
+        | {name: _look_for(*host) for name, host in _HOSTS.items()}
+        | {"exo": _look_for_exo()},
         "embedded_pair": all((embedded.path(role) / "model.safetensors").is_file() for role in roles),  # type: ignore[arg-type]
     }
 
@@ -67,6 +68,19 @@ def _look_for(module: str, distribution: str, why: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             version = "unknown"
     return {"found": found, "used": False, "version": version, "why": why if found else "not installed"}
+
+
+def _look_for_exo() -> dict[str, Any]:
+    exo = find_exo()
+    return {
+        "found": exo.kind != "none",
+        "used": exo.usable,
+        "version": exo.version,
+        "why": exo.explain(),
+        "generation": exo.kind,
+        "path": None if exo.path is None else str(exo.path),
+        "hook": exo.hooked,
+    }
 
 
 def run(options: argparse.Namespace) -> int:

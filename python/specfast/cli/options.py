@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import ENGINES, FIELDS, RULES, UNSET
+from ..config import ENGINES, FIELDS, RULES, UNSET, check_option
+from ..errors import ConfigurationError
 
 EPILOG = """examples:
   specfast generate --prompt "def fibonacci(n):" --max-tokens 64 --temperature 0
@@ -28,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file; - is stdin")
     prompt.add_argument("--system", metavar="TEXT", help="system message, with a chat template")
     prompt.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
-    _add_speculation(parser)
+    add_speculation(parser.add_argument_group("speculation (the names of one line are one option)"))
     _add_sampling(parser)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -53,20 +55,25 @@ def typed_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in FIELDS if (value := getattr(options, name, UNSET)) is not UNSET}
 
 
-def _add_speculation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("speculation (the names of one line are one option)")
+def add_speculation(group: Any, *, short: bool = True) -> None:
+    """Adds the options of SpeculativeConfig; where none is typed the namespace holds UNSET.
+
+    Args:
+        group: a parser or one of its groups.
+        short: with their short names too; False for a host's command line, where only the documented long ones fit.
+    """
 
     def add(*names: str, **options: Any) -> None:
-        group.add_argument(*names, default=UNSET, **options)
+        group.add_argument(*(names if short else names[1:]), default=UNSET, **options)
 
     add(
-        "--model", "--speculative-target-model", dest="target_model", metavar="MODEL", help="target (the embedded pair)"
+        *("--model", "--speculative-target-model"),
+        **{"dest": "target_model", "type": _model, "metavar": "MODEL"},
+        help="target (the embedded pair)" if short else "target (the model that is asked for)",
     )
     add(
-        "--draft-model",
-        "--speculative-draft-model",
-        dest="draft_model",
-        metavar="MODEL",
+        *("--draft-model", "--speculative-draft-model"),
+        **{"dest": "draft_model", "type": _model, "metavar": "MODEL"},
         help="draft, of the same tokens",
     )
     add(
@@ -74,16 +81,16 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
         **{"dest": "auto_config", "action": "store_const", "const": True},
         help="draft and options of the target's family; gamma follows measurements",
     )
-    engines = {"type": _engine, "metavar": "ENGINE"}
+    engine = {"type": _engine, "metavar": "ENGINE"}
     add(
-        "--target-engine", "--speculative-target-engine", dest="target_engine", **engines, help="native in this version"
+        *("--target-engine", "--speculative-target-engine"),
+        **{"dest": "target_engine", **engine},
+        help="native in this version" if short else "mlx or tinygrad; this version runs their checkpoints natively",
     )
     add(
-        "--draft-engine",
-        "--speculative-draft-engine",
-        dest="draft_engine",
-        **engines,
-        help="as the target's, with none",
+        *("--draft-engine", "--speculative-draft-engine"),
+        **{"dest": "draft_engine", **engine},
+        help="mlx, tinygrad or none (as the target's)",
     )
     add(
         *("--gamma", "--speculative-gamma"),
@@ -92,20 +99,24 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
     )
     add(
         *("--temperature", "--speculative-temperature"),
-        **{"dest": "temperature", "type": float, "metavar": "0|0.1-2.0"},
+        **{"dest": "temperature", "type": _checked("temperature"), "metavar": "0|0.1-2.0"},
         help="sampling temperature (1.0); 0 is greedy",
     )
     add(
         *("--top-k-threshold", "--speculative-top-k"),
-        **{"dest": "top_k_threshold", "type": float, "metavar": "0.1-1.0"},
+        **{"dest": "top_k_threshold", "type": _checked("top_k_threshold"), "metavar": "0.1-1.0"},
         help="share of the vocabulary that is cut (0.9); 1.0 is greedy",
     )
     add(
         *("--lenience", "--speculative-lenience"),
-        **{"dest": "lenience", "type": float, "metavar": "0.5-2.0"},
+        **{"dest": "lenience", "type": _checked("lenience"), "metavar": "0.5-2.0"},
         help="above 1.0 accepts more, and changes the output law (1.0)",
     )
-    add("--rule", "--speculative-rule", dest="rule", choices=RULES, metavar="RULE", help="token in this version")
+    add(
+        *("--rule", "--speculative-rule"),
+        **{"dest": "rule", "choices": RULES, "metavar": "RULE"},
+        help="token in this version",
+    )
     add(
         *("--early-exit", "--speculative-early-exit"),
         **{"dest": "early_exit", "type": int, "metavar": "LAYER"},
@@ -131,13 +142,34 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
 
 
+def _checked(name: str) -> Callable[[str], float]:
+    """A number that SpeculativeConfig accepts for one of its options; argparse tells what is wrong with others."""
+
+    def parse(text: str) -> float:
+        try:
+            return float(check_option(name, float(text)))
+        except ConfigurationError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+    return parse
+
+
 def _gamma(text: str) -> int | str:
-    if text == "auto":
-        return text
     try:
-        return int(text)
+        value = text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer in 1 to 20 nor 'auto'") from None
+    try:
+        check_option("gamma", value)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def _model(text: str) -> str | None:
+    return None if text.lower() == "none" else text
 
 
 def _engine(text: str) -> str | None:

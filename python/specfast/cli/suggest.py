@@ -8,6 +8,7 @@ from typing import Any
 
 from ..families import (
     FAMILIES,
+    explain_suggestion,
     get_model_family_variants,
     predicted_speedup,
     ranked_drafts,
@@ -61,5 +62,5 @@ def run(options: argparse.Namespace) -> int:
         best = ranked_drafts(options.target)[0]
         print(f"  specfast generate --model {options.target} --draft-model {best}")
     else:
-        print("  no smaller sibling is known: plain decoding, or name a draft with --draft-model")
+        print(f"  {explain_suggestion(options.target)}; a draft of the same tokens can be named with --draft-model")
     return 0

@@ -1,0 +1,67 @@
+"""Additions to exo's chat API: the request's own options, an end for requests nobody waits for, `GET /v1/speculation`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ..errors import ConfigurationError
+from .engine import SpeculativeEngine
+from .requests import CALLER, Caller, request_options
+
+POLL_SECONDS = 0.2
+
+
+def add_speculation_route(module: Any) -> None:
+    """`GET /v1/speculation`: the engine's counters."""
+    original = module.ChatGPTAPI.__init__
+
+    async def handle_get_speculation(self: Any, _request: Any) -> Any:
+        engine = self.node.inference_engine
+        if isinstance(engine, SpeculativeEngine):
+            answer = {"engine": type(engine).__name__, **engine.get_speculation_stats()}
+        else:
+            answer = {"engine": type(engine).__name__, "detail": "start exo with --inference-engine speculative"}
+        return module.web.json_response(answer, headers={"Access-Control-Allow-Origin": "*"})
+
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:  # noqa: N807 - replaces the class's own
+        original(self, *arguments, **options)
+        self.app.router.add_get("/v1/speculation", self.handle_get_speculation)
+
+    module.ChatGPTAPI.handle_get_speculation = handle_get_speculation
+    module.ChatGPTAPI.__init__ = __init__
+
+
+def honour_requests(module: Any) -> None:
+    """A chat request's temperature, seed, top_p, top_k, min_p and max_tokens count, and it ends when its client goes."""
+    original = module.ChatGPTAPI.handle_post_chat_completions
+
+    async def handle_post_chat_completions(self: Any, request: Any) -> Any:
+        if not isinstance(self.node.inference_engine, SpeculativeEngine):
+            return await original(self, request)
+        try:
+            body = await request.json()
+            caller = Caller(request_options(body if isinstance(body, dict) else {}))
+        except ConfigurationError as error:
+            return module.web.json_response({"detail": str(error)}, status=400)
+        except ValueError as error:
+            return module.web.json_response({"detail": f"the body is not JSON: {error}"}, status=400)
+        waiting = CALLER.set(caller)
+        answer = asyncio.ensure_future(original(self, request))
+        try:
+            while not answer.done() and not _gone(request):
+                await asyncio.wait({answer}, timeout=POLL_SECONDS)
+            return await answer if answer.done() else module.web.Response(status=499)
+        finally:
+            CALLER.reset(waiting)
+            answer.cancel()
+            caller.gone = True  # what is still under way has nobody to answer to
+            if caller.request_id is not None:
+                self.token_queues.pop(caller.request_id, None)
+
+    module.ChatGPTAPI.handle_post_chat_completions = handle_post_chat_completions
+
+
+def _gone(request: Any) -> bool:
+    transport = request.transport
+    return transport is None or bool(transport.is_closing())

@@ -1,0 +1,398 @@
+"""The inference engine that exo calls: its whole contract, on top of specfast.Engine."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..compatibility import Status
+from ..config import ResolvedConfig, resolve_config
+from ..engine import Engine
+from ..errors import ConfigurationError, UnsupportedModelError
+from ..models import choose_draft
+from ..stats import SpeculationStats
+from .contract import CLASS_NAME
+from .models import ExoModels, register_models
+from .options import without_engines
+from .requests import CALLER, Caller, Request, Requests
+
+LOW_ACCEPTANCE, ENOUGH_DRAFTS = 0.3, 64
+
+
+def say(message: str) -> None:
+    """A line for people, apart from what exo prints."""
+    print(f"specfast: {message}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class ServedModel:
+    """A model exo asked for: run natively, or by exo's own engine where that cannot be.
+
+    Attributes:
+        shard: what exo calls it.
+        tokenizer: exo's own, so that prompts have the tokens they have with other engines.
+        engine: the native engine; None where exo's runs it.
+        host: exo's own engine; None where the native one runs it.
+        fallback: why exo's own does.
+        compatibility: of its draft.
+        hinted: whether the hint at low acceptance was given.
+    """
+
+    shard: Any
+    tokenizer: Any
+    engine: Engine | None = None
+    host: Any = None
+    fallback: str | None = None
+    compatibility: Status = "unknown"
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+    hinted: bool = False
+
+
+class SpeculativeEngine:
+    """exo's engine contract. The class that exo sees, SpeculativeInferenceEngine, is made of this and exo's base class.
+
+    Models are loaded when asked for. Everything that computes runs in one thread, request by request in turn, so that
+    exo's event loop stays free. One model is kept besides those in use.
+
+    Args:
+        shard_downloader: exo's.
+        resolved: the configuration; without a target model, whatever is asked for is the target.
+        host_engine: builds exo's own engine by name.
+        max_tokens: most tokens of a request; None is the context.
+
+    Attributes:
+        emits_many: whether exo's node takes several tokens a step (set by the node's patch); else one at a time.
+        shard, tokenizer: of the model asked for last, as exo's own engines have them.
+    """
+
+    emits_many = False
+
+    def __init__(
+        self,
+        shard_downloader: Any,
+        resolved: ResolvedConfig,
+        *,
+        host_engine: Callable[[str], Any],
+        max_tokens: int | None = None,
+    ) -> None:
+        without_engines(resolved).config.require_available()
+        self.shard: Any = None
+        self.tokenizer: Any = None
+        self.session: dict[str, Any] = {}
+        self.shard_downloader = shard_downloader
+        self.resolved = resolved
+        self._host_engine, self._max_tokens = host_engine, max_tokens
+        self._host: Any = None
+        self._served: dict[str, ServedModel] = {}
+        self._paths: dict[str, Path] = {}
+        self._past = SpeculationStats()
+        self._host_requests: set[str] = set()
+        self._said: set[str] = set()
+        self._requests = Requests(self._ended)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="specfast")
+        self._loading = asyncio.Lock()
+        register_models(resolved.config.target_engine)
+        say(self.describe())
+
+    def describe(self) -> str:
+        """The start-up line: every effective value and where it came from."""
+        config = self.resolved.config
+        engine = "native"
+        if config.target_engine not in (None, "native"):
+            engine = f"native, from {config.target_engine}'s checkpoints (this version runs them itself)"
+        if config.draft_engine not in (None, "native", config.target_engine):
+            engine += f", drafts from {config.draft_engine}'s"
+        automatic = "by auto-config" if config.auto_config and not config.disabled else "none"
+        return self.resolved.describe(
+            target_model=config.target_model or "the model asked for",
+            draft_model=config.draft_model or automatic,
+            target_engine=engine,
+            rule="greedy" if config.greedy else "token",
+        )
+
+    # What exo's base class declares.
+
+    async def encode(self, shard: Any, prompt: str) -> npt.NDArray[np.int64]:
+        """Token ids of a prompt, by exo's tokenizer of the model."""
+        served = await self._serve(shard)
+        return np.asarray(await self._compute(served.tokenizer.encode, prompt), dtype=np.int64)
+
+    async def decode(self, shard: Any, tokens: Any) -> str:
+        """Text of tokens, by exo's tokenizer of the model."""
+        served = await self._serve(shard)
+        return str(await self._compute(served.tokenizer.decode, tokens))
+
+    async def sample(self, x: Any, temp: float = 0.0, **options: Any) -> Any:
+        """Tokens are sampled already when they get here; logits are those of exo's own engine."""
+        if np.issubdtype(np.asarray(x).dtype, np.integer):
+            return np.asarray(x).reshape(-1)[-1:]
+        return await self._host.sample(x, temp=temp, **options)
+
+    async def infer_tensor(
+        self, request_id: str, shard: Any, input_data: Any, inference_state: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any] | None]:
+        """A prompt's (1, L) token ids, or the tokens of the step before, become the next (1, n) int64 token ids.
+
+        Where exo's own engine runs the model, its result: logits or hidden states.
+
+        Raises:
+            SpecfastError: what `Engine.stream` raises.
+        """
+        if self._requests.get(request_id) is None:
+            served = await self._serve(shard)
+            if served.host is not None:
+                self._host_requests.add(request_id)
+                return tuple(await served.host.infer_tensor(request_id, shard, input_data, inference_state))
+            self._begin(request_id, served, np.asarray(input_data).reshape(-1).tolist())
+        tokens = await self.step(request_id)
+        return np.array([tokens], dtype=np.int64), inference_state
+
+    async def load_checkpoint(self, shard: Any, path: str) -> None:
+        """Refused: weights are read from the model's directory only."""
+        raise _no_training("load_checkpoint")
+
+    async def train(self, *arguments: Any, **options: Any) -> Any:
+        """Refused: this engine generates."""
+        raise _no_training("train")
+
+    async def evaluate(self, *arguments: Any, **options: Any) -> Any:
+        """Refused: this engine generates."""
+        raise _no_training("eval")
+
+    async def clear_session(self) -> None:
+        """Forgets what was saved in the session."""
+        self.session.clear()
+
+    # What exo's node and command line call besides.
+
+    async def ensure_shard(self, shard: Any) -> None:
+        """Loads a model, its draft with it, unless it is there."""
+        await self._serve(shard)
+
+    async def cleanup(self) -> None:
+        """Ends all requests and the thread they run in."""
+        self.cancel_all()
+        self._executor.shutdown(wait=True)
+
+    # Requests.
+
+    def owns(self, request_id: str) -> bool:
+        """Whether a request is under way natively."""
+        return self._requests.get(request_id) is not None
+
+    async def step(self, request_id: str) -> list[int]:
+        """The next tokens of a request; none when it was cancelled."""
+        request = self._requests.get(request_id)
+        if request is None:
+            raise ConfigurationError(f"request {request_id} is not under way; send its prompt again")
+        try:
+            tokens: list[int] = await self._compute(self._step, request)
+        except asyncio.CancelledError:
+            request.cancel()
+            raise
+        except Exception as error:
+            request.caller.error = error
+            self._requests.end(request_id)
+            raise
+        if request.finished and (self.emits_many or not tokens or tokens[-1] == self._eos(request)):
+            self._requests.end(request_id)
+        return tokens
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request: nobody waits for it any more."""
+        self._requests.cancel(request_id)
+
+    def end(self, request_id: str) -> None:
+        """Lets a request go that has all it may have."""
+        self._requests.end(request_id)
+
+    def cancel_all(self) -> None:
+        """Ends all requests."""
+        for request in self._requests.all():
+            request.cancel()
+
+    def _begin(self, request_id: str, served: ServedModel, prompt: list[int]) -> None:
+        caller = CALLER.get() or Caller()
+        caller.request_id = request_id
+        engine = served.engine
+        assert engine is not None
+        self._requests.add(
+            Request(
+                request_id,
+                served.shard.model_id,
+                engine,
+                prompt,
+                self._max_tokens or engine.pair.target.model.max_context,
+                caller,
+                singly=not self.emits_many,
+                eos=served.tokenizer.eos_token_id,
+            )
+        )
+
+    def _step(self, request: Request) -> list[int]:
+        tokens = request.step()
+        self._requests.make_room()
+        return tokens
+
+    def _eos(self, request: Request) -> int | None:
+        served = self._served.get(request.model)
+        return None if served is None else served.tokenizer.eos_token_id
+
+    def _ended(self, request: Request) -> None:
+        say(request.summary())
+        served = self._served.get(request.model)
+        if served is None or served.engine is not request.engine:
+            self._past.add(request.stats)
+            return
+        served.stats.add(request.stats)
+        stats = served.stats
+        if stats.drafted >= ENOUGH_DRAFTS and stats.acceptance_rate < LOW_ACCEPTANCE and not served.hinted:
+            served.hinted = True
+            say(
+                f"low acceptance rate with {request.model} ({stats.acceptance_rate:.2f} after {stats.drafted} drafted tokens): "
+                "use auto-config (--speculative-auto-config), try a closer draft model size, or reduce gamma "
+                "(--speculative-gamma 3)"
+            )
+
+    # Models.
+
+    def set_models(self, target: str | None, draft: str | None = None) -> None:
+        """Changes target and draft, for requests from now on; those under way keep theirs."""
+        self.resolved = self.resolved.with_models(target, draft)
+        for served in self._served.values():
+            self._past.add(served.stats)
+        self._served.clear()
+
+    async def _serve(self, shard: Any) -> ServedModel:
+        async with self._loading:
+            served = self._served.get(shard.model_id)
+            if served is None or served.shard != shard:
+                served = await self._load(shard)
+                self._drop_idle()
+                self._served[shard.model_id] = served
+            self.shard, self.tokenizer = shard, served.tokenizer
+            return served
+
+    async def _load(self, shard: Any) -> ServedModel:
+        if not (shard.is_first_layer() and shard.is_last_layer()):
+            part = f"layers {shard.start_layer} to {shard.end_layer} of {shard.n_layers} are this node's"
+            return await self._load_host(shard, f"{part}, and speculation over several machines is not in this version")
+        path = Path(await self.shard_downloader.ensure_shard(shard, CLASS_NAME))
+        self._paths[shard.model_id] = path
+        config = self._config_of(shard.model_id)
+        locate = ExoModels(self.shard_downloader, self._draft_engine, asyncio.get_running_loop(), self._paths)
+        engine = Engine(config, notify=self._say_once, resolve=locate)
+        try:
+            pair = await self._compute(lambda: engine.pair)
+        except UnsupportedModelError as error:
+            metadata = partial(_metadata_of, locate)
+            choice = await self._compute(choose_draft, config.config, path, self._say_once, metadata)
+            return await self._load_host(shard, str(error), choice.status)
+        draft = f"draft {pair.draft_name} ({pair.compatibility})" if pair.draft else "no draft, plain decoding"
+        lossless = "lossless" if config.config.lossless or pair.draft is None else "not lossless: lenience above 1"
+        say(f"{shard.model_id}: {draft}, {pair.target.precision} activations, {lossless}")
+        tokenizer = await importlib.import_module("exo.inference.tokenizers").resolve_tokenizer(path)
+        return ServedModel(shard, tokenizer, engine, compatibility=pair.compatibility)
+
+    async def _load_host(self, shard: Any, reason: str, compatibility: Status = "unknown") -> ServedModel:
+        name = self.resolved.config.target_engine
+        name = name if name in ("mlx", "tinygrad") else "mlx"
+        self._say_once(f"{shard.model_id} is decoded plainly by exo's {name} engine: {reason}")
+        try:
+            self._host = self._host or self._host_engine(name)
+            await self._host.ensure_shard(shard)
+        except ImportError as error:
+            raise UnsupportedModelError(f"{reason}; and exo's {name} engine is not there either ({error})") from error
+        return ServedModel(shard, self._host.tokenizer, host=self._host, fallback=reason, compatibility=compatibility)
+
+    @property
+    def _draft_engine(self) -> str | None:
+        engine = self.resolved.config.draft_engine or self.resolved.config.target_engine
+        return engine if engine in ("mlx", "tinygrad") else None
+
+    def _config_of(self, model: str) -> ResolvedConfig:
+        """The configuration for a model: a draft typed for one target is not used with another."""
+        resolved = without_engines(self.resolved)
+        target = resolved.config.target_model
+        typed: dict[str, Any] = {**resolved.typed, "target_model": model}
+        if target is not None and model != target:
+            typed.pop("draft_model", None)
+        return resolve_config(typed, host=resolved.host)
+
+    def _drop_idle(self) -> None:
+        """Lets models go that no request uses, but the one used last."""
+        used = {request.model for request in self._requests.all()}
+        idle = [name for name in self._served if name not in used]
+        for name in idle[:-1]:
+            self._past.add(self._served.pop(name).stats)
+
+    def get_speculation_stats(self) -> dict[str, Any]:
+        """Counters and rates since the engine was built; works before any model is loaded.
+
+        Returns:
+            What `specfast.Engine.get_speculation_stats` returns, for the target; the counters are of all models. And
+            host_requests (decoded by exo's own engine), under_way, fallback (why the target is decoded plainly by exo's
+            own engine, or None), and models: by id the draft, compatibility and acceptance of each that is loaded.
+        """
+        config = self.resolved.config
+        name = config.target_model or (self.shard.model_id if self.shard else None)
+        served = self._served.get(name) if name else None
+        pair = served.engine.pair if served and served.engine else None
+        total = SpeculationStats()
+        for stats in (self._past, *(each.stats for each in self._served.values())):
+            total.add(stats)
+        return {
+            "model_family_compatibility": served.compatibility if served else "unknown",
+            "lossless": config.lossless or (pair is not None and pair.draft is None),
+            "lenience": config.lenience,
+            "precision": pair.target.precision if pair else "unknown",
+            "target_model": name,
+            "draft_model": (pair.draft_name if pair else config.draft_model),
+            "fallback": served.fallback if served else None,
+            "host_requests": len(self._host_requests),
+            "under_way": len(self._requests),
+            "models": {each: _describe_served(model) for each, model in self._served.items()},
+            **total.as_dict(),
+        }
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            if message.startswith("Warning:"):
+                print(message, file=sys.stderr, flush=True)  # the documented form, word for word
+            else:
+                say(message)
+
+    async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, partial(function, *arguments))
+
+
+def _metadata_of(locate: ExoModels, name: str, *, metadata_only: bool = True) -> Path:
+    """A draft that will not run is compared, but its weights are not fetched."""
+    del metadata_only
+    return locate(name, metadata_only=True)
+
+
+def _describe_served(served: ServedModel) -> Mapping[str, Any]:
+    pair = served.engine.pair if served.engine else None
+    return {
+        "engine": "native" if pair else "exo",
+        "draft": pair.draft_name if pair else None,
+        "compatibility": served.compatibility,
+        "fallback": served.fallback,
+        **served.stats.as_dict(),
+    }
+
+
+def _no_training(what: str) -> ConfigurationError:
+    return ConfigurationError(f"{what} is not for the speculative engine; use --inference-engine mlx or tinygrad")

@@ -1,0 +1,242 @@
+"""A request under way in exo: its caches, its tokens, and its end."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import resolve_config
+from ..engine import Engine
+from ..generation import Generation
+from ..sampling import SamplingParams
+from ..stats import SpeculationStats
+
+MOST_CACHED = 8
+MOST_KNOWN = 256
+_OPTIONS = ("temperature", "seed", "top_p", "top_k", "min_p")
+_MAX_TOKENS = ("max_completion_tokens", "max_tokens")
+
+
+@dataclass
+class Caller:
+    """Who asked: options of the request's body, and what becomes of it.
+
+    Attributes:
+        options: what `Engine.stream` takes.
+        request_id: once exo has given it one.
+        gone: the client does not wait any more.
+        error: what ended the request, if that was an error.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    request_id: str | None = None
+    gone: bool = False
+    error: Exception | None = None
+
+
+CALLER: ContextVar[Caller | None] = ContextVar("specfast_exo_caller", default=None)
+"""Set around a request by the chat API; exo itself passes a prompt and nothing else to its engine."""
+
+
+def request_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a chat request that sampling knows, checked; absent and null keys are not options.
+
+    Raises:
+        ConfigurationError: a value outside its range.
+    """
+    options = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
+    resolve_config(request={name: options[name] for name in ("temperature",) if name in options})
+    SamplingParams(**{name: value for name, value in options.items() if name != "temperature"})
+    limit = next((body[name] for name in _MAX_TOKENS if body.get(name) is not None), None)
+    return options if limit is None else {**options, "max_tokens": limit}
+
+
+class _Cancelled(Exception):  # noqa: N818 - not an error
+    """Ends the reading of a prompt nobody waits for."""
+
+
+class Request:
+    """One request on a native engine: gives its tokens step by step, and can be put away and taken up again.
+
+    Args:
+        request_id: exo's.
+        model: the model's id.
+        engine: that generates.
+        prompt: token ids.
+        max_tokens: most tokens to generate.
+        caller: who asked.
+        singly: one token a step, for a host that takes no more.
+        eos: the token by which such a host sees the end.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        engine: Engine,
+        prompt: Sequence[int],
+        max_tokens: int,
+        caller: Caller,
+        *,
+        singly: bool = False,
+        eos: int = 0,
+    ) -> None:
+        self.id, self.model, self.engine, self.caller = request_id, model, engine, caller
+        options = dict(caller.options)
+        self._max_tokens = min(max_tokens, options.pop("max_tokens", max_tokens))
+        self._seed = options.pop("seed", None)
+        self._options = options
+        self._prompt, self.tokens = list(prompt), list[int]()
+        self._singly, self._eos, self._queue = singly, eos, list[int]()
+        self._generation: Generation | None = None
+        self._starts = 0
+        self.ended = False
+        self.stats = SpeculationStats()
+        self.lossless = True
+        self.speculating = False
+        self.precision = "unknown"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step gave the last token."""
+        return self.ended and not self._queue
+
+    def cancel(self) -> None:
+        """Ends the request with its next step, or in the middle of its prompt; may be called from any thread."""
+        self.caller.gone = True
+
+    def step(self) -> list[int]:
+        """The next tokens; none when the request was cancelled. Not for the event loop's thread: it computes.
+
+        Raises:
+            SpecfastError: what `Engine.stream` raises.
+        """
+        if self.caller.gone:
+            self.close()
+            self.ended, self._queue = True, []
+            return [self._eos] if self._singly else []
+        while not self._queue and not self.ended:
+            self._queue = self._advance()
+        if not self._singly:
+            tokens, self._queue = self._queue, []
+            return tokens
+        return [self._queue.pop(0) if self._queue else self._eos]
+
+    def _advance(self) -> list[int]:
+        try:
+            chunk = next(self._begun(), None)
+        except _Cancelled:
+            chunk = None
+        generation = self._generation
+        self.ended = chunk is None or generation is None or generation.context.done
+        tokens = [] if chunk is None else list(chunk.token_ids)
+        self.tokens += tokens
+        if self.ended:
+            self.close()
+        return tokens
+
+    def _begun(self) -> Generation:
+        if self._generation is None:
+            seed = None if self._seed is None else self._seed + self._starts  # draws are never used twice
+            self._generation = self.engine.stream(
+                [*self._prompt, *self.tokens],
+                max_tokens=self._max_tokens - len(self.tokens),
+                seed=seed,
+                progress=self._stop_if_cancelled,
+                **self._options,
+            )
+            self._starts += 1
+            terms = self._generation.terms
+            self.lossless, self.speculating, self.precision = terms.lossless, terms.gamma != 0, terms.precision
+        return self._generation
+
+    def _stop_if_cancelled(self, _done: int, _total: int) -> None:
+        if self.caller.gone:
+            raise _Cancelled
+
+    @property
+    def cached(self) -> bool:
+        """Whether it holds caches."""
+        return self._generation is not None
+
+    def close(self) -> None:
+        """Gives the caches up; a later step reads prompt and tokens again."""
+        if self._generation is not None:
+            generation, self._generation = self._generation, None
+            generation.close()
+            self.stats.add(generation.stats)
+            self.stats.requests = 1
+
+    def summary(self) -> str:
+        """One line for the log."""
+        stats = self.stats
+        words = [f"request {self.id[:8]}: {self.model}, {stats.tokens} tokens in {stats.target_passes} target passes "
+                 f"({stats.tokens_per_target_pass:.2f} a pass)"]  # fmt: skip
+        words += [f"acceptance {stats.acceptance_rate:.2f}"] if stats.drafted else []
+        words += ["lossless" if self.lossless else "not lossless (lenience above 1)", f"{self.precision} activations"]
+        words += [f"{stats.tok_s:.1f} tok/s", f"fallback: {self.fallback or 'none'}"]
+        return ", ".join([*words, *(["cancelled"] if self.caller.gone else [])])
+
+    @property
+    def fallback(self) -> str | None:
+        """Why it was decoded plainly, if it was."""
+        if self.stats.fallbacks:
+            return "drafting failed"
+        if self.speculating:
+            return None
+        pair = self.engine.pair
+        if self.engine.config.disabled:
+            return "disabled"
+        return "incompatible draft" if pair.compatibility == "incompatible" else "no draft"
+
+
+class Requests:
+    """The requests under way. The caches of those not heard of for longest are given up when there are too many.
+
+    Args:
+        on_end: called with a request that ended.
+    """
+
+    def __init__(self, on_end: Callable[[Request], None]) -> None:
+        self._requests: OrderedDict[str, Request] = OrderedDict()
+        self._on_end = on_end
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def all(self) -> list[Request]:
+        """All of them, the one heard of last at the end."""
+        return list(self._requests.values())
+
+    def get(self, request_id: str) -> Request | None:
+        """A request, which is the one heard of last from now on."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._requests.move_to_end(request_id)
+        return request
+
+    def add(self, request: Request) -> None:
+        """Takes a request in; the oldest beyond MOST_KNOWN are forgotten."""
+        self._requests[request.id] = request
+        while len(self._requests) > MOST_KNOWN:
+            self.end(next(iter(self._requests)))
+
+    def make_room(self) -> None:
+        """Leaves caches to the MOST_CACHED requests heard of last. On the thread that computes."""
+        cached = [request for request in self.all() if request.cached]
+        for request in cached[: max(0, len(cached) - MOST_CACHED)]:
+            request.close()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request with its next step."""
+        if request := self._requests.get(request_id):
+            request.cancel()
+
+    def end(self, request_id: str) -> None:
+        """Lets a request go."""
+        if request := self._requests.pop(request_id, None):
+            request.close()
+            self._on_end(request)

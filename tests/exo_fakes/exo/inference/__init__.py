@@ -1,0 +1,1 @@
+"""Engines, shards and tokenizers."""
