@@ -63,7 +63,7 @@ def is_home(root, monkeypatch):
 
 
 class Session:
-    """An engine on a node.
+    """An engine on a node, both as a command line with these options makes them; without options, as one made them before.
 
     Attributes:
         events: (request id, tokens, finished) in the order told.
@@ -73,7 +73,9 @@ class Session:
         get = importlib.import_module("exo.inference.inference_engine").get_inference_engine
         node = importlib.import_module("exo.orchestration.node")
         self.downloader = importlib.import_module("exo.download.new_shard_download").new_shard_downloader()
-        self.engine = get("speculative", self.downloader, config)
+        if config is not None:
+            options._command_line = options.CommandLine(config, max_tokens=max_tokens)
+        self.engine = get("speculative", self.downloader)
         self.node = node.Node("one", None, self.engine, None, self.downloader, max_generate_tokens=max_tokens)
         self.events, self._ended = [], {}
         self.node.on_token.register("session").on_next(self._take)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from exo_session import repository as repository_of
 from specfast.exo import api as additions
 from specfast.exo.contract import CLASS_NAME
 from specfast.exo.models import ENGINE_CLASSES
-from specfast.exo.requests import CALLER
+from specfast.exo.requests import CALLER, Request
 from tiny_directories import byte_level
 
 MESSAGES = [{"role": "user", "content": "def main"}]
@@ -83,7 +85,7 @@ def test_a_requests_options_count(home, reference, options):
     expected = reference(**options)
     assert (answer.status, answer.body["tokens"]) == (200, expected)
     assert len(expected) == options.get("max_tokens", 24)
-    assert (expected == reference(temperature=1.0, seed=3)) is False
+    assert expected != reference(temperature=1.0, seed=3)
 
 
 def test_max_completion_tokens_comes_first_and_null_is_nothing(home, reference):
@@ -112,7 +114,6 @@ def test_bad_values_are_answered_with_400(home, options):
     assert served.fetched == set()
 
 
-@pytest.mark.xfail(strict=True, reason="the number of tokens is not checked with the other options")
 @pytest.mark.parametrize("value", [0, -3, "x", 2.5, [1], True])
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_a_bad_number_of_tokens_is_answered_with_400(home, name, value):
@@ -178,7 +179,6 @@ def test_a_client_that_goes_ends_its_request(home, reference, tokens, capfd):
     asyncio.run(use())
     assert served.stats["tokens"] < 3000
     assert served.node.outstanding_requests == {}
-    assert not served.api.token_queues
     assert tokens == 0 or ", cancelled" in capfd.readouterr().err
     assert asyncio.run(Served().post(temperature=0)).body["tokens"] == reference(**GREEDY)
 
@@ -194,19 +194,30 @@ def test_a_connection_that_is_gone_already(home):
     assert asyncio.run(use()).api.token_queues == {}
 
 
-def test_tokens_that_come_after_the_client_went_leave_nothing_behind(home):
-    served = Served(max_tokens=4000)
+@pytest.mark.xfail(strict=True, reason="tokens of the step under way make the request's queue anew")
+def test_tokens_that_come_after_the_client_went_leave_nothing_behind(home, monkeypatch):
+    served, step, waiting = Served(), Request.step, threading.Event()
+
+    def slow(request):
+        tokens = step(request)
+        if served.events:
+            waiting.set()
+            while not request.caller.gone:
+                time.sleep(0.001)
+        return tokens
+
+    monkeypatch.setattr(Request, "step", slow)
 
     async def use():
-        other = asyncio.create_task(served.post(temperature=0, max_tokens=2000))
-        await served.post(temperature=0, transport=Client(served, 20))
-        while served.stats["under_way"] > 1:
-            await asyncio.sleep(0)
+        answer = await served.post(temperature=0, transport=SimpleNamespace(is_closing=waiting.is_set))
+        assert answer.status == 499
+        while served.node.outstanding_requests:
+            await asyncio.sleep(0.001)
         await served.settled()
-        assert len(served.api.token_queues) == 1
-        assert len((await other).body["tokens"]) == 2000
 
     asyncio.run(use())
+    assert served.stats["under_way"] == 0
+    assert not served.api.token_queues
 
 
 def test_an_error_while_decoding_ends_the_answer(home, reference, monkeypatch, capfd):

@@ -146,7 +146,8 @@ def test_an_end_token_ends_the_answer(own_home, steps):
 @pytest.mark.parametrize("limit", [1, 2, 7])
 def test_the_hosts_limit_ends_the_answer(home, steps, limit):
     expected = reference(home)(TEXTS[0], **GREEDY)
-    session = Session(pair(), max_tokens=limit)
+    options._command_line = options.CommandLine(pair(), max_tokens=100)
+    session = Session(max_tokens=limit)
     assert asyncio.run(session.ask(TEXTS[0])) == expected[:limit]
     assert session.node.outstanding_requests == {}
 
@@ -163,8 +164,7 @@ def test_the_hosts_limit_ends_the_answer(home, steps, limit):
     indirect=True,
 )
 def test_a_request_that_reached_the_hosts_limit_is_over(home, steps, limit, capfd):
-    options._command_line = options.CommandLine(pair(), max_tokens=limit)
-    session = Session(max_tokens=limit)
+    session = Session(pair(), max_tokens=limit)
     asyncio.run(session.ask(TEXTS[0]))
     assert (session.stats["under_way"], session.stats["tokens"]) == (0, limit)
     assert "request one" in capfd.readouterr().err
@@ -186,9 +186,11 @@ def test_requests_that_lose_their_caches_go_on_where_they_were(home, steps, monk
     assert asyncio.run(session.ask_all(TEXTS)) == [plain(text, **GREEDY) for text in TEXTS]
     if steps == "many":
         assert session.stats["prompt_tokens"] > sum(len(plain.tokenizer.encode(text)) for text in TEXTS)
+        assert session.stats["tokens"] == 24 * len(TEXTS)
 
 
 def test_the_oldest_of_too_many_requests_is_forgotten(home, monkeypatch):
+    monkeypatch.setattr(requests, "MOST_CACHED", 1)
     monkeypatch.setattr(requests, "MOST_KNOWN", 2)
     session = Session(pair())
 
@@ -276,7 +278,8 @@ def test_the_requests_own_options_count(home, steps):
     ],
 )
 def test_the_temperature_is_the_nearest_that_was_given(home, typed, host, request_, model, expected):
-    options._command_line = options.CommandLine({**typed, "disabled": True, "top_k_threshold": 0.5}, host)
+    typed = {**typed, "disabled": True, "top_k_threshold": 0.5}
+    options._command_line = options.CommandLine(typed, host, max_tokens=24)
     session = Session()
     got = asyncio.run(session.ask(TEXTS[0], model, seed=3, **request_))
     plain = reference(home, model, top_k_threshold=0.5)
@@ -296,17 +299,18 @@ def test_the_family_gives_draft_and_options_with_auto_config_only(home):
 
 
 @pytest.mark.parametrize("automatic", [False, True])
-def test_another_model_than_the_target_never_gets_its_draft(home, automatic):
+@pytest.mark.parametrize(("other", "suggested"), [(OTHER, {OTHER_DRAFT, "qwen-2.5-0.5b"}), (SMALL, {None})])
+def test_another_model_than_the_target_never_gets_its_draft(home, automatic, other, suggested):
     session = Session(pair(**({"auto_config": True} if automatic else {})))
-    plain = reference(home), reference(home, OTHER)
+    plain = reference(home), reference(home, other)
 
     async def use():
-        return await asyncio.gather(session.ask("x", TARGET, "one"), session.ask("x", OTHER, "two"))
+        return await asyncio.gather(session.ask("x", TARGET, "one"), session.ask("x", other, "two"))
 
     assert asyncio.run(use()) == [model("x", **GREEDY) for model in plain]
     models = session.stats["models"]
     assert models[TARGET]["draft"] == DRAFT
-    assert models[OTHER]["draft"] in ({OTHER_DRAFT, "qwen-2.5-0.5b"} if automatic else {None})
+    assert models[other]["draft"] in (suggested if automatic else {None})
 
 
 def test_disabled_never_looks_for_a_draft(home, monkeypatch):
@@ -376,11 +380,15 @@ def rule(text, tokenizer, length):
     return tokens
 
 
+def make_unsupported(home, model):
+    """Another architecture, by what config.json says."""
+    path = folder(home, model) / "config.json"
+    other = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+
+
 def test_a_model_the_native_decoder_cannot_run_goes_to_the_hosts_engine(own_home, capfd):
-    at = folder(own_home, TARGET)
-    config = json.loads((at / "config.json").read_text())
-    config |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
-    (at / "config.json").write_text(json.dumps(config))
+    make_unsupported(own_home, TARGET)
     session = Session(pair(), max_tokens=6)
     answers = asyncio.run(session.ask_all(["x", "def"]))
     tokenizer = reference(own_home, OTHER).tokenizer
@@ -393,6 +401,14 @@ def test_a_model_the_native_decoder_cannot_run_goes_to_the_hosts_engine(own_home
     assert stats["fallback"]
     assert stats["fallback"] == stats["models"][TARGET]["fallback"]
     assert stats["model_family_compatibility"] == "compatible"
+
+
+def test_the_hosts_engine_samples_at_the_same_temperature(own_home):
+    make_unsupported(own_home, TARGET)
+    session = Session(pair(temperature=0.6), max_tokens=3)
+    asyncio.run(session.ask("x", request_id="one"))
+    asyncio.run(session.ask("x", request_id="two", temperature=0.4))
+    assert session.engine._models.host.temperatures == [0.6] * 3 + [0.4] * 3
 
 
 @pytest.mark.parametrize("layers", [(0, 0), (1, 1)])
@@ -436,7 +452,7 @@ def test_models_can_be_changed_at_run_time(home):
 
     assert list(asyncio.run(use())) == [plain(text, **GREEDY, max_tokens=60) for text in TEXTS[:2]]
     assert session.stats["draft_model"] == session.stats["models"][TARGET]["draft"] == SMALL
-    assert session.stats["tokens"] >= 120
+    assert session.stats["tokens"] == 120
     engine.set_models(OTHER, OTHER_DRAFT)
     assert asyncio.run(session.ask("x", OTHER, "three")) == reference(home, OTHER)("x", **GREEDY, max_tokens=60)
     assert (session.stats["target_model"], session.stats["draft_model"]) == (OTHER, OTHER_DRAFT)

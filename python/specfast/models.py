@@ -171,7 +171,9 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
     if not config.auto_config:
         drafts = ", ".join(suggested_drafts(name))
         hint = (
-            f"--speculative-auto-config takes one of its family ({drafts})" if drafts else "name one with --draft-model"
+            f"--speculative-auto-config takes one of its family ({drafts})"
+            if drafts
+            else "name one with --speculative-draft-model"
         )
         notify(f"{name} has no draft: plain decoding; {hint}")
         return typed

@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..compatibility import Status
-from ..config import ResolvedConfig, resolve_config
-from ..engine import Engine
-from ..errors import ConfigurationError, UnsupportedModelError
-from ..models import choose_draft
-from ..stats import SpeculationStats
-from .contract import CLASS_NAME
-from .models import ExoModels, register_models
+from ..config import ResolvedConfig
+from ..errors import ConfigurationError
+from .models import register_models
 from .options import without_engines
 from .requests import CALLER, Caller, Request, Requests
-
-LOW_ACCEPTANCE, ENOUGH_DRAFTS = 0.3, 64
-
-
-def say(message: str) -> None:
-    """A line for people, apart from what exo prints."""
-    print(f"specfast: {message}", file=sys.stderr, flush=True)
-
-
-@dataclass
-class ServedModel:
-    """A model exo asked for: run natively, or by exo's own engine where that cannot be.
-
-    Attributes:
-        shard: what exo calls it.
-        tokenizer: exo's own, so that prompts have the tokens they have with other engines.
-        engine: the native engine; None where exo's runs it.
-        host: exo's own engine; None where the native one runs it.
-        fallback: why exo's own does.
-        compatibility: of its draft.
-        hinted: whether the hint at low acceptance was given.
-    """
-
-    shard: Any
-    tokenizer: Any
-    engine: Engine | None = None
-    host: Any = None
-    fallback: str | None = None
-    compatibility: Status = "unknown"
-    stats: SpeculationStats = field(default_factory=SpeculationStats)
-    hinted: bool = False
+from .serving import ServedModel, ServedModels, say
 
 
 class SpeculativeEngine:
@@ -91,16 +52,11 @@ class SpeculativeEngine:
         self.session: dict[str, Any] = {}
         self.shard_downloader = shard_downloader
         self.resolved = resolved
-        self._host_engine, self._max_tokens = host_engine, max_tokens
-        self._host: Any = None
-        self._served: dict[str, ServedModel] = {}
-        self._paths: dict[str, Path] = {}
-        self._past = SpeculationStats()
+        self._max_tokens = max_tokens
+        self._models = ServedModels(shard_downloader, host_engine, self._compute)
         self._host_requests: set[str] = set()
-        self._said: set[str] = set()
-        self._requests = Requests(self._ended)
+        self._requests = Requests(self._models.count)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="specfast")
-        self._loading = asyncio.Lock()
         register_models(resolved.config.target_engine)
         say(self.describe())
 
@@ -133,10 +89,13 @@ class SpeculativeEngine:
         return str(await self._compute(served.tokenizer.decode, tokens))
 
     async def sample(self, x: Any, temp: float = 0.0, **options: Any) -> Any:
-        """Tokens are sampled already when they get here; logits are those of exo's own engine."""
+        """Tokens are sampled already when they get here; logits are those of exo's own engine, at this one's temperature."""
         if np.issubdtype(np.asarray(x).dtype, np.integer):
             return np.asarray(x).reshape(-1)[-1:]
-        return await self._host.sample(x, temp=temp, **options)
+        asked = (CALLER.get() or Caller()).options
+        return await self._models.host.sample(
+            x, temp=asked.get("temperature", self.resolved.config.temperature), **options
+        )
 
     async def infer_tensor(
         self, request_id: str, shard: Any, input_data: Any, inference_state: dict[str, Any] | None = None
@@ -204,7 +163,7 @@ class SpeculativeEngine:
             request.caller.error = error
             self._requests.end(request_id)
             raise
-        if request.finished and (self.emits_many or not tokens or tokens[-1] == self._eos(request)):
+        if request.finished and (self.emits_many or not tokens or tokens[-1] == request.eos):
             self._requests.end(request_id)
         return tokens
 
@@ -244,97 +203,17 @@ class SpeculativeEngine:
         self._requests.make_room()
         return tokens
 
-    def _eos(self, request: Request) -> int | None:
-        served = self._served.get(request.model)
-        return None if served is None else served.tokenizer.eos_token_id
-
-    def _ended(self, request: Request) -> None:
-        say(request.summary())
-        served = self._served.get(request.model)
-        if served is None or served.engine is not request.engine:
-            self._past.add(request.stats)
-            return
-        served.stats.add(request.stats)
-        stats = served.stats
-        if stats.drafted >= ENOUGH_DRAFTS and stats.acceptance_rate < LOW_ACCEPTANCE and not served.hinted:
-            served.hinted = True
-            say(
-                f"low acceptance rate with {request.model} ({stats.acceptance_rate:.2f} after {stats.drafted} drafted tokens): "
-                "use auto-config (--speculative-auto-config), try a closer draft model size, or reduce gamma "
-                "(--speculative-gamma 3)"
-            )
-
     # Models.
 
     def set_models(self, target: str | None, draft: str | None = None) -> None:
         """Changes target and draft, for requests from now on; those under way keep theirs."""
         self.resolved = self.resolved.with_models(target, draft)
-        for served in self._served.values():
-            self._past.add(served.stats)
-        self._served.clear()
+        self._models.clear()
 
     async def _serve(self, shard: Any) -> ServedModel:
-        async with self._loading:
-            served = self._served.get(shard.model_id)
-            if served is None or served.shard != shard:
-                served = await self._load(shard)
-                self._drop_idle()
-                self._served[shard.model_id] = served
-            self.shard, self.tokenizer = shard, served.tokenizer
-            return served
-
-    async def _load(self, shard: Any) -> ServedModel:
-        if not (shard.is_first_layer() and shard.is_last_layer()):
-            part = f"layers {shard.start_layer} to {shard.end_layer} of {shard.n_layers} are this node's"
-            return await self._load_host(shard, f"{part}, and speculation over several machines is not in this version")
-        path = Path(await self.shard_downloader.ensure_shard(shard, CLASS_NAME))
-        self._paths[shard.model_id] = path
-        config = self._config_of(shard.model_id)
-        locate = ExoModels(self.shard_downloader, self._draft_engine, asyncio.get_running_loop(), self._paths)
-        engine = Engine(config, notify=self._say_once, resolve=locate)
-        try:
-            pair = await self._compute(lambda: engine.pair)
-        except UnsupportedModelError as error:
-            metadata = partial(_metadata_of, locate)
-            choice = await self._compute(choose_draft, config.config, path, self._say_once, metadata)
-            return await self._load_host(shard, str(error), choice.status)
-        draft = f"draft {pair.draft_name} ({pair.compatibility})" if pair.draft else "no draft, plain decoding"
-        lossless = "lossless" if config.config.lossless or pair.draft is None else "not lossless: lenience above 1"
-        say(f"{shard.model_id}: {draft}, {pair.target.precision} activations, {lossless}")
-        tokenizer = await importlib.import_module("exo.inference.tokenizers").resolve_tokenizer(path)
-        return ServedModel(shard, tokenizer, engine, compatibility=pair.compatibility)
-
-    async def _load_host(self, shard: Any, reason: str, compatibility: Status = "unknown") -> ServedModel:
-        name = self.resolved.config.target_engine
-        name = name if name in ("mlx", "tinygrad") else "mlx"
-        self._say_once(f"{shard.model_id} is decoded plainly by exo's {name} engine: {reason}")
-        try:
-            self._host = self._host or self._host_engine(name)
-            await self._host.ensure_shard(shard)
-        except ImportError as error:
-            raise UnsupportedModelError(f"{reason}; and exo's {name} engine is not there either ({error})") from error
-        return ServedModel(shard, self._host.tokenizer, host=self._host, fallback=reason, compatibility=compatibility)
-
-    @property
-    def _draft_engine(self) -> str | None:
-        engine = self.resolved.config.draft_engine or self.resolved.config.target_engine
-        return engine if engine in ("mlx", "tinygrad") else None
-
-    def _config_of(self, model: str) -> ResolvedConfig:
-        """The configuration for a model: a draft typed for one target is not used with another."""
-        resolved = without_engines(self.resolved)
-        target = resolved.config.target_model
-        typed: dict[str, Any] = {**resolved.typed, "target_model": model}
-        if target is not None and model != target:
-            typed.pop("draft_model", None)
-        return resolve_config(typed, host=resolved.host)
-
-    def _drop_idle(self) -> None:
-        """Lets models go that no request uses, but the one used last."""
-        used = {request.model for request in self._requests.all()}
-        idle = [name for name in self._served if name not in used]
-        for name in idle[:-1]:
-            self._past.add(self._served.pop(name).stats)
+        served = await self._models.serve(shard, self.resolved, {request.model for request in self._requests.all()})
+        self.shard, self.tokenizer = shard, served.tokenizer
+        return served
 
     def get_speculation_stats(self) -> dict[str, Any]:
         """Counters and rates since the engine was built; works before any model is loaded.
@@ -346,11 +225,8 @@ class SpeculativeEngine:
         """
         config = self.resolved.config
         name = config.target_model or (self.shard.model_id if self.shard else None)
-        served = self._served.get(name) if name else None
+        served = self._models.get(name)
         pair = served.engine.pair if served and served.engine else None
-        total = SpeculationStats()
-        for stats in (self._past, *(each.stats for each in self._served.values())):
-            total.add(stats)
         return {
             "model_family_compatibility": served.compatibility if served else "unknown",
             "lossless": config.lossless or (pair is not None and pair.draft is None),
@@ -361,37 +237,12 @@ class SpeculativeEngine:
             "fallback": served.fallback if served else None,
             "host_requests": len(self._host_requests),
             "under_way": len(self._requests),
-            "models": {each: _describe_served(model) for each, model in self._served.items()},
-            **total.as_dict(),
+            "models": self._models.describe(),
+            **self._models.total().as_dict(),
         }
-
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            if message.startswith("Warning:"):
-                print(message, file=sys.stderr, flush=True)  # the documented form, word for word
-            else:
-                say(message)
 
     async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._executor, partial(function, *arguments))
-
-
-def _metadata_of(locate: ExoModels, name: str, *, metadata_only: bool = True) -> Path:
-    """A draft that will not run is compared, but its weights are not fetched."""
-    del metadata_only
-    return locate(name, metadata_only=True)
-
-
-def _describe_served(served: ServedModel) -> Mapping[str, Any]:
-    pair = served.engine.pair if served.engine else None
-    return {
-        "engine": "native" if pair else "exo",
-        "draft": pair.draft_name if pair else None,
-        "compatibility": served.compatibility,
-        "fallback": served.fallback,
-        **served.stats.as_dict(),
-    }
 
 
 def _no_training(what: str) -> ConfigurationError:

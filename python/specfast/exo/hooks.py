@@ -12,11 +12,12 @@ from ..families import get_model_family_variants, suggest_speculative_config
 from ..inference import options_of
 from .api import add_speculation_route, honour_requests
 from .contract import CLASS_NAME, differences
-from .engine import SpeculativeEngine, say
+from .engine import SpeculativeEngine
 from .models import model_cards
 from .node import emit_many, keep_engine
 from .options import CommandLine, command_line, watch_parser
 from .run_command import replace_run_command
+from .serving import say
 
 
 def before(name: str) -> None:

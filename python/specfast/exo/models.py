@@ -76,6 +76,11 @@ class ExoModels:
             return directory if there else hub.resolve(repository, metadata_only=True)
         return directory if is_complete(directory) else self._download(name, card)
 
+    def metadata(self, name: str, *, metadata_only: bool = True) -> Path:
+        """The directory of a model that will not run: its weights are not fetched."""
+        del metadata_only
+        return self(name, metadata_only=True)
+
     def _download(self, name: str, card: Mapping[str, Any]) -> Path:
         shard = importlib.import_module("exo.inference.shard").Shard(name, 0, card["layers"] - 1, card["layers"])
         engine = next(

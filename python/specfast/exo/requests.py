@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import resolve_config
 from ..engine import Engine
+from ..errors import ConfigurationError
 from ..generation import Generation
 from ..sampling import SamplingParams
 from ..stats import SpeculationStats
@@ -51,7 +52,11 @@ def request_options(body: Mapping[str, Any]) -> dict[str, Any]:
     resolve_config(request={name: options[name] for name in ("temperature",) if name in options})
     SamplingParams(**{name: value for name, value in options.items() if name != "temperature"})
     limit = next((body[name] for name in _MAX_TOKENS if body.get(name) is not None), None)
-    return options if limit is None else {**options, "max_tokens": limit}
+    if limit is None:
+        return options
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ConfigurationError(f"max_tokens is {limit!r}, but must be a whole number, at least 1")
+    return {**options, "max_tokens": limit}
 
 
 class _Cancelled(Exception):  # noqa: N818 - not an error
@@ -90,7 +95,7 @@ class Request:
         self._seed = options.pop("seed", None)
         self._options = options
         self._prompt, self.tokens = list(prompt), list[int]()
-        self._singly, self._eos, self._queue = singly, eos, list[int]()
+        self._singly, self.eos, self._queue = singly, eos, list[int]()
         self._generation: Generation | None = None
         self._starts = 0
         self.ended = False
@@ -117,13 +122,13 @@ class Request:
         if self.caller.gone:
             self.close()
             self.ended, self._queue = True, []
-            return [self._eos] if self._singly else []
+            return [self.eos] if self._singly else []
         while not self._queue and not self.ended:
             self._queue = self._advance()
         if not self._singly:
             tokens, self._queue = self._queue, []
             return tokens
-        return [self._queue.pop(0) if self._queue else self._eos]
+        return [self._queue.pop(0) if self._queue else self.eos]
 
     def _advance(self) -> list[int]:
         try:
@@ -219,10 +224,10 @@ class Requests:
         return request
 
     def add(self, request: Request) -> None:
-        """Takes a request in; the oldest beyond MOST_KNOWN are forgotten."""
+        """Takes a request in; beyond MOST_KNOWN the oldest that hold no caches are forgotten."""
         self._requests[request.id] = request
-        while len(self._requests) > MOST_KNOWN:
-            self.end(next(iter(self._requests)))
+        for old in [each for each in self.all() if not each.cached][: max(0, len(self._requests) - MOST_KNOWN)]:
+            self.end(old.id)
 
     def make_room(self) -> None:
         """Leaves caches to the MOST_CACHED requests heard of last. On the thread that computes."""

@@ -47,6 +47,7 @@ class MLXDynamicShardInferenceEngine(InferenceEngine):
     def __init__(self, shard_downloader):
         self.shard_downloader = shard_downloader
         self.shard = self.tokenizer = None
+        self.temperatures = []
 
     async def ensure_shard(self, shard):
         if self.shard != shard:
@@ -62,6 +63,7 @@ class MLXDynamicShardInferenceEngine(InferenceEngine):
         return self.tokenizer.decode(tokens)
 
     async def sample(self, x, temp=0.0):
+        self.temperatures.append(temp)
         return np.array([int(x[0, -1].argmax())])
 
     async def infer_tensor(self, request_id, shard, input_data, inference_state=None):
