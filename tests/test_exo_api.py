@@ -194,7 +194,6 @@ def test_a_connection_that_is_gone_already(home):
     assert asyncio.run(use()).api.token_queues == {}
 
 
-@pytest.mark.xfail(strict=True, reason="tokens of the step under way make the request's queue anew")
 def test_tokens_that_come_after_the_client_went_leave_nothing_behind(home, monkeypatch):
     served, step, waiting = Served(), Request.step, threading.Event()
 

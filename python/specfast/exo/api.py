@@ -57,7 +57,7 @@ def honour_requests(module: Any) -> None:
             answer.cancel()
             caller.gone = True  # what is still under way has nobody to answer to
             if caller.request_id is not None:
-                self.token_queues.pop(caller.request_id, None)
+                asyncio.get_running_loop().call_soon(self.token_queues.pop, caller.request_id, None)
 
     module.ChatGPTAPI.handle_post_chat_completions = handle_post_chat_completions
 

@@ -163,7 +163,10 @@ class SpeculativeEngine:
             request.caller.error = error
             self._requests.end(request_id)
             raise
-        if request.finished and (self.emits_many or not tokens or tokens[-1] == request.eos):
+        if request.caller.gone:
+            tokens = [] if self.emits_many else [request.eos]  # nobody to give them to
+        over = request.given >= (self._max_tokens or request.given + 1) or not tokens or tokens[-1] == request.eos
+        if request.caller.gone or over or (request.finished and self.emits_many):
             self._requests.end(request_id)
         return tokens
 

@@ -78,7 +78,9 @@ _ADDITIONS: Mapping[str, tuple[Callable[[ModuleType], None], ...]] = {
     "exo.main": (replace_run_command,),
 }
 _ALSO_NEEDED: Mapping[str, tuple[str, ...]] = {
-    "exo.inference.inference_engine": ("exo.models", "exo.inference.shard"),
+    "exo.inference.inference_engine": (
+        *("exo.models", "exo.inference.shard", "exo.inference.tokenizers", "exo.download.new_shard_download"),
+    ),
 }
 _WITHOUT: Mapping[str, str] = {
     "exo.inference.inference_engine": "there is no engine 'speculative'",

@@ -75,6 +75,12 @@ class Request:
         caller: who asked.
         singly: one token a step, for a host that takes no more.
         eos: the token by which such a host sees the end.
+
+    Attributes:
+        tokens: generated so far.
+        given: how many tokens the host has had.
+        ended: whether nothing more will be generated.
+        stats, lossless, speculating, precision: of what was generated.
     """
 
     def __init__(
@@ -98,7 +104,7 @@ class Request:
         self._singly, self.eos, self._queue = singly, eos, list[int]()
         self._generation: Generation | None = None
         self._starts = 0
-        self.ended = False
+        self.ended, self.given = False, 0
         self.stats = SpeculationStats()
         self.lossless = True
         self.speculating = False
@@ -125,10 +131,10 @@ class Request:
             return [self.eos] if self._singly else []
         while not self._queue and not self.ended:
             self._queue = self._advance()
-        if not self._singly:
-            tokens, self._queue = self._queue, []
-            return tokens
-        return [self._queue.pop(0) if self._queue else self.eos]
+        many = len(self._queue) if not self._singly else 1
+        tokens, self._queue = self._queue[:many] or [self.eos], self._queue[many:]
+        self.given += len(tokens)
+        return tokens
 
     def _advance(self) -> list[int]:
         try:

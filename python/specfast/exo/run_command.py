@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from ..errors import ConfigurationError
 from .engine import SpeculativeEngine
 from .options import command_line
 from .requests import CALLER, Caller
@@ -75,18 +76,23 @@ def replace_run_command(module: Any) -> None:
 
 
 async def run(main: ModuleType, node: Any, model: str, prompt: str, *, timed: bool) -> None:
-    """Answers one prompt on the command line; exits with status 1 when that fails."""
+    """Answers one prompt on the command line; exits with status 1, and says why, when that fails."""
+    try:
+        await _answer(main, node, model, prompt, timed=timed)
+    except Exception as error:
+        print(f"Error: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+async def _answer(main: ModuleType, node: Any, model: str, prompt: str, *, timed: bool) -> None:
     engine_class = type(node.inference_engine).__name__
     shard = main.build_base_shard(model, engine_class)
     if shard is None:
-        _fail(f"exo has no model {model!r} for {engine_class}")
+        raise ConfigurationError(f"exo has no model {model!r} for {engine_class}")
     tokenizer = await main.resolve_tokenizer(main.get_repo(shard.model_id, engine_class))
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    except ValueError as error:
-        _fail(f"{model} cannot chat: {error}")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
     if viz := getattr(main, "topology_viz", None):
         viz.update_prompt(model, prompt)
     loading = time.perf_counter()
@@ -100,8 +106,6 @@ async def run(main: ModuleType, node: Any, model: str, prompt: str, *, timed: bo
     try:
         await node.process_prompt(shard, text, request_id=request_id)
         await answer.wait()
-    except Exception as error:
-        _fail(str(error) or type(error).__name__)
     finally:
         node.on_token.deregister(f"specfast-run-{request_id}")
     print("\nGenerated response:")
@@ -114,9 +118,4 @@ async def run(main: ModuleType, node: Any, model: str, prompt: str, *, timed: bo
                 f"acceptance: {stats['acceptance_rate']:.2f}, {stats['tokens_per_target_pass']:.2f} tokens per target pass"
             )
     if caller.error is not None:
-        _fail(str(caller.error))
-
-
-def _fail(message: str) -> Any:
-    print(f"Error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
+        raise caller.error
