@@ -11,6 +11,13 @@
 namespace specfast {
 namespace {
 
+#if defined(SPECFAST_HAS_AVX2)
+bool cpu_has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
 #if defined(SPECFAST_HAS_AVX512)
 bool cpu_has_avx512() {
   __builtin_cpu_init();
@@ -35,6 +42,9 @@ bool cpu_has_dotprod() {
 const std::vector<IsaEntry>& compiled_isas() {
   static const std::vector<IsaEntry> entries = [] {
     std::vector<IsaEntry> list{{&scalar_kernels(), true}};
+#if defined(SPECFAST_HAS_AVX2)
+    list.push_back({&avx2_kernels(), cpu_has_avx2()});
+#endif
 #if defined(SPECFAST_HAS_AVX512)
     list.push_back({&avx512_kernels(), cpu_has_avx512()});
 #endif

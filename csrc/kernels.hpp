@@ -65,6 +65,9 @@ constexpr size_t matmul_scratch_floats(int K) {
 }
 
 const KernelTable& scalar_kernels();
+#if defined(SPECFAST_HAS_AVX2)
+const KernelTable& avx2_kernels();
+#endif
 #if defined(SPECFAST_HAS_AVX512)
 const KernelTable& avx512_kernels();
 #endif

@@ -1,6 +1,7 @@
-"""The C++ driver over all kernels: native, NEON under an emulator, and sanitized; and what instruction-set units export."""
+"""The C++ driver over all kernels: native, NEON and AVX2 under emulators, and sanitized; and what instruction-set units export."""
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -57,6 +58,18 @@ def test_neon_under_an_emulator(tmp_path):
     )  # fmt: skip
     out = run(emulator, tmp_path / "kernel_driver", *(["--full"] if FULL else []), "neon")
     assert "neon" in out
+    assert "0 failures" in out
+
+
+@pytest.mark.skipif(not FULL, reason="takes minutes; runs with SPECFAST_FULL=1")
+def test_avx2_on_an_emulated_haswell(native_build):
+    """A CPU with AVX2 and nothing newer: any later instruction in the unit would end the program."""
+    emulator = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if not emulator or platform.machine() != "x86_64":
+        pytest.skip("needs qemu-user-static (apt) on x86_64")
+    out = run(emulator, "-cpu", "Haswell", native_build / "kernel_driver", "avx2")
+    assert "avx2: " in out
+    assert "not run" not in out
     assert "0 failures" in out
 
 
