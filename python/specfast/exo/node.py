@@ -67,7 +67,7 @@ def _emit(node: Any, request_id: str, tokens: Sequence[int], finished: bool) -> 
     if len(tokens) >= room:
         tokens, finished = tokens[:room], True
         node.inference_engine.end(request_id)
-    so_far = [*so_far, *tokens]
+    so_far.extend(tokens)
     node.buffered_token_output[request_id] = (so_far, finished)
     if finished:
         node.outstanding_requests.pop(request_id, None)
