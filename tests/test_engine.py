@@ -363,6 +363,6 @@ def test_a_target_without_a_draft_says_how_to_get_one(directories):
     engine = specfast.load(directories[0], notify=told.append)
     assert engine.pair.draft is None
     assert "plain decoding" in told[0]
-    assert "--draft-model" in told[0]
+    assert "--speculative-draft-model" in told[0]
     assert specfast.load(directories[0], disabled=True, notify=told.append) is not None
     assert len(told) == 1

@@ -230,9 +230,10 @@ class Requests:
         return request
 
     def add(self, request: Request) -> None:
-        """Takes a request in; beyond MOST_KNOWN the oldest that hold no caches are forgotten."""
+        """Takes a request in. Beyond MOST_KNOWN the oldest that have begun and lost their caches are forgotten."""
         self._requests[request.id] = request
-        for old in [each for each in self.all() if not each.cached][: max(0, len(self._requests) - MOST_KNOWN)]:
+        idle = [each for each in self.all() if each.given and not each.cached]
+        for old in idle[: max(0, len(self._requests) - MOST_KNOWN)]:
             self.end(old.id)
 
     def make_room(self) -> None:
