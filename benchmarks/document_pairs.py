@@ -1,0 +1,76 @@
+"""The measured columns of docs/exo.md: plain tokens against rounds, interleaved, for the document's pairs that fit here.
+
+`python benchmarks/document_pairs.py` takes about five minutes and 14 GB: random 4 bit weights at the real shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+from specfast import _core
+from specfast.bench.random_model import random_model
+from specfast.bench.shapes import find_shape
+
+PAIRS = (
+    ("llama-3.1-8b", 6, ("llama-3.2-3b", "llama-3.2-1b")),
+    ("qwen-2.5-7b", 4, ("qwen-2.5-1.5b", "qwen-2.5-0.5b")),
+)
+CONTEXT, REPEATS, ACCEPTANCES = 200, 10, (0.6, 0.7, 0.8)
+GREEDY = _core.Law(temperature=0.0)
+TOKEN = np.array([7], np.int32)
+
+
+def expected_tokens(acceptance: float, gamma: int) -> float:
+    """Tokens a round gives (Leviathan et al. 2022, Eq. 1, arXiv:2211.17192)."""
+    return (1 - acceptance ** (gamma + 1)) / (1 - acceptance)
+
+
+def filled(model: _core.Model) -> _core.Cache:
+    cache = _core.Cache(model, 2 * CONTEXT)
+    model.prefill(cache, np.arange(CONTEXT, dtype=np.int32))
+    return cache
+
+
+def measure(target: _core.Model, draft: _core.Model, gamma: int) -> tuple[float, float, float]:
+    """Median milliseconds of a plain token, of gamma drafted tokens, and of checking them; weights are cold each time."""
+    caches, proposal = (filled(target), filled(draft)), _core.Proposal()
+    steps: tuple[Callable[[], object], ...] = (
+        lambda: target.verify(caches[0], TOKEN, None, GREEDY, 1.0, 0, 0),
+        lambda: draft.draft(caches[1], TOKEN, gamma, GREEDY, 0, 0, proposal),
+        lambda: target.verify(caches[0], TOKEN, proposal, GREEDY, 1.0, 0, 0),
+    )
+    times: list[list[float]] = [[], [], []]
+    for _ in range(REPEATS + 1):  # the first is warm-up
+        for step, taken in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            taken.append(1e3 * (time.perf_counter() - start))
+            for cache in caches:
+                cache.commit(0)
+    plain, drafting, checking = (statistics.median(taken[1:]) for taken in times)
+    return plain, drafting, checking
+
+
+def main() -> None:
+    for name, gamma, drafts in PAIRS:
+        target = random_model(find_shape(name), "q4g64", max_context=2 * CONTEXT)
+        for draft_name in drafts:
+            shape = dataclasses.replace(find_shape(draft_name), vocab=target.vocab)
+            draft = random_model(shape, "q4g64", max_context=2 * CONTEXT, seed=1)
+            plain, drafting, checking = measure(target, draft, gamma)
+            speeds = [expected_tokens(a, gamma) * plain / (drafting + checking) for a in ACCEPTANCES]
+            print(
+                f"{name} with {draft_name}, gamma {gamma}, {target.isa}: plain {plain:.0f} ms, draft {drafting:.0f} ms, "
+                f"verify {checking:.0f} ms; at acceptance {', '.join(f'{a:g}: {s:.2f}' for a, s in zip(ACCEPTANCES, speeds, strict=True))}",
+                flush=True,
+            )
+            del draft
+        del target
+
+
+if __name__ == "__main__":
+    main()
