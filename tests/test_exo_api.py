@@ -10,6 +10,7 @@ import pytest
 from exo_home import SPECIAL, deep_decoder, drafting
 from exo_session import DRAFT, GREEDY, TARGET, Reference, Session, chat, fake_exo, is_home
 from exo_session import repository as repository_of
+from specfast.errors import ConfigurationError
 from specfast.exo import api as additions
 from specfast.exo.contract import CLASS_NAME
 from specfast.exo.models import ENGINE_CLASSES
@@ -240,8 +241,14 @@ def test_an_error_while_decoding_ends_the_answer(home, reference, monkeypatch, c
 
 def test_an_empty_context_is_an_error_of_the_request(home):
     answer = asyncio.run(Served().post(messages=[{"role": "user", "content": "x = 1\n" * 3000}]))
-    assert answer.status == 500
+    assert answer.status == 400
     assert "4096" in answer.body["detail"]
+
+
+@pytest.mark.parametrize("body", [[1, 2], None, {}, {"messages": []}, {"messages": "hi"}, {"messages": [1]}, {"messages": [{}], "model": 5}])  # fmt: skip
+def test_a_body_that_is_no_chat_request_is_answered_with_400(body):
+    with pytest.raises(ConfigurationError):
+        additions._options_of(body)
 
 
 def test_another_engines_requests_are_as_ever(home):

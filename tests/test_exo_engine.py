@@ -179,6 +179,31 @@ def test_requests_that_lose_their_caches_go_on_where_they_were(home, steps, monk
         assert session.stats["tokens"] == 24 * len(TEXTS)
 
 
+def test_a_seed_gives_the_same_text_whatever_else_is_under_way(home, steps, monkeypatch):
+    sampled = {"temperature": 0.7, "seed": 2}
+    alone = asyncio.run(Session(pair()).ask(TEXTS[0], **sampled))
+    monkeypatch.setattr(requests, "MOST_CACHED", 2)
+    assert asyncio.run(Session(pair()).ask_all([TEXTS[0]] * 5, **sampled)) == [alone] * 5
+
+
+def test_more_requests_than_have_room_wait_and_none_reads_its_prompt_twice(home):
+    session = Session(pair())
+    texts = [TEXTS[i % len(TEXTS)] for i in range(requests.MOST_CACHED + 5)]
+    plain = reference(home)
+    assert asyncio.run(session.ask_all(texts)) == [plain(text, **GREEDY) for text in texts]
+    assert session.stats["prompt_tokens"] == sum(len(plain.tokenizer.encode(text)) for text in texts)
+    assert session.stats["under_way"] == 0
+
+
+def test_models_nobody_knows_are_refused_at_run_time(home):
+    engine = Session(pair()).engine
+    for names in (("no-such-model", None), (TARGET, "no-such-draft")):
+        with pytest.raises(ConfigurationError, match="is no model of exo's"):
+            engine.set_models(*names)
+    engine.set_models(TARGET, "none")
+    assert engine.resolved.config.draft_model is None
+
+
 def test_the_oldest_of_too_many_requests_is_forgotten(home, monkeypatch):
     monkeypatch.setattr(requests, "MOST_CACHED", 1)
     monkeypatch.setattr(requests, "MOST_KNOWN", 2)

@@ -265,8 +265,20 @@ def test_run_with_time_and_another_engine(home):
 
 def test_run_of_what_exo_does_not_know_fails(home):
     done = run(home, "no-such-model", *SPECULATIVE)
-    assert done.returncode == 1
-    assert "Error: exo has no model 'no-such-model'" in done.stderr
+    assert done.returncode == 2
+    assert "'no-such-model' is no model of exo's" in done.stderr
+
+
+def test_no_tokens_at_all_is_a_usage_error(home):
+    done = run(home, TARGET, *SPECULATIVE, "--max-generate-tokens", "0")
+    assert done.returncode == 2
+    assert "--max-generate-tokens is 0" in done.stderr
+
+
+def test_a_family_is_told_from_the_model_that_is_run(home):
+    done = run(home, TARGET, *SPECULATIVE, "--speculative-auto-config", "--max-generate-tokens", "3")
+    assert "gamma auto, at most 6 (family)" in done.stderr
+    assert "lenience 1.1 (family)" in done.stderr
 
 
 @pytest.mark.parametrize(

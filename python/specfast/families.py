@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from .errors import ConfigurationError
+
 _NO_DRAFTS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
@@ -184,6 +186,8 @@ def short_name(model: str) -> str:
     Case, organisation, packaging suffixes and punctuation do not matter. Unknown ids come back in lower case, without
     organisation and packaging suffixes.
     """
+    if not isinstance(model, str):
+        raise ConfigurationError(f"a model is named by a directory, a repo id or a short name, not by {model!r}")
     name = re.split(r"[/\\]", model.strip().rstrip("/\\"))[-1].lower().removeprefix("meta-")
     while _key(name) not in _BY_KEY and (shorter := _PACKAGING.sub("", name)) != name:
         name = shorter

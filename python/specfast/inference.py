@@ -93,4 +93,6 @@ def options_of(config: Mapping[str, Any] | SpeculativeConfig) -> dict[str, Any]:
     """A host's configuration under the names of SpeculativeConfig."""
     if isinstance(config, SpeculativeConfig):
         return {key: getattr(config, key) for key in FIELDS}
+    if not isinstance(config, Mapping):
+        raise ConfigurationError(f"a configuration is a dictionary or a SpeculativeConfig, not {config!r}")
     return {_SUGGESTION_KEYS.get(key, key): value for key, value in config.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, ContextFullError
 from .engine import SpeculativeEngine
 from .requests import CALLER, Caller, request_options
 
@@ -41,7 +41,7 @@ def honour_requests(module: Any) -> None:
             return await original(self, request)
         try:
             body = await request.json()
-            caller = Caller(request_options(body if isinstance(body, dict) else {}))
+            caller = Caller(_options_of(body))
         except ConfigurationError as error:
             return module.web.json_response({"detail": str(error)}, status=400)
         except ValueError as error:
@@ -51,7 +51,12 @@ def honour_requests(module: Any) -> None:
         try:
             while not answer.done() and not _gone(request):
                 await asyncio.wait({answer}, timeout=POLL_SECONDS)
-            return await answer if answer.done() else module.web.Response(status=499)
+            if not answer.done():
+                return module.web.Response(status=499)
+            response = await answer
+            if isinstance(caller.error, ConfigurationError | ContextFullError) and response.status == 500:
+                return module.web.json_response({"detail": str(caller.error)}, status=400)
+            return response
         finally:
             CALLER.reset(waiting)
             answer.cancel()
@@ -60,6 +65,15 @@ def honour_requests(module: Any) -> None:
                 asyncio.get_running_loop().call_soon(self.token_queues.pop, caller.request_id, None)
 
     module.ChatGPTAPI.handle_post_chat_completions = handle_post_chat_completions
+
+
+def _options_of(body: Any) -> dict[str, Any]:
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise ConfigurationError("a chat request is a JSON object whose 'messages' is a list of one message or more")
+    if not isinstance(body.get("model", ""), str | None):
+        raise ConfigurationError(f"model is {body['model']!r}, but must be the name of a model")
+    return request_options(body)
 
 
 def _gone(request: Any) -> bool:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from ..config import ResolvedConfig
 from ..errors import ConfigurationError
-from .models import register_models
-from .options import without_engines
-from .requests import CALLER, Caller, Request, Requests
+from .models import model_cards, register_models
+from .options import unknown_model, without_engines
+from .requests import CALLER, MOST_CACHED, Caller, Request, Requests
 from .serving import ServedModel, ServedModels, say
 
 
@@ -55,7 +55,8 @@ class SpeculativeEngine:
         self._max_tokens = max_tokens
         self._models = ServedModels(shard_downloader, host_engine, self._compute)
         self._host_requests: set[str] = set()
-        self._requests = Requests(self._models.count)
+        self._requests = Requests(self._ended)
+        self._admission = asyncio.Semaphore(MOST_CACHED)  # with one token a step exo does not say when a request ends
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="specfast")
         register_models(resolved.config.target_engine)
         say(self.describe())
@@ -69,7 +70,12 @@ class SpeculativeEngine:
         if config.draft_engine not in (None, "native", config.target_engine):
             engine += f", drafts from {config.draft_engine}'s"
         automatic = "by auto-config" if config.auto_config and not config.disabled else "none"
+        by_family = [name for name, source in self.resolved.sources.items() if source == "family"]
+        values: dict[str, object] = {} if config.target_model else dict.fromkeys(by_family, "the model's")
+        if config.target_model and "gamma" in by_family:
+            values["gamma"] = f"auto, at most {config.gamma}"
         return self.resolved.describe(
+            **values,
             target_model=config.target_model or "the model asked for",
             draft_model=config.draft_model or automatic,
             target_engine=engine,
@@ -112,6 +118,8 @@ class SpeculativeEngine:
             if served.host is not None:
                 self._host_requests.add(request_id)
                 return tuple(await served.host.infer_tensor(request_id, shard, input_data, inference_state))
+            if self.emits_many:
+                await self._admission.acquire()
             self._begin(request_id, served, np.asarray(input_data).reshape(-1).tolist())
         tokens = await self.step(request_id)
         return np.array([tokens], dtype=np.int64), inference_state
@@ -201,6 +209,11 @@ class SpeculativeEngine:
             )
         )
 
+    def _ended(self, request: Request) -> None:
+        self._models.count(request)
+        if self.emits_many:
+            self._admission.release()
+
     def _step(self, request: Request) -> list[int]:
         tokens = request.step()
         self._requests.make_room()
@@ -209,7 +222,14 @@ class SpeculativeEngine:
     # Models.
 
     def set_models(self, target: str | None, draft: str | None = None) -> None:
-        """Changes target and draft, for requests from now on; those under way keep theirs."""
+        """Changes target and draft, for requests from now on; those under way keep theirs.
+
+        Raises:
+            ConfigurationError: a model nobody knows.
+        """
+        draft = None if draft is not None and draft.lower() == "none" else draft
+        if wrong := unknown_model(model_cards(), target, draft):
+            raise ConfigurationError(wrong)
         self.resolved = self.resolved.with_models(target, draft)
         self._models.clear()
 
@@ -237,7 +257,7 @@ class SpeculativeEngine:
             "precision": pair.target.precision if pair else "unknown",
             "target_model": name,
             "draft_model": (pair.draft_name if pair else config.draft_model),
-            "fallback": served.fallback if served else None,
+            "fallback": served.why_plain if served else None,
             "host_requests": len(self._host_requests),
             "under_way": len(self._requests),
             "models": self._models.describe(),

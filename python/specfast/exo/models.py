@@ -68,6 +68,8 @@ class ExoModels:
             return self._targets[name]
         card = model_cards().get(name)
         repository = _repository(card["repo"], self._draft_engine) if card else None
+        if card is None and (directory := self._downloaded(name)):
+            return directory
         if card is None or repository is None:
             return hub.resolve(name, metadata_only=metadata_only)
         directory = self._wait(_downloads()) / repository.replace("/", "--")
@@ -75,6 +77,13 @@ class ExoModels:
             there = all((directory / file).is_file() for file in ("config.json", "tokenizer.json"))
             return directory if there else hub.resolve(repository, metadata_only=True)
         return directory if is_complete(directory) else self._download(name, card)
+
+    def _downloaded(self, repository: str) -> Path | None:
+        """The directory of a repository that exo has downloaded under a name of its own."""
+        if "/" not in repository or hub.repository(repository) is None:
+            return None
+        directory = Path(self._wait(_downloads())) / repository.replace("/", "--")
+        return directory if is_complete(directory) else None
 
     def metadata(self, name: str, *, metadata_only: bool = True) -> Path:
         """The directory of a model that will not run: its weights are not fetched."""

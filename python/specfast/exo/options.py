@@ -96,6 +96,8 @@ def parse(
     else:
         host["temperature"] = found.default_temp
     typed = typed_options(found)
+    if found.inference_engine == "speculative" and (asked := found.model_name or found.run_model):
+        typed.setdefault("target_model", asked)
     _command_line = CommandLine(typed, host, found.max_generate_tokens, found.time)
     if found.inference_engine == "speculative":
         _check(parser, found, registry)
@@ -112,19 +114,27 @@ def _check(parser: argparse.ArgumentParser, found: argparse.Namespace, registry:
     if found.command in ("train", "eval"):
         parser.error(f"{found.command} does not speculate; use --inference-engine mlx or tinygrad")
     target, asked = typed.get("target_model"), found.model_name or found.run_model
-    if target is not None and target not in registry:
-        parser.error(f"--speculative-target-model: {_unknown(target, registry)}")
     if target is not None and asked is not None and asked != target:
         parser.error(
             f"run {asked} and --speculative-target-model {target} name different models; give one, or the same twice"
         )
-    draft = typed.get("draft_model")
-    if draft is not None and draft not in registry and hub.repository(draft) is None and not Path(draft).is_dir():
-        parser.error(f"--speculative-draft-model: {_unknown(draft, registry)}, nor a repo id (org/name) or a directory")
+    if wrong := unknown_model(registry, target, typed.get("draft_model")):
+        parser.error(wrong)
+    if found.max_generate_tokens < 1:
+        parser.error(f"--max-generate-tokens is {found.max_generate_tokens}, but must be at least 1")
     try:
         without_engines(_command_line.resolve()).config.require_available()
     except ConfigurationError as error:
         parser.error(str(error))
+
+
+def unknown_model(registry: Registry, target: str | None, draft: str | None) -> str | None:
+    """What is wrong with the names of a pair: exo must know a target; a draft may also be a repo id or a directory."""
+    if target is not None and target not in registry:
+        return f"the target {_unknown(target, registry)}"
+    if draft is None or draft in registry or hub.repository(draft) is not None or Path(draft).is_dir():
+        return None
+    return f"the draft {_unknown(draft, registry)}, nor a repo id (org/name) or a directory"
 
 
 def _unknown(name: str, registry: Registry) -> str:

@@ -59,6 +59,15 @@ def request_options(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "max_tokens": limit}
 
 
+def why_plain(engine: Engine) -> str | None:
+    """Why an engine decodes plainly; None when it has a draft and uses it."""
+    if engine.config.disabled:
+        return "disabled"
+    if engine.pair.draft is not None:
+        return None
+    return "incompatible draft" if engine.pair.compatibility == "incompatible" else "no draft"
+
+
 class _Cancelled(Exception):  # noqa: N818 - not an error
     """Ends the reading of a prompt nobody waits for."""
 
@@ -103,7 +112,7 @@ class Request:
         self._prompt, self.tokens = list(prompt), list[int]()
         self._singly, self.eos, self._queue = singly, eos, list[int]()
         self._generation: Generation | None = None
-        self._starts = 0
+        self._round = 0
         self.ended, self.given = False, 0
         self.stats = SpeculationStats()
         self.lossless = True
@@ -151,16 +160,15 @@ class Request:
 
     def _begun(self) -> Generation:
         if self._generation is None:
-            seed = None if self._seed is None else self._seed + self._starts  # draws are never used twice
             self._generation = self.engine.stream(
                 [*self._prompt, *self.tokens],
                 max_tokens=self._max_tokens - len(self.tokens),
-                seed=seed,
+                seed=self._seed,
                 progress=self._stop_if_cancelled,
                 **self._options,
             )
-            self._starts += 1
             terms = self._generation.terms
+            self._seed, self._generation.context.round = terms.seed, self._round  # the draws go on where they were
             self.lossless, self.speculating, self.precision = terms.lossless, terms.gamma != 0, terms.precision
         return self._generation
 
@@ -177,6 +185,7 @@ class Request:
         """Gives the caches up; a later step reads prompt and tokens again."""
         if self._generation is not None:
             generation, self._generation = self._generation, None
+            self._round = generation.context.round
             generation.close()
             self.stats.add(generation.stats)
             self.stats.requests = 1
@@ -184,6 +193,8 @@ class Request:
     def summary(self) -> str:
         """One line for the log."""
         stats = self.stats
+        if self.caller.error is not None:
+            return f"request {self.id[:8]}: {self.model}, failed after {stats.tokens} tokens: {self.caller.error}"
         words = [f"request {self.id[:8]}: {self.model}, {stats.tokens} tokens in {stats.target_passes} target passes "
                  f"({stats.tokens_per_target_pass:.2f} a pass)"]  # fmt: skip
         words += [f"acceptance {stats.acceptance_rate:.2f}"] if stats.drafted else []
@@ -196,12 +207,7 @@ class Request:
         """Why it was decoded plainly, if it was."""
         if self.stats.fallbacks:
             return "drafting failed"
-        if self.speculating:
-            return None
-        pair = self.engine.pair
-        if self.engine.config.disabled:
-            return "disabled"
-        return "incompatible draft" if pair.compatibility == "incompatible" else "no draft"
+        return None if self.speculating else (why_plain(self.engine) or "disabled")
 
 
 class Requests:

@@ -19,7 +19,7 @@ from ..stats import SpeculationStats
 from .contract import CLASS_NAME
 from .models import ENGINE_CLASSES, ExoModels
 from .options import without_engines
-from .requests import Request
+from .requests import Request, why_plain
 
 LOW_ACCEPTANCE, ENOUGH_DRAFTS = 0.3, 64
 
@@ -53,6 +53,11 @@ class ServedModel:
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     hinted: bool = False
 
+    @property
+    def why_plain(self) -> str | None:
+        """Why it is decoded plainly, if it is."""
+        return self.fallback or (why_plain(self.engine) if self.engine else None)
+
     def describe(self) -> dict[str, Any]:
         """Its draft, whether that fits, and the counters."""
         pair = self.engine.pair if self.engine else None
@@ -60,7 +65,7 @@ class ServedModel:
             "engine": "native" if pair else "exo",
             "draft": pair.draft_name if pair else None,
             "compatibility": self.compatibility,
-            "fallback": self.fallback,
+            "fallback": self.why_plain,
             **self.stats.as_dict(),
         }
 
@@ -149,7 +154,10 @@ class ServedModels:
         self, shard: Any, engine: str | None, reason: str, compatibility: Status = "unknown"
     ) -> ServedModel:
         name = engine if engine in ENGINE_CLASSES else "mlx"
-        self._say_once(f"{shard.model_id} is decoded plainly by exo's {name} engine: {reason}")
+        self._say_once(
+            f"{shard.model_id} is decoded plainly by exo's {name} engine, which takes of a request's options its temperature "
+            f"only, and on one machine: {reason}"
+        )
         try:
             self.host = self.host or self._host_engine(name)
             await self.host.ensure_shard(shard)
