@@ -1,6 +1,6 @@
 """The measured columns of docs/exo.md: plain tokens against rounds, interleaved, for the document's pairs that fit here.
 
-`python benchmarks/document_pairs.py` takes a few minutes; on AVX-512, with its packed copy, 14 GB: random 4 bit weights at the real shapes.
+`python benchmarks/document_pairs.py` takes a few minutes, and memory for 6 GB of weights, twice where they are packed: random, 4 bit, at the real shapes.
 """
 
 from __future__ import annotations
