@@ -147,13 +147,19 @@ def _checked(name: str) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         try:
-            return float(check_option(name, float(text)))
-        except ConfigurationError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        return float(_in_range(name, value))
 
     return parse
+
+
+def _in_range(name: str, value: Any) -> Any:
+    try:
+        return check_option(name, value)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _gamma(text: str) -> int | str:
@@ -161,11 +167,7 @@ def _gamma(text: str) -> int | str:
         value = text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer in 1 to 20 nor 'auto'") from None
-    try:
-        check_option("gamma", value)
-    except ConfigurationError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return value
+    return value if value == "auto" else int(_in_range("gamma", value))
 
 
 def _model(text: str) -> str | None:

@@ -31,13 +31,14 @@ def register_models(engine: str | None) -> None:
     """
     for name, card in model_cards().items():
         repositories = card["repo"]
-        if not name.startswith(NOT_TEXT) and (found := _repository(repositories, engine)):
-            repositories[CLASS_NAME] = found
+        if not name.startswith(NOT_TEXT) and (source := _source(repositories, engine)):
+            repositories[CLASS_NAME] = repositories[source]
 
 
-def _repository(repositories: Mapping[str, str], engine: str | None) -> str | None:
+def _source(repositories: Mapping[str, str], engine: str | None) -> str | None:
+    """The class of the engine whose checkpoints are taken: the one asked for, else mlx, else tinygrad."""
     first = ENGINE_CLASSES.get(engine or "mlx", ENGINE_CLASSES["mlx"])
-    return next((repositories[name] for name in (first, *ENGINE_CLASSES.values()) if name in repositories), None)
+    return next((name for name in (first, *ENGINE_CLASSES.values()) if name in repositories), None)
 
 
 class ExoModels:
@@ -67,38 +68,31 @@ class ExoModels:
         if name in self._targets:
             return self._targets[name]
         card = model_cards().get(name)
-        repository = _repository(card["repo"], self._draft_engine) if card else None
-        if card is None and (directory := self._downloaded(name)):
-            return directory
-        if card is None or repository is None:
+        source = _source(card["repo"], self._draft_engine) if card else None
+        if card is None and "/" in name and hub.repository(name) and is_complete(self._folder(name)):
+            return self._folder(name)  # exo has it under a name of its own
+        if card is None or source is None:
             return hub.resolve(name, metadata_only=metadata_only)
-        directory = self._wait(_downloads()) / repository.replace("/", "--")
+        repository = card["repo"][source]
+        directory = self._folder(repository)
         if metadata_only:
             there = all((directory / file).is_file() for file in ("config.json", "tokenizer.json"))
             return directory if there else hub.resolve(repository, metadata_only=True)
-        return directory if is_complete(directory) else self._download(name, card)
+        return directory if is_complete(directory) else self._download(name, card["layers"], source)
 
-    def _downloaded(self, repository: str) -> Path | None:
-        """The directory of a repository that exo has downloaded under a name of its own."""
-        if "/" not in repository or hub.repository(repository) is None:
-            return None
-        directory = Path(self._wait(_downloads())) / repository.replace("/", "--")
-        return directory if is_complete(directory) else None
+    def _folder(self, repository: str) -> Path:
+        """Where exo downloads a repository to."""
+        return Path(self._wait(_downloads())) / repository.replace("/", "--")
 
     def metadata(self, name: str, *, metadata_only: bool = True) -> Path:
         """The directory of a model that will not run: its weights are not fetched."""
         del metadata_only
         return self(name, metadata_only=True)
 
-    def _download(self, name: str, card: Mapping[str, Any]) -> Path:
-        shard = importlib.import_module("exo.inference.shard").Shard(name, 0, card["layers"] - 1, card["layers"])
-        engine = next(
-            engine
-            for engine in (self._draft_engine or "mlx", *ENGINE_CLASSES)
-            if ENGINE_CLASSES[engine] in card["repo"]
-        )
+    def _download(self, name: str, layers: int, source: str) -> Path:
+        shard = importlib.import_module("exo.inference.shard").Shard(name, 0, layers - 1, layers)
         try:
-            return Path(self._wait(self._downloader.ensure_shard(shard, ENGINE_CLASSES[engine])))
+            return Path(self._wait(self._downloader.ensure_shard(shard, source)))
         except SpecfastError:
             raise
         except Exception as error:  # whatever exo's downloader raises
