@@ -22,7 +22,7 @@ Needs needs_of(std::initializer_list<const Matrix*> matrices, Precision precisio
 }
 
 RowsBuffer::RowsBuffer(int32_t K)
-    : stride_((K + 63) / 64 * 64), K_(K), f32_(static_cast<size_t>(kTileRows) * static_cast<size_t>(stride_)) {}
+    : stride_((K + 63) / 64 * 64 + 32), K_(K), f32_(static_cast<size_t>(kTileRows) * static_cast<size_t>(stride_)) {}
 
 void RowsBuffer::reserve(const Needs& needs) {
   if (needs.bf16) bf16_.resize(f32_.size());

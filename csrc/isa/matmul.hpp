@@ -84,48 +84,91 @@ void float_panel(const Matrix& w, const X* x, int64_t x_stride, int M, int n, co
 }
 
 #if defined(SPECFAST_BF16_DOT)
-/// The same with the CPU's bf16 dot instruction: both operands bf16, 32 inputs a step.
-template <int MT>
-void bf16_block(const Matrix& w, const uint8_t* const* rows, const uint16_t* x, int64_t x_stride, int first_row,
-                float* tile) {
-  Vec acc[kWeightRows][MT];
+constexpr int kChunk = 1024;  // inputs a panel takes at a time: those of 9 rows stay in the first-level cache
+constexpr int kChunkRows = 9;
+
+/// Inputs [k0, k1) of a panel with the CPU's bf16 dot instruction: both operands bf16, 32 inputs a step.
+struct Bf16Chunk {
+  const Matrix& w;
+  const uint16_t* x;
+  int64_t x_stride;
+  int n, k0, k1;
+  size_t ahead;  // bytes to where the same row's next inputs, or those of the next panel, lie
+};
+
+/// R weight rows and MT rows of x; their sums wait in `sums` (R, MT) between chunks and end in `tile`.
+template <int R, int MT>
+void bf16_block(const Bf16Chunk& chunk, int first_row, Vec* sums, float* tile) {
+  const uint8_t* rows[R];
+  Vec acc[R][MT];
   SPECFAST_UNROLL
-  for (int r = 0; r < kWeightRows; r++) {
+  for (int r = 0; r < R; r++) {
+    rows[r] = panel_row(chunk.w, chunk.n, first_row + r);
     SPECFAST_UNROLL
-    for (int m = 0; m < MT; m++) acc[r][m] = zero();
+    for (int m = 0; m < MT; m++) acc[r][m] = chunk.k0 ? sums[r * MT + m] : zero();
   }
-  for (int k = 0; k < w.K; k += 2 * kLanes) {
-    const int part = smaller(2 * kLanes, w.K - k);
+  const auto step = [&](int k, auto load_pairs) {
+    Pairs weight[R];
     SPECFAST_UNROLL
-    for (int r = 0; r < kWeightRows; r++) {
+    for (int r = 0; r < R; r++) {
       const uint16_t* row = reinterpret_cast<const uint16_t*>(rows[r]) + k;
+      fetch(reinterpret_cast<const uint8_t*>(row) + chunk.ahead);
+      weight[r] = load_pairs(row);
+    }
+    SPECFAST_UNROLL
+    for (int m = 0; m < MT; m++) {
+      const Pairs in = load_pairs(chunk.x + m * chunk.x_stride + k);
       SPECFAST_UNROLL
-      for (int m = 0; m < MT; m++) acc[r][m] = dot_bf16(acc[r][m], row, x + m * x_stride + k, part);
+      for (int r = 0; r < R; r++) acc[r][m] = dot_pairs(acc[r][m], weight[r], in);
+    }
+  };
+  int k = chunk.k0;
+  for (; k + 2 * kLanes <= chunk.k1; k += 2 * kLanes) step(k, [](const uint16_t* p) { return load_pairs(p); });
+  if (k < chunk.k1) step(k, [part = chunk.k1 - k](const uint16_t* p) { return load_pairs_part(p, part); });
+  const bool last = chunk.k1 == chunk.w.K;
+  SPECFAST_UNROLL
+  for (int r = 0; r < R; r++) {
+    SPECFAST_UNROLL
+    for (int m = 0; m < MT; m++) {
+      if (last) {
+        tile[m * kPanel + first_row + r] = sum(acc[r][m]);
+      } else {
+        sums[r * MT + m] = acc[r][m];
+      }
     }
   }
-  SPECFAST_UNROLL
-  for (int r = 0; r < kWeightRows; r++) {
-    SPECFAST_UNROLL
-    for (int m = 0; m < MT; m++) tile[m * kPanel + first_row + r] = sum(acc[r][m]);
+}
+
+template <int R, int MT>
+void bf16_blocks(const Bf16Chunk& chunk, Vec* sums, float* tile) {
+  for (int r = 0; r < kPanel; r += R) bf16_block<R, MT>(chunk, r, sums + r * MT, tile);
+}
+
+/// A panel for at most kChunkRows rows: the fewer, the more weight rows are read side by side.
+void bf16_panel_of(const Matrix& w, const uint16_t* x, int64_t x_stride, int M, int n, float* tile) {
+  Vec sums[kPanel * kChunkRows];
+  for (int k0 = 0; k0 < w.K; k0 += kChunk) {
+    const bool last = w.K - k0 <= kChunk;
+    const size_t ahead = last ? kPanel * w.row_bytes() - 2 * static_cast<size_t>(k0) : 2 * kChunk;
+    const Bf16Chunk chunk{w, x, x_stride, n, k0, last ? w.K : k0 + kChunk, ahead};
+    switch (M) {
+      case 1: bf16_blocks<4, 1>(chunk, sums, tile); break;
+      case 2: bf16_blocks<4, 2>(chunk, sums, tile); break;
+      case 3: bf16_blocks<4, 3>(chunk, sums, tile); break;
+      case 4: bf16_blocks<4, 4>(chunk, sums, tile); break;
+      case 5: bf16_blocks<4, 5>(chunk, sums, tile); break;
+      case 6: bf16_blocks<4, 6>(chunk, sums, tile); break;
+      case 7: bf16_blocks<2, 7>(chunk, sums, tile); break;
+      case 8: bf16_blocks<2, 8>(chunk, sums, tile); break;
+      default: bf16_blocks<2, 9>(chunk, sums, tile); break;
+    }
   }
 }
 
 void bf16_panel(const Matrix& w, const uint16_t* x, int64_t x_stride, int M, int n, float* tile) {
-  for (int r = 0; r < kPanel; r += kWeightRows) {
-    const uint8_t* rows[kWeightRows];
-    SPECFAST_UNROLL
-    for (int i = 0; i < kWeightRows; i++) rows[i] = panel_row(w, n, r + i);
-    for (int m = 0; m < M; m += 4) {
-      const uint16_t* in = x + m * x_stride;
-      float* out = tile + m * kPanel;
-      switch (smaller(4, M - m)) {
-        case 1: bf16_block<1>(w, rows, in, x_stride, r, out); break;
-        case 2: bf16_block<2>(w, rows, in, x_stride, r, out); break;
-        case 3: bf16_block<3>(w, rows, in, x_stride, r, out); break;
-        default: bf16_block<4>(w, rows, in, x_stride, r, out); break;
-      }
-    }
-  }
+  const int first = M <= kChunkRows ? M : (M + 1) / 2;  // a second pass finds the panel in the cache
+  bf16_panel_of(w, x, x_stride, first, n, tile);
+  if (first < M) bf16_panel_of(w, x + first * x_stride, x_stride, M - first, n, tile + first * kPanel);
 }
 
 void bf16_panel(const Matrix& w, const float* x, int64_t x_stride, int M, int n, float* tile) {

@@ -124,11 +124,22 @@ inline Vec load_q8(const uint8_t* row, int k) {
 }
 
 #define SPECFAST_BF16_DOT 1
-/// Adds the products of n <= 32 bf16 pairs to the lanes of acc.
-inline Vec dot_bf16(Vec acc, const uint16_t* w, const uint16_t* x, int n) {
-  const __mmask32 part = n >= 32 ? 0xffffffffu : (1u << n) - 1u;
-  const __m512i a = _mm512_maskz_loadu_epi16(part, w), b = _mm512_maskz_loadu_epi16(part, x);
-  return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+/// 16 pairs of bf16, as the dot instruction takes them.
+using Pairs = __m512bh;
+
+inline Pairs load_pairs(const uint16_t* p) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+}
+inline Pairs load_pairs_part(const uint16_t* p, int n) {
+  return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << n) - 1u, p));
+}
+/// Adds the products of 16 pairs of pairs to the lanes of acc.
+inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
+  return _mm512_dpbf16_ps(acc, a, b);
+}
+/// Asks for the cache line at p, into the second level.
+inline void fetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
 }
 
 /// 2^n for an integral n within the exponent range of normal floats.
