@@ -1,49 +1,77 @@
-// Causal attention of a tile over the cache, page by page: every page is read once for all rows and the heads of a
+// Causal attention of a tile over the cache, span by span: every page is read once for all rows and the heads of a
 // group.
+#include "attend_rows.hpp"
+
+#include <algorithm>
+
 #include "regions.hpp"
 
 namespace specfast {
 
+size_t Attention::partial_floats(const KvShape& shape, int32_t heads, int32_t M, int64_t end) {
+  return static_cast<size_t>((end - 1) / kSpanPositions + 1) * static_cast<size_t>(M) * static_cast<size_t>(heads) *
+         static_cast<size_t>(shape.padded_dim() + 2);
+}
+
+void attend_rows(const Team& team, const KernelTable& kernels, const KvCache& cache, const Attention& a) {
+  const KvShape& shape = cache.shape();
+  const int32_t group = a.heads / shape.kv_heads;
+  const int64_t head_stride = shape.padded_dim() + 2, row_stride = head_stride * a.heads;
+  const int64_t span_stride = row_stride * a.M;
+  const int32_t pages = static_cast<int32_t>((a.position + a.M - 1) / kPagePositions) + 1;
+  const int32_t spans = (pages + kSpanPages - 1) / kSpanPages, tasks = spans * shape.kv_heads;
+
+  for (int32_t task = team.id; task < tasks; task += team.size) {
+    const int32_t span = task / shape.kv_heads, kv_head = task % shape.kv_heads;
+    const int32_t next_task = std::min(task + team.size, tasks - 1);
+    const int32_t first = span * kSpanPages, last = std::min(first + kSpanPages, pages);
+    AttendPage args;
+    args.q = a.q + static_cast<int64_t>(kv_head) * group * shape.head_dim;
+    args.q_stride = a.q_stride;
+    args.partial = a.partial + span * span_stride + kv_head * group * head_stride;
+    args.partial_stride = row_stride;
+    args.M = a.M;
+    args.group = group;
+    args.head_dim = shape.head_dim;
+    args.padded_dim = shape.padded_dim();
+    args.scale = a.scale;
+    for (int32_t page = first; page < last; page++) {
+      args.kv = cache.page(page, a.layer, kv_head);
+      args.next =
+          (page + 1 < last ? cache.page(page + 1, a.layer, kv_head)
+                           : cache.page(next_task / shape.kv_heads * kSpanPages, a.layer, next_task % shape.kv_heads))
+              .k;
+      args.first_page = page == first;
+      args.first_valid = static_cast<int32_t>(
+          std::min<int64_t>(a.position + 1 - static_cast<int64_t>(page) * kPagePositions, kPagePositions));
+      kernels.attend_rows(args);
+    }
+  }
+  team.barrier();
+
+  for (int32_t i = team.id; i < a.M * a.heads; i += team.size) {
+    const int32_t m = i / a.heads, head = i % a.heads;
+    const int32_t seen = static_cast<int32_t>((a.position + m) / kSpanPositions) + 1;
+    kernels.merge_spans(a.partial + m * row_stride + head * head_stride, span_stride, seen,
+                        a.out + m * a.out_stride + static_cast<int64_t>(head) * shape.head_dim, shape.head_dim);
+  }
+}
+
 void attend_rows(const Pass& pass, int layer) {
   const Model& model = pass.model;
-  const Tile& tile = pass.tile;
-  const int32_t padded = pass.cache.shape().padded_dim();
-  const int64_t head_stride = padded + 2;
-  const int64_t row_stride = head_stride * model.heads;
-  const int64_t page_stride = row_stride * tile.M;
-  const int32_t pages = static_cast<int32_t>((tile.position + tile.M - 1) / kPagePositions) + 1;
-  float* partial = pass.work.partial.data();
-
-  for (int32_t task = pass.team.id; task < pages * model.kv_heads; task += pass.team.size) {
-    const int32_t page = task / model.kv_heads, kv_head = task % model.kv_heads;
-    const int32_t first_head = kv_head * model.group();
-    AttendPage args;
-    args.kv = pass.cache.page(page, layer, kv_head);
-    args.q = pass.work.qkv.data() + first_head * model.head_dim;
-    args.q_stride = model.qkv_columns();
-    args.partial = partial + page * page_stride + first_head * head_stride;
-    args.partial_stride = row_stride;
-    args.M = tile.M;
-    args.group = model.group();
-    args.head_dim = model.head_dim;
-    args.padded_dim = padded;
-    args.first_valid =
-        static_cast<int32_t>(tile.position + 1 - static_cast<int64_t>(page) * kPagePositions < kPagePositions
-                                 ? tile.position + 1 - static_cast<int64_t>(page) * kPagePositions
-                                 : kPagePositions);
-    args.scale = model.attention_scale();
-    pass.kernels().attend_rows(args);
-  }
-  pass.team.barrier();
-
-  const Rows out = pass.work.attended.view(tile.M);
-  for (int32_t i = pass.team.id; i < tile.M * model.heads; i += pass.team.size) {
-    const int32_t m = i / model.heads, head = i % model.heads;
-    const int32_t seen = static_cast<int32_t>((tile.position + m) / kPagePositions) + 1;
-    pass.kernels().merge_pages(partial + m * row_stride + head * head_stride, page_stride, seen,
-                               out.f32 + static_cast<size_t>(m) * out.stride + head * model.head_dim, model.head_dim,
-                               padded);
-  }
+  const Rows out = pass.work.attended.view(pass.tile.M);
+  Attention a;
+  a.layer = layer;
+  a.heads = model.heads;
+  a.M = pass.tile.M;
+  a.position = pass.tile.position;
+  a.scale = model.attention_scale();
+  a.q = pass.work.qkv.data();
+  a.q_stride = model.qkv_columns();
+  a.partial = pass.work.partial.data();
+  a.out = out.f32;
+  a.out_stride = out.stride;
+  attend_rows(pass.team, pass.kernels(), pass.cache, a);
   pass.team.barrier();
 }
 

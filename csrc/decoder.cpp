@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "attend_rows.hpp"
 #include "errors.hpp"
 #include "random.hpp"
 #include "regions.hpp"
@@ -22,9 +23,8 @@ Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
 void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best) {
   const Model& model = *model_;
   ThreadPool& pool = ThreadPool::instance();
-  const size_t pages = static_cast<size_t>((tile.position + tile.M - 1) / kPagePositions) + 1;
-  work_.partial.resize(pages * static_cast<size_t>(tile.M) * static_cast<size_t>(model.heads) *
-                       static_cast<size_t>(cache_.shape().padded_dim() + 2));
+  const size_t partial = Attention::partial_floats(cache_.shape(), model.heads, tile.M, tile.position + tile.M);
+  if (work_.partial.size() < partial) work_.partial.resize(partial);
   const auto prepare = [&](int threads) {
     const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
     work_.scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));

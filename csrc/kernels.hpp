@@ -43,10 +43,10 @@ struct KernelTable {
   void (*rope_head)(float* x, const float* cos, const float* sin, int head_dim);
   /// Stores one head's key and value at `position` (0..255) of a page.
   void (*append_head)(const KvPage& page, const float* k, const float* v, int head_dim, int padded_dim, int position);
-  /// Softmax statistics and weighted values of one page; see AttendPage.
+  /// Adds one page to softmax statistics and weighted values; see AttendPage.
   void (*attend_rows)(const AttendPage& args);
-  /// Merges `pages` partial results (stride floats apart) in position order into out (head_dim,).
-  void (*merge_pages)(const float* partial, int64_t stride, int pages, float* out, int head_dim, int padded_dim);
+  /// Merges the partial results of `spans` (stride floats apart) in position order into out (head_dim,).
+  void (*merge_spans)(const float* partial, int64_t stride, int spans, float* out, int head_dim);
 
   /// Folds n logits whose first id is `first` into the running maximum; ties keep the lowest id.
   void (*logits_rows)(const float* logits, int n, int first, RowMax* best);

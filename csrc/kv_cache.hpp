@@ -13,7 +13,7 @@ struct KvShape {
   int32_t layers = 0;
   int32_t kv_heads = 0;
   int32_t head_dim = 0;
-  bool half = true;  // f16 elements, else f32
+  bool half = true;  // bf16 elements, else f32
 
   int32_t padded_dim() const { return (head_dim + 15) / 16 * 16; }
   size_t element_bytes() const { return half ? 2 : 4; }

@@ -86,7 +86,7 @@ void Model::check() const {
   expect_range(hidden, 1, 1 << 20, "hidden");
   expect_range(heads, 1, 4096, "heads");
   expect_range(kv_heads, 1, heads, "kv_heads");
-  expect_range(head_dim, 2, 1024, "head_dim");
+  expect_range(head_dim, 2, kMaxHeadDim, "head_dim");
   expect_range(intermediate, 1, 1 << 22, "intermediate");
   expect_range(vocab, 1, 1 << 22, "vocab");
   expect_range(max_context, 1, int64_t{1} << 30, "max_context");

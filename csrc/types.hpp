@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace specfast {
 
@@ -10,10 +11,15 @@ namespace specfast {
 inline constexpr int kTileRows = 16;
 /// Outputs a matmul kernel produces together.
 inline constexpr int kPanel = 16;
-/// Positions of a KV page, and the fixed absolute span over which attention is split.
+/// Positions of a KV page.
 inline constexpr int kPagePositions = 256;
-/// Keys stored side by side in the dimension-major K tiles.
-inline constexpr int kKeyTile = 16;
+/// The fixed absolute spans over which attention is split.
+inline constexpr int kSpanPages = 4;
+inline constexpr int kSpanPositions = kSpanPages * kPagePositions;
+/// Positions stored side by side in the dimension-major K tiles, and dimensions side by side in the slices of V.
+inline constexpr int kKeyTile = 64;
+inline constexpr int kValueSlice = 64;
+inline constexpr int kMaxHeadDim = 1024;
 
 enum class Format : uint8_t { q4, q8, bf16, f16, f32 };
 
@@ -97,21 +103,25 @@ struct Epilogue {
   bool accumulate = false;      // y += instead of y =
 };
 
-/// Keys and values of one kv head in one page. K is dimension-major in tiles of 16 positions: element (position, d) at
-/// ((position / 16) * head_dim + d) * 16 + position % 16. V is (position, padded_dim) row major.
+/// Keys and values of one kv head in one page, in the order in which they are read. K lies in tiles of 64 positions and
+/// there by dimension; V in slices of 64 dimensions (the last may be narrower) and there by position. In bf16 both are
+/// in pairs, as a bf16 dot takes them: K two dimensions of a position side by side, V two positions of a dimension.
 struct KvPage {
   void* k = nullptr;
   void* v = nullptr;
-  bool half = true;  // f16 storage, else f32
+  bool half = true;  // bf16 storage, else f32
 };
 
-/// Attention of M rows times the `group` query heads of one kv head over one page.
+/// Attention of M rows times the `group` query heads of one kv head over one page, added to that of the pages of its
+/// span before it.
 struct AttendPage {
   KvPage kv;
-  const float* q = nullptr;  // row m, head g at q + m * q_stride + g * head_dim
+  const void* next = nullptr;  // keys of the page that this thread reads next, fetched meanwhile; never read
+  const float* q = nullptr;    // row m, head g at q + m * q_stride + g * head_dim
   int64_t q_stride = 0;
   float* partial = nullptr;  // row m, head g at partial + m * partial_stride + g * (padded_dim + 2): max, sum, acc
   int64_t partial_stride = 0;
+  bool first_page = true;  // of its span: `partial` holds nothing yet
   int32_t M = 0;
   int32_t group = 0;
   int32_t head_dim = 0;

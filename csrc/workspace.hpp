@@ -28,7 +28,7 @@ struct Workspace {
   std::vector<float> x;                 // (16, hidden): the residual stream
   RowsBuffer normed;                    // input of qkv, of gate and up, and of the head
   std::vector<float> qkv;               // (16, qkv columns)
-  std::vector<float> partial;           // (pages, M, heads, padded_dim + 2)
+  std::vector<float> partial;           // (spans, M, heads, padded_dim + 2)
   RowsBuffer attended;                  // input of o
   RowsBuffer activated;                 // input of down
   std::vector<float> scratch;           // per thread, for matmuls

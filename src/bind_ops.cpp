@@ -1,7 +1,7 @@
 // Single kernels on NumPy arrays, for tests and for specfast.ops.
+#include "attend_rows.hpp"
 #include "bindings.hpp"
 #include "dispatch.hpp"
-#include "thread_pool.hpp"
 
 using namespace specfast;
 
@@ -40,13 +40,13 @@ nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bo
   return out;
 }
 
-nb::ndarray<nb::numpy, float> attend_rows(const Floats& q, const Floats& k, const Floats& v, bool half,
+nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k, const Floats& v, bool half,
                                           const std::optional<std::string>& isa) {
   if (q.ndim() != 3 || k.ndim() != 3 || v.ndim() != 3)
     throw ShapeError("q must be (M, heads, head_dim), k and v (S, kv_heads, head_dim)");
   const size_t M = q.shape(0), heads = q.shape(1), dim = q.shape(2), S = k.shape(0), kv_heads = k.shape(1);
   if (k.shape(2) != dim || v.shape(0) != S || v.shape(1) != kv_heads || v.shape(2) != dim || kv_heads == 0 ||
-      heads % kv_heads || S < M || M < 1 || dim % 2)
+      heads % kv_heads || S < M || M < 1 || dim % 2 || dim > kMaxHeadDim)
     throw ShapeError("q, k and v do not fit: (" + std::to_string(M) + ", " + std::to_string(heads) + ", " +
                      std::to_string(dim) + ") against (" + std::to_string(S) + ", " + std::to_string(kv_heads) + ", " +
                      std::to_string(k.shape(2)) + ")");
@@ -62,36 +62,17 @@ nb::ndarray<nb::numpy, float> attend_rows(const Floats& q, const Floats& k, cons
                           k.data() + (i * kv_heads + h) * dim, v.data() + (i * kv_heads + h) * dim,
                           static_cast<int>(dim), shape.padded_dim(), static_cast<int>(i % kPagePositions));
   }
-  const int64_t head_stride = shape.padded_dim() + 2, row_stride = head_stride * static_cast<int64_t>(heads);
-  const int64_t page_stride = row_stride * static_cast<int64_t>(M), position = static_cast<int64_t>(S - M);
-  const int pages = static_cast<int>((S - 1) / kPagePositions) + 1;
-  std::vector<float> partial(static_cast<size_t>(page_stride) * static_cast<size_t>(pages));
-  const int32_t group = static_cast<int32_t>(heads / kv_heads);
-  for (int page = 0; page < pages; page++) {
-    for (size_t h = 0; h < kv_heads; h++) {
-      AttendPage args;
-      args.kv = cache.page(page, 0, static_cast<int>(h));
-      args.q = q.data() + h * static_cast<size_t>(group) * dim;
-      args.q_stride = static_cast<int64_t>(heads * dim);
-      args.partial = partial.data() + page * page_stride + static_cast<int64_t>(h) * group * head_stride;
-      args.partial_stride = row_stride;
-      args.M = static_cast<int32_t>(M);
-      args.group = group;
-      args.head_dim = static_cast<int32_t>(dim);
-      args.padded_dim = shape.padded_dim();
-      args.first_valid =
-          static_cast<int32_t>(std::min<int64_t>(position + 1 - int64_t{page} * kPagePositions, kPagePositions));
-      args.scale = 1.0f / std::sqrt(static_cast<float>(dim));
-      kernels.attend_rows(args);
-    }
-  }
-  for (size_t m = 0; m < M; m++) {
-    const int seen = static_cast<int>((position + static_cast<int64_t>(m)) / kPagePositions) + 1;
-    for (size_t h = 0; h < heads; h++)
-      kernels.merge_pages(partial.data() + static_cast<int64_t>(m) * row_stride + static_cast<int64_t>(h) * head_stride,
-                          page_stride, seen, out_data + (m * heads + h) * dim, static_cast<int>(dim),
-                          shape.padded_dim());
-  }
+  Attention a;
+  a.heads = static_cast<int32_t>(heads);
+  a.M = static_cast<int32_t>(M);
+  a.position = static_cast<int64_t>(S - M);
+  a.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  std::vector<float> partial(Attention::partial_floats(shape, a.heads, a.M, static_cast<int64_t>(S)));
+  a.q = q.data();
+  a.q_stride = a.out_stride = static_cast<int64_t>(heads * dim);
+  a.partial = partial.data();
+  a.out = out_data;
+  attend_rows(Team{}, kernels, cache, a);
   return out;
 }
 
@@ -100,9 +81,9 @@ nb::ndarray<nb::numpy, float> attend_rows(const Floats& q, const Floats& k, cons
 void bind_ops(nb::module_& m) {
   m.def("matmul_rows", &matmul_rows, nb::arg("x"), nb::arg("matrix"), nb::arg("precision") = "int8",
         nb::arg("isa") = nb::none(), "x (M, K) float32 times matrix (N, K) transposed: (M, N) float32.");
-  m.def("attend_rows", &attend_rows, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("half") = true,
+  m.def("attend_rows", &bound_attend_rows, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("half") = true,
         nb::arg("isa") = nb::none(),
         "Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all "
         "float32.\n\n"
-        "half stores keys and values as f16, as the cache does unless the precision is f32.");
+        "half stores keys and values as bf16, as the cache does unless the precision is f32.");
 }

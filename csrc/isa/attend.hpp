@@ -4,160 +4,317 @@
 
 namespace {
 
-constexpr int kQueries = 4;                       // queries that share each key and value load
-constexpr int kTileVecs = kKeyTile / kLanes;      // vectors of one K tile
-constexpr int kValueVecs = kLanes >= 16 ? 4 : 2;  // value vectors held per query
+constexpr int kQueries = 4;                      // queries that share each key and value load
+constexpr int kBatch = 16;                       // queries that share a page in the first-level cache
+constexpr int kHeldVecs = kLanes >= 16 ? 4 : 2;  // vectors of scores, or of values, held per query
 
-inline Vec load_kv(const float* p) {
-  return load(p);
+#if !defined(SPECFAST_BF16_DOT)
+inline Pairs broadcast_pair(const uint16_t* two) {
+  return {broadcast(from_bf16(two[0])), broadcast(from_bf16(two[1]))};
 }
-inline Vec load_kv(const uint16_t* p) {
-  return load_f16(p);
+inline Pairs first_of_pairs(Pairs a) {
+  return {a.first, zero()};
 }
+/// Stores kLanes floats as bf16 and returns what they became.
+inline Vec store_bf16(uint16_t* p, Vec a) {
+  store_bf16_part(p, a, kLanes);
+  return load_bf16(p);
+}
+inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
+  return fma(a.second, b.second, fma(a.first, b.first, acc));
+}
+#endif
 
-/// Scores of `Q` queries against the first `tiles` K tiles, each (256,) row of s.
-template <int Q, class Element>
-inline void score_tiles(const float* const* q, const Element* k, int head_dim, int tiles, float scale,
-                        float (*s)[kPagePositions]) {
-  for (int t = 0; t < tiles; t++) {
-    Vec acc[Q][kTileVecs];
-    SPECFAST_UNROLL
-    for (int i = 0; i < Q; i++) {
-      SPECFAST_UNROLL
-      for (int j = 0; j < kTileVecs; j++) acc[i][j] = zero();
-    }
-    const Element* tile = k + static_cast<size_t>(t) * static_cast<size_t>(head_dim) * kKeyTile;
-    for (int d = 0; d < head_dim; d++) {
-      SPECFAST_UNROLL
-      for (int j = 0; j < kTileVecs; j++) {
-        const Vec key = load_kv(tile + d * kKeyTile + j * kLanes);
-        SPECFAST_UNROLL
-        for (int i = 0; i < Q; i++) acc[i][j] = fma(broadcast(q[i][d]), key, acc[i][j]);
-      }
-    }
-    SPECFAST_UNROLL
-    for (int i = 0; i < Q; i++) {
-      SPECFAST_UNROLL
-      for (int j = 0; j < kTileVecs; j++) store(&s[i][t * kKeyTile + j * kLanes], mul(acc[i][j], broadcast(scale)));
-    }
+/// Keys and values in bf16, two of them to a dot: see KvPage.
+struct Bf16Kv {
+  using Element = uint16_t;
+  using Pair = Pairs;
+
+  static void round(const float* from, Element* to, int n) { store_bf16_part(to, load_part(from, n), n); }
+  /// Stores kLanes weights as they are multiplied, and returns those.
+  static Vec weigh(Vec e, Element* to) { return store_bf16(to, e); }
+  static Pair both(const Element* two) { return broadcast_pair(two); }
+  /// Dimensions d and d + 1 of the kLanes positions from `lane` of a tile on.
+  static Pair keys(const Element* tile, int d, int lane) { return load_pairs(tile + d * kKeyTile + 2 * lane); }
+  /// kLanes dimensions from d on of an even position and the next; `width` dimensions lie side by side.
+  static Pair values(const Element* v, int, int d) { return load_pairs(v + 2 * d); }
+  static Pair first_values(const Element* v, int, int d) { return first_of_pairs(load_pairs(v + 2 * d)); }
+  static Vec dot(Vec acc, Pair a, Pair b) { return dot_pairs(acc, a, b); }
+};
+
+/// The same in float32.
+struct F32Kv {
+  using Element = float;
+  struct Pair {
+    Vec first, second;
+  };
+
+  static void round(const float* from, Element* to, int n) { store_part(to, load_part(from, n), n); }
+  static Vec weigh(Vec e, Element* to) {
+    store(to, e);
+    return e;
   }
-}
-
-/// Turns scores into exp(s - max) in place; returns the sum, writes the maximum. Positions from `valid` on weigh
-/// nothing.
-inline float softmax_page(float* s, int valid, float* top) {
-  Vec best = broadcast(s[0]);
-  for (int i = 0; i < valid; i += kLanes) best = max(best, keep(load(s + i), valid - i, s[0]));
-  *top = maximum(best);
-  const Vec shift = broadcast(*top);
-  Vec total = zero();
-  for (int i = 0; i < valid; i += kLanes) {
-    const Vec e = keep(exp(sub(load(s + i), shift)), valid - i, 0.0f);
-    store(s + i, e);
-    total = add(total, e);
+  static Pair both(const Element* two) { return {broadcast(two[0]), broadcast(two[1])}; }
+  static Pair keys(const Element* tile, int d, int lane) {
+    const Element* at = tile + d * kKeyTile + lane;
+    return {load(at), load(at + kKeyTile)};
   }
-  return sum(total);
-}
+  static Pair values(const Element* v, int width, int d) { return {load(v + d), load(v + width + d)}; }
+  static Pair first_values(const Element* v, int, int d) { return {load(v + d), zero()}; }
+  static Vec dot(Vec acc, Pair a, Pair b) { return fma(a.second, b.second, fma(a.first, b.first, acc)); }
+};
 
-/// acc[i] += sum over keys [first, last) of s[i][key] * value, for Q queries and `kValueVecs` vectors of dimensions.
-template <int Q, class Element>
-inline void weigh_values(float (*s)[kPagePositions], const Element* v, int padded_dim, int first, int last,
-                         float* const* acc) {
-  for (int d = 0; d < padded_dim; d += kValueVecs * kLanes) {
-    Vec a[Q][kValueVecs];
-    SPECFAST_UNROLL
-    for (int i = 0; i < Q; i++) {
+/// Fetches the next page while this one is multiplied: every step of a dot asks for its share.
+struct Ahead {
+  const char* at;
+  ptrdiff_t share;  // bytes
+
+  void step() {
+    __builtin_prefetch(at, 0, 2);
+    if (share > 64) {
       SPECFAST_UNROLL
-      for (int j = 0; j < kValueVecs; j++)
-        a[i][j] = d + j * kLanes < padded_dim ? load(acc[i] + d + j * kLanes) : zero();
+      for (int j = 1; j < kHeldVecs; j++) __builtin_prefetch(at + j * share / kHeldVecs, 0, 2);
     }
-    for (int key = first; key < last; key++) {
-      const Element* row = v + static_cast<size_t>(key) * static_cast<size_t>(padded_dim) + d;
-      SPECFAST_UNROLL
-      for (int j = 0; j < kValueVecs; j++) {
-        if (d + j * kLanes >= padded_dim) continue;
-        const Vec value = load_kv(row + j * kLanes);
-        SPECFAST_UNROLL
-        for (int i = 0; i < Q; i++) a[i][j] = fma(broadcast(s[i][key]), value, a[i][j]);
-      }
-    }
-    SPECFAST_UNROLL
-    for (int i = 0; i < Q; i++) {
-      SPECFAST_UNROLL
-      for (int j = 0; j < kValueVecs; j++)
-        if (d + j * kLanes < padded_dim) store(acc[i] + d + j * kLanes, a[i][j]);
-    }
+    at += share;
   }
-}
+};
 
-/// One group of Q queries: query n is row n / group, head n % group.
-template <int Q, class Element>
-void attend_queries(const AttendPage& args, int first_query) {
-  alignas(64) float s[Q][kPagePositions];
-  const float* q[Q];
-  float* acc[Q];
-  float* stats[Q];
-  int valid[Q], longest = 0, shortest = kPagePositions;
+/// Scores of Q queries (rows of q, head_dim apart) against kHeldVecs vectors of positions of a K tile, into rows of s,
+/// kPagePositions apart.
+template <class Kv, int Q>
+inline void score_keys(const typename Kv::Element* q, const typename Kv::Element* tile, int lane, int head_dim,
+                       float scale, float* s, Ahead& ahead) {
+  Ahead fetch = ahead;
+  Vec acc[Q][kHeldVecs];
   SPECFAST_UNROLL
   for (int i = 0; i < Q; i++) {
+    SPECFAST_UNROLL
+    for (int j = 0; j < kHeldVecs; j++) acc[i][j] = zero();
+  }
+  for (int d = 0; d < head_dim; d += 2) {
+    fetch.step();
+    typename Kv::Pair key[kHeldVecs];
+    SPECFAST_UNROLL
+    for (int j = 0; j < kHeldVecs; j++) key[j] = Kv::keys(tile, d, lane + j * kLanes);
+    SPECFAST_UNROLL
+    for (int i = 0; i < Q; i++) {
+      const typename Kv::Pair query = Kv::both(q + i * head_dim + d);
+      SPECFAST_UNROLL
+      for (int j = 0; j < kHeldVecs; j++) acc[i][j] = Kv::dot(acc[i][j], query, key[j]);
+    }
+  }
+  SPECFAST_UNROLL
+  for (int i = 0; i < Q; i++) {
+    SPECFAST_UNROLL
+    for (int j = 0; j < kHeldVecs; j++)
+      store(s + i * kPagePositions + lane + j * kLanes, mul(acc[i][j], broadcast(scale)));
+  }
+  ahead = fetch;
+}
+
+/// Turns scores into weights exp(s - max), as they are multiplied, where max is that of this page and those before it,
+/// stats[0]; adds their sum to stats[1]. Returns what the sums of the pages before count now. Positions from `valid` on
+/// weigh nothing.
+template <class Kv>
+inline float softmax_page(const float* s, int valid, bool first_page, float* stats, typename Kv::Element* weights) {
+  Vec best = broadcast(first_page ? s[0] : stats[0]);
+  for (int i = 0; i < valid; i += kLanes) best = max(best, keep(load(s + i), valid - i, s[0]));
+  const float top = maximum(best);
+  const Vec shift = broadcast(top);
+  Vec total = zero();
+  for (int i = 0; i < (valid + 1) / 2 * 2; i += kLanes) {
+    total = add(total, Kv::weigh(keep(exp(sub(load(s + i), shift)), valid - i, 0.0f), weights + i));
+  }
+  alignas(64) float e[kLanes];
+  store(e, exp(broadcast(first_page ? 0.0f : stats[0] - top)));
+  stats[1] = sum(total) + (first_page ? 0.0f : stats[1] * e[0]);
+  stats[0] = top;
+  return e[0];
+}
+
+/// acc[i] += sum over positions [first, last) of weight * value, for Q queries and VECS vectors of dimensions from d on
+/// of a slice of `width` dimensions; `first` is even.
+template <class Kv, int Q, int VECS>
+inline void weigh_vectors(const typename Kv::Element (*weights)[kPagePositions], const typename Kv::Element* slice,
+                          int width, int d, int first, int last, float* const* acc, Ahead& ahead) {
+  Ahead fetch = ahead;
+  Vec a[Q][VECS];
+  SPECFAST_UNROLL
+  for (int i = 0; i < Q; i++) {
+    SPECFAST_UNROLL
+    for (int j = 0; j < VECS; j++) a[i][j] = load(acc[i] + d + j * kLanes);
+  }
+  const auto step = [&](int position, auto values) {
+    fetch.step();
+    typename Kv::Pair value[VECS];
+    SPECFAST_UNROLL
+    for (int j = 0; j < VECS; j++)
+      value[j] = values(slice + static_cast<size_t>(position) * static_cast<size_t>(width), d + j * kLanes);
+    SPECFAST_UNROLL
+    for (int i = 0; i < Q; i++) {
+      const typename Kv::Pair weight = Kv::both(weights[i] + position);
+      SPECFAST_UNROLL
+      for (int j = 0; j < VECS; j++) a[i][j] = Kv::dot(a[i][j], weight, value[j]);
+    }
+  };
+  int position = first;
+  for (; position + 2 <= last; position += 2)
+    step(position, [=](const typename Kv::Element* at, int dim) { return Kv::values(at, width, dim); });
+  if (position < last)  // what lies in the other half of the pair is no value yet
+    step(position, [=](const typename Kv::Element* at, int dim) { return Kv::first_values(at, width, dim); });
+  SPECFAST_UNROLL
+  for (int i = 0; i < Q; i++) {
+    SPECFAST_UNROLL
+    for (int j = 0; j < VECS; j++) store(acc[i] + d + j * kLanes, a[i][j]);
+  }
+  ahead = fetch;
+}
+
+/// The same for a whole slice; acc points at its first dimension.
+template <class Kv, int Q>
+inline void weigh_values(const typename Kv::Element (*weights)[kPagePositions], const typename Kv::Element* slice,
+                         int width, int first, int last, float* const* acc, Ahead& ahead) {
+  for (int d = 0; d < width; d += kHeldVecs * kLanes) {
+    switch (smaller(kHeldVecs, (width - d) / kLanes)) {
+      case 1: weigh_vectors<Kv, Q, 1>(weights, slice, width, d, first, last, acc, ahead); break;
+      case 2: weigh_vectors<Kv, Q, 2>(weights, slice, width, d, first, last, acc, ahead); break;
+      case 3: weigh_vectors<Kv, Q, kHeldVecs >= 3 ? 3 : 1>(weights, slice, width, d, first, last, acc, ahead); break;
+      default: weigh_vectors<Kv, Q, kHeldVecs>(weights, slice, width, d, first, last, acc, ahead); break;
+    }
+  }
+}
+
+/// Calls f<Q>(first) for groups of kQueries and then for what is left.
+template <class F>
+inline void in_groups(int count, const F& f) {
+  int i = 0;
+  for (; i + kQueries <= count; i += kQueries) f.template operator()<kQueries>(i);
+  switch (count - i) {
+    case 3: return f.template operator()<3>(i);
+    case 2: return f.template operator()<2>(i);
+    case 1: return f.template operator()<1>(i);
+  }
+}
+
+/// At most kBatch queries: query n is row n / group, head n % group.
+template <class Kv>
+void attend_batch(const AttendPage& args, int first_query, int queries, Ahead& ahead) {
+  using Element = typename Kv::Element;
+  alignas(64) float s[kBatch][kPagePositions];
+  alignas(64) Element weights[kBatch][kPagePositions];
+  alignas(64) Element q[kBatch * kMaxHeadDim];
+  float *stats[kBatch], *acc[kBatch];
+  int valid[kBatch], longest = 0;
+  for (int i = 0; i < queries; i++) {
     const int m = (first_query + i) / args.group, g = (first_query + i) % args.group;
-    q[i] = args.q + m * args.q_stride + static_cast<int64_t>(g) * args.head_dim;
+    const float* from = args.q + m * args.q_stride + static_cast<int64_t>(g) * args.head_dim;
+    for (int d = 0; d < args.head_dim; d += kLanes)
+      Kv::round(from + d, q + i * args.head_dim + d, smaller(kLanes, args.head_dim - d));
     stats[i] = args.partial + m * args.partial_stride + static_cast<int64_t>(g) * (args.padded_dim + 2);
     acc[i] = stats[i] + 2;
     const int seen = args.first_valid + m;
     valid[i] = seen < 0 ? 0 : smaller(seen, kPagePositions);
     if (valid[i] > longest) longest = valid[i];
-    shortest = smaller(shortest, valid[i]);
-    for (int d = 0; d < args.padded_dim; d += kLanes) store(acc[i] + d, zero());
   }
-  score_tiles<Q>(q, static_cast<const Element*>(args.kv.k), args.head_dim, (longest + kKeyTile - 1) / kKeyTile,
-                 args.scale, s);
-  SPECFAST_UNROLL
-  for (int i = 0; i < Q; i++) {
-    if (valid[i] > 0) stats[i][1] = softmax_page(s[i], valid[i], &stats[i][0]);
+
+  const Element* tile = static_cast<const Element*>(args.kv.k);
+  for (int first = 0; first < longest; first += kKeyTile, tile += args.head_dim * kKeyTile) {
+    for (int lane = 0; lane < kKeyTile && first + lane < longest; lane += kHeldVecs * kLanes) {
+      in_groups(queries, [&]<int Q>(int i) {
+        score_keys<Kv, Q>(q + i * args.head_dim, tile, lane, args.head_dim, args.scale, s[i] + first, ahead);
+      });
+    }
   }
-  const Element* v = static_cast<const Element*>(args.kv.v);
-  weigh_values<Q>(s, v, args.padded_dim, 0, shortest, acc);
-  // Keys that only the later rows see are added to those alone, in the same order.
-  SPECFAST_UNROLL
-  for (int i = 0; i < Q; i++) {
-    if (valid[i] > shortest) weigh_values<1>(&s[i], v, args.padded_dim, shortest, valid[i], &acc[i]);
+  for (int i = 0; i < queries; i++) {
+    if (valid[i] == 0) continue;
+    const Vec before = broadcast(softmax_page<Kv>(s[i], valid[i], args.first_page, stats[i], weights[i]));
+    for (int d = 0; d < args.padded_dim; d += kLanes)
+      store(acc[i] + d, args.first_page ? zero() : mul(load(acc[i] + d), before));
+  }
+  const Element* slice = static_cast<const Element*>(args.kv.v);
+  for (int d = 0; d < args.padded_dim; d += kValueSlice) {
+    const int width = smaller(kValueSlice, args.padded_dim - d);
+    in_groups(queries, [&]<int Q>(int i) {
+      int shared = valid[i];
+      for (int other = 1; other < Q; other++) shared = smaller(shared, valid[i + other]);
+      shared = shared / 2 * 2;
+      weigh_values<Kv, Q>(weights + i, slice, width, 0, shared, acc + i, ahead);
+      // Positions that only the later rows see are added to those alone, in the same order.
+      for (int other = i; other < i + Q; other++) {
+        if (valid[other] > shared)
+          weigh_values<Kv, 1>(weights + other, slice, width, shared, valid[other], acc + other, ahead);
+        acc[other] += width;
+      }
+    });
+    slice += width * kPagePositions;
   }
 }
 
-template <class Element>
+template <class Kv>
 void attend_all(const AttendPage& args) {
   const int queries = args.M * args.group;
-  int n = 0;
-  for (; n + kQueries <= queries; n += kQueries) attend_queries<kQueries, Element>(args, n);
-  for (; n < queries; n++) attend_queries<1, Element>(args, n);
+  constexpr ptrdiff_t kStepBytes = sizeof(typename Kv::Element) * 2 * kHeldVecs * kLanes;
+  Ahead ahead{static_cast<const char*>(args.next), kStepBytes / ((queries + kQueries - 1) / kQueries)};
+  for (int n = 0; n < queries; n += kBatch) attend_batch<Kv>(args, n, smaller(kBatch, queries - n), ahead);
 }
 
 void attend_rows(const AttendPage& args) {
   if (args.kv.half) {
-    attend_all<uint16_t>(args);
+    attend_all<Bf16Kv>(args);
   } else {
-    attend_all<float>(args);
+    attend_all<F32Kv>(args);
   }
 }
 
-void merge_pages(const float* partial, int64_t stride, int pages, float* out, int head_dim, int padded_dim) {
-  float top = partial[0];
-  for (int p = 1; p < pages; p++) top = partial[p * stride] > top ? partial[p * stride] : top;
-  float total = 0;
+template <class Kv>
+void append_head_as(const KvPage& page, const float* k, const float* v, int head_dim, int padded_dim, int position) {
+  using Element = typename Kv::Element;
+  constexpr bool pairs = std::is_same_v<Kv, Bf16Kv>;
+  constexpr int kPair = pairs ? 2 : 1;  // what lies side by side: dimensions of a key, positions of a value
+  alignas(64) Element keys[kMaxHeadDim], values[kMaxHeadDim];
   for (int d = 0; d < head_dim; d += kLanes) {
-    Vec acc = zero();
-    total = 0;
-    for (int p = 0; p < pages; p++) {
-      const float* page = partial + p * stride;
-      alignas(64) float factor[kLanes];
-      store(factor, exp(broadcast(page[0] - top)));
-      acc = fma(broadcast(factor[0]), load(page + 2 + d), acc);
-      total += factor[0] * page[1];
-    }
-    store_part(out + d, mul(acc, broadcast(1.0f / total)), smaller(kLanes, head_dim - d));
+    Kv::round(k + d, keys + d, smaller(kLanes, head_dim - d));
+    Kv::round(v + d, values + d, smaller(kLanes, head_dim - d));
   }
-  (void)padded_dim;
+  Element* k_to =
+      static_cast<Element*>(page.k) + position / kKeyTile * kKeyTile * head_dim + position % kKeyTile * kPair;
+  for (int d = 0; d < head_dim; d += kPair) std::memcpy(k_to + d * kKeyTile, keys + d, kPair * sizeof(Element));
+  Element* slice = static_cast<Element*>(page.v);
+  for (int d = 0; d < head_dim; d += kValueSlice) {
+    const int width = smaller(kValueSlice, padded_dim - d);
+    Element* v_to = slice + (position - position % kPair) * width + position % kPair;
+    for (int i = 0; i < smaller(width, head_dim - d); i++) v_to[i * kPair] = values[d + i];
+    slice += width * kPagePositions;
+  }
+}
+
+void append_head(const KvPage& page, const float* k, const float* v, int head_dim, int padded_dim, int position) {
+  if (page.half) {
+    append_head_as<Bf16Kv>(page, k, v, head_dim, padded_dim, position);
+  } else {
+    append_head_as<F32Kv>(page, k, v, head_dim, padded_dim, position);
+  }
+}
+
+void merge_spans(const float* partial, int64_t stride, int spans, float* out, int head_dim) {
+  constexpr int kSpans = 64;  // spans whose factors are held
+  float top = partial[0], total = 0;
+  for (int p = 1; p < spans; p++) top = partial[p * stride] > top ? partial[p * stride] : top;
+  for (int first = 0; first < spans; first += kSpans) {
+    const int count = smaller(kSpans, spans - first);
+    const float* span = partial + first * stride;
+    alignas(64) float factor[kSpans];
+    for (int p = 0; p < count; p++) factor[p] = span[p * stride] - top;
+    for (int p = 0; p < count; p += kLanes) store(factor + p, exp(load(factor + p)));
+    for (int p = 0; p < count; p++) total += factor[p] * span[p * stride + 1];
+    const Vec scale = broadcast(first + count == spans ? 1.0f / total : 1.0f);
+    for (int d = 0; d < head_dim; d += kLanes) {
+      const int part = smaller(kLanes, head_dim - d);
+      Vec acc = first ? load_part(out + d, part) : zero();
+      for (int p = 0; p < count; p++) acc = fma(broadcast(factor[p]), load(span + p * stride + 2 + d), acc);
+      store_part(out + d, mul(acc, scale), part);
+    }
+  }
 }
 
 }  // namespace

@@ -82,22 +82,6 @@ void rope_head(float* x, const float* cos, const float* sin, int head_dim) {
   }
 }
 
-void append_head(const KvPage& page, const float* k, const float* v, int head_dim, int padded_dim, int position) {
-  const size_t k_first = static_cast<size_t>(position / kKeyTile) * static_cast<size_t>(head_dim) * kKeyTile +
-                         static_cast<size_t>(position % kKeyTile);
-  const size_t v_first = static_cast<size_t>(position) * static_cast<size_t>(padded_dim);
-  for (int d = 0; d < head_dim; d++) {
-    const size_t to = k_first + static_cast<size_t>(d) * kKeyTile;
-    if (page.half) {
-      static_cast<uint16_t*>(page.k)[to] = to_f16(k[d]);
-      static_cast<uint16_t*>(page.v)[v_first + static_cast<size_t>(d)] = to_f16(v[d]);
-    } else {
-      static_cast<float*>(page.k)[to] = k[d];
-      static_cast<float*>(page.v)[v_first + static_cast<size_t>(d)] = v[d];
-    }
-  }
-}
-
 void logits_rows(const float* logits, int n, int first, RowMax* best) {
   Vec top = load_part(logits, smaller(kLanes, n));
   top = keep(top, n, logits[0]);

@@ -123,6 +123,17 @@ inline void store_bf16_part(uint16_t* p, Vec a, int n) {
   for (int i = 0; i < n; i++) p[i] = lanes[i];
 }
 
+/// kLanes pairs of bf16, widened: no dot instruction here takes them as they are.
+struct Pairs {
+  Vec first, second;
+};
+
+inline Pairs load_pairs(const uint16_t* p) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))))};
+}
+
 /// Values q of quantised weights at inputs k..k + 7, as floats.
 inline Vec load_q4(const uint8_t* row, int k) {
   uint32_t packed;

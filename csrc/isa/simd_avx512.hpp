@@ -133,6 +133,21 @@ inline Pairs load_pairs(const uint16_t* p) {
 inline Pairs load_pairs_part(const uint16_t* p, int n) {
   return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << n) - 1u, p));
 }
+/// Stores 16 floats as bf16 and returns what they became. Subnormal numbers become 0.
+inline Vec store_bf16(uint16_t* p, Vec a) {
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+  return widen_bf16(rounded);
+}
+inline Pairs broadcast_pair(const uint16_t* two) {
+  int32_t both;
+  std::memcpy(&both, two, 4);
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+}
+/// The pairs with 0 for their second element.
+inline Pairs first_of_pairs(Pairs a) {
+  return reinterpret_cast<__m512bh>(_mm512_and_si512(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(0xffff)));
+}
 /// Adds the products of 16 pairs of pairs to the lanes of acc.
 inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(acc, a, b);

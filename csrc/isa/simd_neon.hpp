@@ -117,6 +117,17 @@ inline void store_bf16_part(uint16_t* p, Vec a, int n) {
   for (int i = 0; i < (n < 4 ? n : 4); i++) p[i] = lanes[i];
 }
 
+/// kLanes pairs of bf16, widened: no dot instruction here takes them as they are.
+struct Pairs {
+  Vec first, second;
+};
+
+inline Pairs load_pairs(const uint16_t* p) {
+  const uint32x4_t both = vreinterpretq_u32_u16(vld1q_u16(p));
+  return {vreinterpretq_f32_u32(vshlq_n_u32(both, 16)),
+          vreinterpretq_f32_u32(vandq_u32(both, vdupq_n_u32(0xffff0000u)))};
+}
+
 /// Values q of quantised weights at inputs k..k + 3, as floats.
 inline Vec load_q4(const uint8_t* row, int k) {
   uint16_t packed;

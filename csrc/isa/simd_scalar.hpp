@@ -116,6 +116,15 @@ inline void store_bf16_part(uint16_t* p, Vec a, int) {
   *p = to_bf16(a.v);
 }
 
+/// kLanes pairs of bf16, widened: no dot instruction here takes them as they are.
+struct Pairs {
+  Vec first, second;
+};
+
+inline Pairs load_pairs(const uint16_t* p) {
+  return {{from_bf16(p[0])}, {from_bf16(p[1])}};
+}
+
 /// Values q of quantised weights at inputs k.., as floats.
 inline Vec load_q4(const uint8_t* row, int k) {
   return {static_cast<float>((row[k / 2] >> (4 * (k % 2))) & 15)};

@@ -67,7 +67,7 @@ const KernelTable& neon_kernels() {
                                  matmul_rows, nullptr,
                                  swiglu_rows, rope_head,
                                  append_head, attend_rows,
-                                 merge_pages, logits_rows,
+                                 merge_spans, logits_rows,
                                  embed_row,   read_bytes,
                                  peak_dot};
   return table;

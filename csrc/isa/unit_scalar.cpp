@@ -49,7 +49,7 @@ const KernelTable& scalar_kernels() {
   static const KernelTable table{"scalar",    "nothing special", kInfos,      sizeof(kInfos) / sizeof(kInfos[0]),
                                  sum_squares, scale_row,         round_bf16,  quantise_int8,
                                  matmul_rows, nullptr,           swiglu_rows, rope_head,
-                                 append_head, attend_rows,       merge_pages, logits_rows,
+                                 append_head, attend_rows,       merge_spans, logits_rows,
                                  embed_row,   read_bytes,        peak_dot};
   return table;
 }
