@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from specfast import _core
-from specfast.bench.random_model import _Maker
+from specfast.bench.random_model import Maker
 from specfast.cli.bench import environment
 
 
@@ -20,7 +20,7 @@ def cold_matrices():
 
     def cycle(quant, N, K):
         if (quant, N, K) not in made:
-            make = _Maker(quant, 0)
+            make = Maker(quant, 0)
             first = make.matrix(N, K)
             count = max(2, (96 << 20) // first.nbytes)
             made[quant, N, K] = [first, *(make.matrix(N, K) for _ in range(count - 1))]

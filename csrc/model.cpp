@@ -1,6 +1,9 @@
 // Size checks and totals of a model.
 #include "model.hpp"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdlib>
 #include <new>
@@ -37,6 +40,14 @@ void expect_range(int64_t value, int64_t low, int64_t high, const char* name) {
                    std::to_string(high));
 }
 
+/// Lets the system take back the pages that lie wholly in a read-only mapping of a file; reading them maps them again.
+void drop_pages(const void* data, size_t bytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
 }  // namespace
 
 float Model::attention_scale() const {
@@ -59,9 +70,9 @@ void Model::Free::operator()(uint8_t* p) const {
   std::free(p);
 }
 
-void Model::pack() {
+void Model::pack(bool mapped) {
   if (!kernels->pack_panel || precision != Precision::int8) return;
-  for_each_matrix(*this, [this](Matrix& w) {
+  for_each_matrix(*this, [&](Matrix& w) {
     if (!is_quantised(w.format)) return;
     uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(64, (w.panels() * w.panel_bytes() + 63) / 64 * 64));
     if (!data) throw std::bad_alloc();
@@ -73,6 +84,10 @@ void Model::pack() {
         kernels->pack_panel(w, n, data + static_cast<size_t>(n / kPanel) * w.panel_bytes());
     });
     w.packed = data;
+    if (!mapped) return;
+    drop_pages(w.weight, static_cast<size_t>(w.N) * w.row_bytes());
+    for (const void* both : {w.scales, w.biases})
+      drop_pages(both, static_cast<size_t>(w.N) * w.groups() * w.scale_bytes());
   });
 }
 

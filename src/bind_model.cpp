@@ -44,8 +44,8 @@ Matrix matrix_of(const nb::dict& layer, const char* key, std::vector<BoundMatrix
 void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_heads, int32_t head_dim,
                 int32_t intermediate, int32_t vocab, float rms_eps, const Floats& rope_inv_freq, int64_t max_context,
                 const BoundMatrix& embed, std::optional<const BoundMatrix*> head, const Floats& norm,
-                const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa,
-                bool pack) {
+                const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa, bool pack,
+                bool mapped) {
   auto model = std::make_shared<Model>();
   std::vector<BoundMatrix> owners{embed};
   model->hidden = hidden;
@@ -88,7 +88,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   model->check();
   if (pack) {
     nb::gil_scoped_release release;
-    model->pack();
+    model->pack(mapped);
   }
   new (self) BoundModel{std::move(model), std::move(owners)};
 }
@@ -173,12 +173,14 @@ void bind_model(nb::module_& m) {
       "A decoder's weights, used in place, bound to the kernels of one instruction set and one precision.\n\n"
       "pack gives quantised matrices a second copy in the order the kernels stream, where they have one (int8 on "
       "AVX-512);\n"
-      "False reads all weights in place, 10 to 40 percent slower. Results of a row are the same bits for any\n"
+      "False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, "
+      "whose\nmemory is given back once packed. Results of a row are the same bits for any\n"
       "number of rows and threads, packed or not.")
       .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
            nb::arg("max_context"), nb::arg("embed"), nb::arg("head").none(), nb::arg("norm"), nb::arg("layers"),
-           nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true)
+           nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
+           nb::arg("mapped") = false)
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens"), nb::arg("logits_rows") = 1,
            "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
            "rows.\n\n"

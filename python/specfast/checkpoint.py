@@ -197,15 +197,24 @@ def _check_isa(isa: str | None) -> None:
 
 
 def load_model(
-    directory: Path, *, precision: str | None = None, isa: str | None = None, max_context: int | None = None
+    directory: Path,
+    *,
+    precision: str | None = None,
+    isa: str | None = None,
+    max_context: int | None = None,
+    pack: bool = True,
 ) -> LoadedModel:
-    """Loads a model directory in Hugging Face or MLX layout; weights stay where they are mapped.
+    """Loads a model directory in Hugging Face or MLX layout.
+
+    Files are mapped. Weights stay there, or are packed for kernels that stream a layout of their own (int8 on AVX-512), matrix by
+    matrix: the packed copy takes the place of the mapped pages, so that memory holds the weights once.
 
     Args:
         directory: config.json, *.safetensors and generation_config.json if any.
         precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.
         isa: kernel table to use; None is the best.
         max_context: bounds the context below the model's own.
+        pack: False keeps all weights in the mapping, which processes share; a pass is slower, its bits are the same.
 
     Raises:
         ModelFormatError, UnsupportedModelError: what the files hold does not fit.
@@ -242,6 +251,8 @@ def load_model(
             layers=layers,
             precision=chosen,
             isa=isa,
+            pack=pack,
+            mapped=True,
         )
     except ShapeError as error:
         raise ModelFormatError(f"{directory}: {error}") from None

@@ -22,7 +22,7 @@ def _bf16_bytes(values: npt.NDArray[np.float32]) -> Bytes:
     return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
 
 
-class _Maker:
+class Maker:
     """Cuts matrices out of a pool of random bytes; every matrix gets its own memory."""
 
     def __init__(self, quant: str, seed: int) -> None:
@@ -41,17 +41,21 @@ class _Maker:
             part[:] = self.pool[shift : shift + len(part)]
         return out
 
-    def matrix(self, N: int, K: int) -> _core.Matrix:
+    def quantised(self, N: int, K: int) -> tuple[Bytes, Bytes, Bytes]:
+        """Words, scales and biases (bf16) of a matrix whose products have about unit size."""
+        bits = int(self.format[1])
         spread = 0.2 / np.sqrt(K)
+        scales = (spread * self.random.uniform(0.7, 1.3, N * K // self.group) * 16 / 2**bits).astype(np.float32)
+        biases = (-scales * np.float32(2**bits * 0.475)).astype(np.float32)
+        return self.bytes(N * K * bits // 8), _bf16_bytes(scales), _bf16_bytes(biases)
+
+    def matrix(self, N: int, K: int) -> _core.Matrix:
         if self.group:
-            bits = int(self.format[1])
-            scales = (spread * self.random.uniform(0.7, 1.3, N * K // self.group) * 16 / 2**bits).astype(np.float32)
-            biases = (-scales * np.float32(2**bits * 0.475)).astype(np.float32)
-            weight = self.bytes(N * K * bits // 8)
+            weight, scales, biases = self.quantised(N, K)
             return _core.Matrix(
-                self.format, N, K, weight,
-                group=self.group, scales=_bf16_bytes(scales), biases=_bf16_bytes(biases), scale_format="bf16",
-            )  # fmt: skip
+                self.format, N, K, weight, group=self.group, scales=scales, biases=biases, scale_format="bf16"
+            )
+        spread = 0.2 / np.sqrt(K)
         tile = (self.random.standard_normal(1 << 20) * spread * 4).astype(np.float32)
         raw = {"bf16": _bf16_bytes(tile), "f16": tile.astype(np.float16).view(np.uint8), "f32": tile.view(np.uint8)}[
             self.format
@@ -74,7 +78,7 @@ def random_model(
     Raises:
         ConfigurationError: an unknown quantisation, or one whose groups do not divide the shape.
     """
-    make = _Maker(quant, seed)
+    make = Maker(quant, seed)
     columns = (shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
     if make.group and any(k % make.group for k in columns):
         raise ConfigurationError(f"{shape.name} cannot be quantised in groups of {make.group}: its sizes are {columns}")
