@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, metavar="N", help="positions in the cache (512)")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="repetitions (20)")
     parser.add_argument(
-        "--budget", type=float, default=90, metavar="SECONDS", help="of one peer's turns; slower ones have fewer, 3 at least (90)"
+        "--budget", type=float, default=110, metavar="SECONDS", help="of one peer's turns; slower ones have fewer, 3 at least (110)"
     )  # fmt: skip
     parser.add_argument(
         "--threads", type=int, default=_core.num_threads(), metavar="N", help="of every peer (all cores)"
