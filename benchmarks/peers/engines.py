@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,7 @@ class Engine:
 
     def load(self) -> PeerModule:
         """Imports the module; its packages must be there."""
-        return importlib.import_module(self.module)  # type: ignore[return-value]
+        return cast(PeerModule, importlib.import_module(self.module))
 
 
 ENGINES = {
@@ -73,11 +73,11 @@ ENGINES = {
         Engine("llama.cpp", "peer_llama_cpp", ("llama_cpp", "gguf"), "llama-cpp-python gguf"),
         Engine(
             "OpenVINO", "peer_openvino", ("openvino", "nncf", "torch"), "openvino nncf torch",
-            only=("llama-3.2-1b",), why="making its model takes 4 bytes a parameter of memory, several times",
+            only=("llama-3.2-1b",), why="making its model takes several times 4 bytes of memory for each parameter",
         ),
         Engine(
             "MLX", "peer_mlx", ("mlx.core", "mlx_lm"), "'mlx[cpu]' mlx-lm",
-            only=("llama-3.2-1b",), rows=(1, 2, 4, 6, 8, 9), why="its CPU backend takes a second for each row",
+            only=("llama-3.2-1b",), rows=(1, 2, 4, 6, 8, 9), why="its CPU backend takes seconds for each row of that size",
         ),
     )
 }  # fmt: skip

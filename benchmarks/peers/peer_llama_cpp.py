@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: Q4_0, flash attention, a batch that asks for the logits of every row."""
+"""llama.cpp through llama-cpp-python: Q4_0, a batch that asks for the logits of every row, flash attention where it is faster."""
 
 from __future__ import annotations
 
@@ -14,47 +14,35 @@ from engines import check_logits, random_tokens
 from specfast.bench.shapes import find_shape
 
 SEQUENCE, BATCH = 0, 512
+TRIED_ROWS, TRIES = (1, 4, 8), 3
 
 
 @llama_cpp.llama_log_callback
 def _log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-    """Keeps what is worth reading when the model does not load; nothing of it is printed otherwise."""
+    """Prints warnings and errors, which goes to the peer's log."""
     if level >= 3:
         print(text.decode(errors="replace"), end="", flush=True)
 
 
-class LlamaCpp:
-    """A model of a GGUF file and a context with a prefilled sequence."""
+class Context:
+    """A prefilled sequence over a model, with flash attention on or off."""
 
-    def __init__(self, path: Path, shape: str, context: int, threads: int) -> None:
-        sizes = find_shape(shape)
-        self.vocab, self.context = sizes.vocab, context
-        llama_cpp.llama_log_set(_log, None)
-        llama_cpp.llama_backend_init()
-        loading = llama_cpp.llama_model_default_params()
-        loading.n_gpu_layers = 0
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
-        if not self.model:
-            raise ValueError(f"llama.cpp does not load {path}; delete it to have it made again")
+    def __init__(self, model: ctypes.c_void_p, vocab: int, positions: int, threads: int, *, flash: bool) -> None:
+        self.vocab, self.positions = vocab, positions
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = context + 32, BATCH, BATCH
+        options.n_ctx, options.n_batch, options.n_ubatch = positions + 32, BATCH, BATCH
         options.n_threads = options.n_threads_batch = threads
-        options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self.handle = llama_cpp.llama_init_from_model(self.model, options)
+        options.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        self.handle = llama_cpp.llama_init_from_model(model, options)
         if not self.handle:
-            raise ValueError(f"llama.cpp makes no context of {context} positions")
+            raise ValueError(f"llama.cpp makes no context of {positions} positions")
         self.memory = llama_cpp.llama_get_memory(self.handle)
         self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self.random = np.random.default_rng(1)
-        for first in range(0, context, BATCH):
-            self._decode(first, min(BATCH, context - first), logits=False)
-        check_logits(self._logits(2), 2, self.vocab)
-        self.about = {
-            "version": f"llama-cpp-python {llama_cpp.__version__}",
-            "weights": f"Q4_0, {'embedding and output' if sizes.tied else 'output'} Q6_K, flash attention",
-            "weight_bytes": random_gguf.streamed_bytes(sizes),
-            "system": llama_cpp.llama_print_system_info().decode().strip(),
-        }
+        for first in range(0, positions, BATCH):
+            self._decode(first, min(BATCH, positions - first), logits=False)
 
     def _decode(self, first: int, count: int, *, logits: bool) -> float:
         """Appends random tokens; returns the seconds until the logits of all of them can be read."""
@@ -72,21 +60,50 @@ class LlamaCpp:
             raise ValueError(f"llama_decode returned {status} for {count} tokens at position {first}")
         return seconds
 
-    def _logits(self, M: int) -> npt.NDArray[np.float32]:
-        self._decode(self.context, M, logits=True)
-        pointer = llama_cpp.llama_get_logits(self.handle)
-        values = np.ctypeslib.as_array(pointer, (M, self.vocab)).copy()
-        self._forget()
-        return values
-
-    def _forget(self) -> None:
-        if not llama_cpp.llama_memory_seq_rm(self.memory, SEQUENCE, self.context, -1):
+    def rows(self, M: int) -> float:
+        seconds = self._decode(self.positions, M, logits=True)
+        if not llama_cpp.llama_memory_seq_rm(self.memory, SEQUENCE, self.positions, -1):
             raise ValueError("llama.cpp did not remove the rows of the last pass")
+        return seconds
+
+    def last_logits(self, M: int) -> npt.NDArray[np.float32]:
+        """A copy of the logits (M, V) float32 of the last pass, which had M rows."""
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.handle), (M, self.vocab)).copy()
+
+
+class LlamaCpp:
+    """A model of a GGUF file and the context that is faster: on some CPUs flash attention is not."""
+
+    def __init__(self, path: Path, shape: str, positions: int, threads: int) -> None:
+        sizes = find_shape(shape)
+        llama_cpp.llama_log_set(_log, None)
+        llama_cpp.llama_backend_init()
+        loading = llama_cpp.llama_model_default_params()
+        loading.n_gpu_layers = 0
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
+        if not model:
+            raise ValueError(f"llama.cpp does not load {path}; delete it to have it made again")
+        contexts = {flash: Context(model, sizes.vocab, positions, threads, flash=flash) for flash in (True, False)}
+        taken = dict.fromkeys(contexts, 0.0)
+        for context in contexts.values():
+            context.rows(2)
+            check_logits(context.last_logits(2), 2, sizes.vocab)
+        for _ in range(TRIES):
+            for flash, context in contexts.items():
+                taken[flash] += sum(context.rows(M) for M in TRIED_ROWS)
+        flash = taken[True] < taken[False]
+        llama_cpp.llama_free(contexts.pop(not flash).handle)
+        self.context = contexts[flash]
+        attention = f"flash attention {'on' if flash else 'off'} ({taken[flash] / taken[not flash]:.2f} of the time with it {'off' if flash else 'on'})"
+        self.about = {
+            "version": f"llama-cpp-python {llama_cpp.__version__}",
+            "weights": f"Q4_0, {'embedding and output' if sizes.tied else 'output'} Q6_K, {attention}",
+            "weight_bytes": random_gguf.streamed_bytes(sizes),
+            "system": llama_cpp.llama_print_system_info().decode().strip(),
+        }
 
     def rows(self, M: int) -> float:
-        seconds = self._decode(self.context, M, logits=True)
-        self._forget()
-        return seconds
+        return self.context.rows(M)
 
 
 def _path(shape: str, cache: Path) -> Path:

@@ -21,7 +21,7 @@ trimming. specfast's pass is its `verify`: besides the logits it takes the greed
 
 COMPUTED = """**Computed, not run**, from the passes measured above: a round is gamma one-row passes of the draft and one target pass of gamma + 1
 rows, and gives (1 - a^(gamma + 1)) / (1 - a) tokens at acceptance a. Sampling, roll-back and the draft's own catching up are taken to cost
-nothing, for every engine.
+nothing, for every engine. `specfast bench --speculate` runs specfast's rounds for real.
 """
 
 

@@ -6,6 +6,7 @@ A process each keeps apart what cannot share one (two OpenMP runtimes, thread po
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -68,12 +69,14 @@ class Worker:
         answer = self._ask(do="turn", rows=rows)
         self.idle_seconds += answer["idle_seconds"]
         self.idle_cpu_seconds += answer["idle_cpu_seconds"]
-        return answer["seconds"]
+        seconds: list[float] = answer["seconds"]
+        return seconds
 
     def stop(self) -> None:
         """Ends the child."""
         assert self.child.stdin
-        self.child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.child.stdin.close()
         try:
             self.child.wait(10)
         except subprocess.TimeoutExpired:
@@ -88,7 +91,8 @@ def _serve(engine: str, shape: str, cache: Path) -> None:
 
     module, peer, idle_since = ENGINES[engine].load(), None, (0.0, 0.0)
     for line in sys.stdin:
-        request, answer = json.loads(line), {}
+        request = json.loads(line)
+        answer: dict[str, Any] = {}
         if request["do"] == "prepare":
             module.prepare(shape, cache)
         elif request["do"] == "start":
