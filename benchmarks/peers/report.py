@@ -15,7 +15,8 @@ INTRODUCTION = """# specfast beside its peers
 Written by `python benchmarks/peers/run.py` from its measurements (`peers.json`); do not edit. Every engine has random weights of the same
 shape at 4 bits and the same filled context. A pass computes M rows **with the logits of all M rows**, which is what checking M - 1 drafted
 tokens needs. Engines take turns within one run, each in a process of its own that sleeps in a read while it is not its turn; what such
-processes still computed is given as idle CPU. Rolling the KV cache back is not timed, which favours OpenVINO, whose state has no
+processes still computed is given as idle CPU. All processes may use transparent huge pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`), as
+specfast's weights do anyway. Rolling the KV cache back is not timed, which favours OpenVINO, whose state has no
 trimming. specfast's pass is its `verify`: besides the logits it takes the greedy decision.
 """
 

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+# NumPy asks for transparent huge pages, so specfast's random weights have them; with this, memory of glibc's malloc has them too.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 SETTLE_SECONDS = 0.03  # after a turn, for thread pools to stop spinning and sleep
 
 
@@ -36,7 +38,7 @@ class Worker:
         with self.log.open("w") as log:
             self.child = subprocess.Popen(
                 [sys.executable, __file__, engine, shape, str(cache)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **HUGE_PAGES},
             )  # fmt: skip
 
     def _ask(self, **request: Any) -> dict[str, Any]:
