@@ -116,8 +116,8 @@ def section(record: Record) -> str:
         f"## {record['name']}\n\n`{record['command']}`, {record['date']}, specfast commit {record['commit']}.\n\n"
         f"{machine['cpu']}, {machine['cores']} cores, {record['threads']} threads, {machine['memory_gb']:.0f} GB, {machine['system']}, "
         f"Python {machine['python']}; {machine['cpu_flags']}.\n\n"
-        f"Context {record['context']}, medians of {record['repeats']} repetitions (engines with fewer are marked below). Same run: "
-        f"{conditions['read_bandwidth_gb_s']:.1f} GB/s read, {conditions['peak_gmac_s']:.0f} GMAC/s int8, "
+        f"Context {record['context']}, medians of {record['repeats']} repetitions (repeats below, where fewer). Same run: "
+        f"{conditions['read_bandwidth_gb_s']:.1f} GB/s read ({conditions['read_p10_gb_s']:.1f} .. {conditions['read_p90_gb_s']:.1f}), {conditions['peak_gmac_s']:.0f} GMAC/s int8, "
         f"{conditions['seconds']:.0f} seconds{disturbance}.\n"
     ]
     for shape in dict.fromkeys(lane["shape"] for lane in record["lanes"]):

@@ -40,9 +40,11 @@ class Lane:
 
 @dataclass
 class Conditions:
-    """The machine during the run: medians of bandwidth and peak, and the share of the CPU that other programs took."""
+    """The machine during the run: bandwidth (median, p10, p90), median peak, and the share of the CPU that other programs took."""
 
     read_bandwidth_gb_s: float
+    read_p10_gb_s: float
+    read_p90_gb_s: float
     peak_gmac_s: float
     others_cpu_percent: float | None
     seconds: float
@@ -88,6 +90,7 @@ def take_turns(lanes: list[Lane], repeats: int, budget_seconds: float, say: Call
                 for M, seconds in zip(rows, lane.worker.turn(rows), strict=True):
                     lane.seconds[M].append(seconds)
         say(f"repetition {repeat + 1} of {repeats}")
+    p10, middle, p90 = (round(float(x), 1) for x in np.percentile(bandwidth, [10, 50, 90]))
     return Conditions(
-        round(float(np.median(bandwidth)), 1), round(float(np.median(peak)), 1), watch.others_percent(), round(watch.elapsed(), 1)
-    )  # fmt: skip
+        middle, p10, p90, round(float(np.median(peak)), 1), watch.others_percent(), round(watch.elapsed(), 1)
+    )
