@@ -84,10 +84,13 @@ def test_rows_table():
 
 def test_document():
     target = lane("specfast", "llama-3.1-8b", {1: 100.0, 2: 100.0, 3: 400.0}, macs_per_row=2e9)
-    run_record = record(target, lane("specfast", "llama-3.2-1b", {1: 20.0}), draft_shape="llama-3.2-1b", acceptance=0.8)
+    draft = lane("specfast", "llama-3.2-1b", {1: 20.0})
+    fewer = [lane("other", "llama-3.1-8b", {1: 100.0, 3: 200.0}), lane("other", "llama-3.2-1b", {1: 22.0})]
+    run_record = record(*fewer, target, draft, draft_shape="llama-3.2-1b", acceptance=0.8)
     text = report.document({"a": run_record}, "peers.svg")
-    assert "| plain | 1.00 | 10.00 (1.00) |" in text
-    assert "| 1 | 1.80 | **15.00 (1.50)** |" in text  # 1.8 tokens in 20 + 100 ms
+    assert "| plain | 1.00 | 10.00 (1.00) | 10.00 (1.00) |" in text
+    assert "| 1 | 1.80 |  | **15.00 (1.50)** |" in text  # 1.8 tokens in 20 + 100 ms
+    assert "| 2 | 2.44 | **10.00 (1.00)** | 5.55 (0.55) |" in text  # 2.44 in 2 x 22 + 200 and in 2 x 20 + 400 ms
     assert "Computed, not run" in text
     assert "Not measured: MLX at that shape: slow." in text
     assert "(peers.svg)" in text

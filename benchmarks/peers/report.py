@@ -89,13 +89,14 @@ def speculation_table(record: Record) -> str:
             target = {M: row["median_ms"] for M, row in times[record["shape"]].items()}
             draft = times[record["draft_shape"]][1]["median_ms"]
             found[engine] = speculation.speeds(draft, target, record["acceptance"])
+    by_gamma = {engine: {speed.gamma: speed for speed in speeds} for engine, speeds in found.items()}
     body = []
-    for at, tokens in enumerate(speed.tokens_per_round for speed in next(iter(found.values()))):
+    for gamma in sorted(set().union(*by_gamma.values())):
         cells = []
-        for speeds in found.values():
-            text = f"{speeds[at].tok_s:.2f} ({speeds[at].tok_s / speeds[0].tok_s:.2f})"
-            cells.append(f"**{text}**" if speeds[at] == speculation.best(speeds) else text)
-        gamma = next(iter(found.values()))[at].gamma
+        for engine, speeds in by_gamma.items():
+            text = f"{speeds[gamma].tok_s:.2f} ({speeds[gamma].tok_s / speeds[0].tok_s:.2f})" if gamma in speeds else ""
+            cells.append(f"**{text}**" if gamma == speculation.best(found[engine]).gamma else text)
+        tokens = speculation.expected_tokens(record["acceptance"], gamma)
         body.append([str(gamma) if gamma else "plain", f"{tokens:.2f}", *cells])
     table = _table(["gamma", "tokens a round", *(f"{engine}, tokens/s (to its plain)" for engine in found)], body)
     best = {engine: speculation.best(speeds) for engine, speeds in found.items()}
