@@ -14,6 +14,8 @@
 namespace specfast {
 namespace {
 
+constexpr size_t kHugePage = size_t{1} << 21;
+
 /// Every matrix a pass streams: those of the layers and the head.
 template <class AnyModel, class Visit>
 void for_each_matrix(AnyModel& model, Visit&& visit) {
@@ -74,8 +76,12 @@ void Model::pack(bool mapped) {
   if (!kernels->pack_panel || precision != Precision::int8) return;
   for_each_matrix(*this, [&](Matrix& w) {
     if (!is_quantised(w.format)) return;
-    uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(64, (w.panels() * w.panel_bytes() + 63) / 64 * 64));
+    const size_t bytes = (w.panels() * w.panel_bytes() + kHugePage - 1) / kHugePage * kHugePage;
+    uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(kHugePage, bytes));
     if (!data) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    madvise(data, bytes, MADV_HUGEPAGE);
+#endif
     packed_.emplace_back(data);
     ThreadPool::instance().run([&](const Team& team) {
       int first, last;

@@ -7,6 +7,8 @@ namespace {
 void pack_panel(const Matrix& w, int n, uint8_t* out) {
   const size_t scale_bytes = w.scale_bytes(), groups = w.groups();
   const size_t group_bytes = w.row_bytes() / groups;
+  const uint8_t* rows[kPanel];
+  for (int r = 0; r < kPanel; r++) rows[r] = panel_row(w, n, r);
   for (size_t g = 0; g < groups; g++) {
     const void* both[] = {w.scales, w.biases};
     for (const void* from : both) {
@@ -16,10 +18,11 @@ void pack_panel(const Matrix& w, int n, uint8_t* out) {
         out += scale_bytes;
       }
     }
-    for (int r = 0; r < kPanel; r++) {
-      const uint8_t* row = panel_row(w, n, r) + g * group_bytes;
-      for (size_t j = 0; j < group_bytes / 4; j++)
-        std::memcpy(out + 64 * j + 4 * static_cast<size_t>(r), row + 4 * j, 4);
+    for (size_t j = 0; j < group_bytes; j += 64) {
+      alignas(64) __m512i words[kPanel];
+      const size_t part = group_bytes - j < 64 ? group_bytes - j : 64;
+      transpose_words(rows, g * group_bytes + j, static_cast<int>(part / 4), words);
+      std::memcpy(out + kPanel * j, words, kPanel * part);
     }
     out += 16 * group_bytes;
   }
