@@ -208,26 +208,48 @@ void panel(const Matrix& w, const Rows& x, Activation activation, int n, float* 
   }
 }
 
+/// The same for panel `na` of a and panel `nb` of b, together where the instruction set has a kernel for two.
+void panels(const Matrix& a, int na, Activation a_activation, const Matrix& b, int nb, Activation b_activation,
+            const Rows& x, float* scratch, float* tile_a, float* tile_b) {
+#if defined(SPECFAST_PANEL_PAIRS)
+  const bool alike = a.format == b.format && a.group == b.group && a.scale_format == b.scale_format;
+  if (a.packed && b.packed && alike && a_activation == Activation::int8 && b_activation == Activation::int8)
+    return int8_panels(a, na, b, nb, x, tile_a, tile_b);
+#endif
+  panel(a, x, a_activation, na, scratch, tile_a);
+  panel(b, x, b_activation, nb, scratch, tile_b);
+}
+
 inline float* tile_of(const Matrix& w, float* scratch) {
   return scratch + 2 * (static_cast<size_t>(w.K) / 32 + 2) * kPanel;
+}
+
+void store_tile(const float* tile, int M, int columns, int n, float* y, int64_t ldy, const Epilogue& epilogue) {
+  for (int m = 0; m < M; m++) {
+    float* out = y + m * ldy + n;
+    for (int i = 0; i < columns; i += kLanes) {
+      const int part = smaller(kLanes, columns - i);
+      Vec value = load(tile + m * kPanel + i);
+      if (epilogue.bias) value = add(value, load_part(epilogue.bias + n + i, part));
+      if (epilogue.accumulate) value = add(load_part(out + i, part), value);
+      store_part(out + i, value, part);
+    }
+  }
 }
 
 void matmul_rows(const Matrix& w, const Rows& x, Activation activation, int n0, int n1, float* y, int64_t ldy,
                  const Epilogue& epilogue, float* scratch) {
   float* tile = tile_of(w, scratch);
-  for (int n = n0; n < n1; n += kPanel) {
-    panel(w, x, activation, n, scratch, tile);
-    const int columns = smaller(kPanel, n1 - n);
-    for (int m = 0; m < x.M; m++) {
-      float* out = y + m * ldy + n;
-      for (int i = 0; i < columns; i += kLanes) {
-        const int part = smaller(kLanes, columns - i);
-        Vec value = load(tile + m * kPanel + i);
-        if (epilogue.bias) value = add(value, load_part(epilogue.bias + n + i, part));
-        if (epilogue.accumulate) value = add(load_part(out + i, part), value);
-        store_part(out + i, value, part);
-      }
+  float* second = tile + kTileRows * kPanel;
+  for (int n = n0; n < n1; n += 2 * kPanel) {
+    const int left = n1 - n;
+    if (left > kPanel) {
+      panels(w, n, activation, w, n + kPanel, activation, x, scratch, tile, second);
+      store_tile(second, x.M, smaller(kPanel, left - kPanel), n + kPanel, y, ldy, epilogue);
+    } else {
+      panel(w, x, activation, n, scratch, tile);
     }
+    store_tile(tile, x.M, smaller(kPanel, left), n, y, ldy, epilogue);
   }
 }
 
@@ -236,8 +258,7 @@ void swiglu_rows(const Matrix& gate, const Matrix& up, const Rows& x, Activation
   float* gate_tile = tile_of(gate, scratch);
   float* up_tile = gate_tile + kTileRows * kPanel;
   for (int n = n0; n < n1; n += kPanel) {
-    panel(gate, x, gate_activation, n, scratch, gate_tile);
-    panel(up, x, up_activation, n, scratch, up_tile);
+    panels(gate, n, gate_activation, up, n, up_activation, x, scratch, gate_tile, up_tile);
     const int columns = smaller(kPanel, n1 - n);
     for (int m = 0; m < x.M; m++) {
       for (int i = 0; i < columns; i += kLanes) {
