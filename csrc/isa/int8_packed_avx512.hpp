@@ -38,22 +38,18 @@ inline Vec load_scales(const uint8_t* p, Format format) {
   }
 }
 
-constexpr int kFewRows = 3;    // they wait for memory, more wait for the dot products
+constexpr int kFewRows = 3;    // they wait for memory and take one panel at a time
 constexpr int kPairRows = 12;  // their sums for two panels fit the registers
 
-/// Asks for the lines a panel's stream reaches later: near for few rows, far and then near for more. Past the panel's
-/// end the thread goes on `skip` bytes later.
-template <int M>
+/// Asks for the line a panel's stream reaches a little later. Past the panel's end the thread goes on `skip` bytes
+/// later.
 struct Fetch {
-  static constexpr ptrdiff_t kNear = M <= kFewRows ? 4608 : 1152, kFar = 18432;
-  ptrdiff_t near, far;
+  static constexpr ptrdiff_t kAhead = 4608;
+  ptrdiff_t ahead;
 
   Fetch(ptrdiff_t done, ptrdiff_t panel_bytes, ptrdiff_t skip)
-      : near(done + kNear < panel_bytes ? 0 : skip), far(done + kFar < panel_bytes ? 0 : skip) {}
-  void line(const uint8_t* p) const {
-    _mm_prefetch(reinterpret_cast<const char*>(p + near + kNear), _MM_HINT_T0);
-    if constexpr (M > kFewRows) _mm_prefetch(reinterpret_cast<const char*>(p + far + kFar), _MM_HINT_T1);
-  }
+      : ahead(done + kAhead < panel_bytes ? kAhead : kAhead + skip) {}
+  void line(const uint8_t* p) const { _mm_prefetch(reinterpret_cast<const char*>(p + ahead), _MM_HINT_T0); }
 };
 
 /// A word of the activations in all lanes. As an intrinsic, compilers move it out of the loop and spill it.
@@ -84,7 +80,7 @@ void packed_panels(const Matrix& a, int na, const Matrix& b, int nb, const Int8R
   SPECFAST_UNROLL
   for (int m = 0; m < M; m++) acc[0][m] = acc[1][m] = zero();
   for (int g = 0; g < groups; g++) {
-    const Fetch<M> fetch(p[0] - start, size, skip);
+    const Fetch fetch(p[0] - start, size, skip);
     Vec s[2], bias[2];
     SPECFAST_UNROLL
     for (int i = 0; i < 2; i++) {
@@ -154,7 +150,7 @@ void packed_panel(const Matrix& w, const Int8Rows& x, int n, float* tile) {
   for (int m = 0; m < M; m++) acc[m] = zero();
   for (int g = 0; g < groups; g++) {
     const Vec s = load_scales(p, w.scale_format), b = load_scales(p + scale_bytes, w.scale_format);
-    const Fetch<M> fetch(0, 1 << 30, 0);  // the next panel follows
+    const Fetch fetch(0, 0, 0);
     fetch.line(p);
     p += 2 * scale_bytes;
     for (int h = 0; h < group_blocks; h++) {
