@@ -35,8 +35,9 @@ SHAPES = {
         Shape("qwen-2.5-0.5b", 896, 24, 14, 2, 64, 4864, 151936, True, True),
         Shape("qwen-2.5-1.5b", 1536, 28, 12, 2, 128, 8960, 151936, True, True),
         Shape("qwen-2.5-7b", 3584, 28, 28, 4, 128, 18944, 152064, False, True),
-        # A draft a tenth of the 1B's size over the same vocabulary.
+        # Drafts over the same vocabulary: 81 and 149 million parameters, most of them embeddings.
         Shape("draft-128k", 512, 4, 8, 2, 64, 1536, 128256, True),
+        Shape("draft-150m", 768, 8, 12, 4, 64, 2048, 128256, True),
     )
 }
 

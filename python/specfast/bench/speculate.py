@@ -9,14 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import _core
+from ..context import Context
+from ..controllers import FixedGamma
+from ..drafters import ModelDrafter, NoDrafter
 from ..errors import ConfigurationError, SpecfastError
+from ..generation import rounds
+from ..stats import SpeculationStats
+from ..targets import NativeTarget
 
 Progress = Callable[[int, int], None]
+GREEDY = _core.Law(temperature=0.0)
 
 
 @dataclass(frozen=True)
 class SpeculationRun:
-    """Plain against speculative decoding of the same tokens; seconds are of the speculative run."""
+    """Plain against speculative decoding of the same tokens; seconds are of the speculative run, `overhead_seconds` its
+    time that is neither draft nor verify."""
 
     tokens: int
     gamma: int
@@ -28,7 +36,26 @@ class SpeculationRun:
     speedup: float
     draft_seconds: float
     verify_seconds: float
+    overhead_seconds: float
     identical: bool
+
+
+class _SetAcceptance(ModelDrafter):
+    """A draft model that computes in full; then each of its tokens becomes the right one with a set probability."""
+
+    def __init__(self, model: _core.Model, capacity: int, right: np.ndarray, acceptance: float, seed: int) -> None:
+        super().__init__(model, GREEDY, seed, capacity)
+        self._right, self._acceptance, self._vocab = right, acceptance, model.vocab
+        self._random = np.random.default_rng(seed)
+
+    def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
+        proposal = super().propose(context, gamma)
+        if proposal:
+            right = self._right[context.generated : context.generated + proposal.gamma]
+            other = (right + 1 + self._random.integers(0, self._vocab - 1, len(right))) % self._vocab
+            chosen = np.where(self._random.random(len(right)) < self._acceptance, right, other)
+            proposal.set_tokens(chosen.astype(np.int32))
+        return proposal
 
 
 def measure_speculation(
@@ -59,65 +86,33 @@ def measure_speculation(
         raise ConfigurationError(
             f"the target has {target.vocab} tokens and the draft {draft.vocab}; choose shapes of one vocabulary"
         )
-    random = np.random.default_rng(seed)
-    prompt = random.integers(0, target.vocab, context).astype(np.int32)
-    greedy, capacity = _core.Law(temperature=0.0), context + tokens + gamma + 2
+    prompt = np.random.default_rng(seed).integers(0, target.vocab, context).tolist()
+    capacity = context + tokens + gamma + 2
 
-    recorded, plain_seconds = _plain(target, prompt, tokens + gamma + 1, greedy, capacity, progress)
-    plain_seconds *= tokens / (tokens + gamma + 1)
-
-    target_cache, draft_cache = _core.Cache(target, capacity), _core.Cache(draft, capacity)
-    target.prefill(target_cache, prompt[:-1])
-    draft.prefill(draft_cache, prompt[:-1])
-    text = prompt.tolist()
-    proposal = _core.Proposal()
-    rounds = drafted = accepted = 0
-    draft_seconds = verify_seconds = 0.0
-    while len(text) - context < tokens:
-        done = len(text) - context
-        right = recorded[done : done + gamma]
-        wrong = (right + 1 + random.integers(0, target.vocab - 1, gamma)) % target.vocab
-        proposed = np.where(random.random(gamma) < acceptance, right, wrong).astype(np.int32)
+    def decode(
+        count: int, drafter: ModelDrafter | NoDrafter, gamma: int, done: int
+    ) -> tuple[list[int], SpeculationStats]:
+        request, stats = Context(list(prompt), count, capacity), SpeculationStats()
+        native = NativeTarget(target, GREEDY, 1.0, seed, capacity)
+        for follower in (native, drafter):
+            follower.prefill(prompt[:-1], None)
         start = time.perf_counter()
-        pending = np.asarray(text[draft_cache.length :], dtype=np.int32)
-        draft.draft(draft_cache, pending, gamma, greedy, seed, rounds, proposal)
-        proposal.set_tokens(proposed)
-        middle = time.perf_counter()
-        verdict = target.verify(
-            target_cache, np.asarray(text[-1:], dtype=np.int32), proposal, greedy, 1.0, seed, rounds
-        )
-        end = time.perf_counter()
-        target_cache.commit(verdict.tau + 1)
-        draft_cache.commit(min(verdict.tau, gamma - 1))
-        text += [*proposed[: verdict.tau].tolist(), verdict.next_token]
-        rounds, drafted, accepted = rounds + 1, drafted + gamma, accepted + verdict.tau
-        draft_seconds += middle - start
-        verify_seconds += end - middle
-        if progress:
-            progress(tokens + min(len(text) - context, tokens), 2 * tokens)
-    made = len(text) - context
-    if text[context:] != recorded[:made].tolist():
+        for _ in rounds(request, native, drafter, FixedGamma(gamma), stats):
+            if progress:
+                progress(done + request.generated, 2 * tokens + gamma)
+        stats.total_seconds = time.perf_counter() - start
+        return request.tokens[context:], stats
+
+    recorded, plain = decode(tokens + gamma, NoDrafter(), 0, 0)
+    right = np.asarray(recorded, dtype=np.int32)
+    made, stats = decode(tokens, _SetAcceptance(draft, capacity, right, acceptance, seed), gamma, tokens + gamma)
+    if made != recorded[: len(made)]:
         raise SpecfastError(
             "the speculative run gave other tokens than the plain run; this is a defect, please report it"
         )
-    plain, speculative = tokens / plain_seconds, made / (draft_seconds + verify_seconds)
+    plain_tok_s, speculative_tok_s = plain.tok_s, stats.tok_s
     return SpeculationRun(
-        made, gamma, acceptance, accepted / drafted, made / rounds, plain, speculative, speculative / plain,
-        draft_seconds, verify_seconds, True,
+        len(made), gamma, acceptance, stats.acceptance_rate, stats.tokens_per_target_pass, plain_tok_s, speculative_tok_s,
+        speculative_tok_s / plain_tok_s, stats.draft_seconds, stats.verify_seconds,
+        stats.total_seconds - stats.draft_seconds - stats.verify_seconds, True,
     )  # fmt: skip
-
-
-def _plain(
-    model: _core.Model, prompt: np.ndarray, tokens: int, greedy: _core.Law, capacity: int, progress: Progress | None
-) -> tuple[np.ndarray, float]:
-    cache = _core.Cache(model, capacity)
-    model.prefill(cache, prompt[:-1])
-    made, token = [], int(prompt[-1])
-    start = time.perf_counter()
-    for i in range(tokens):
-        token = model.verify(cache, np.array([token], dtype=np.int32), None, greedy, 1.0, 0, 0).next_token
-        cache.commit(1)
-        made.append(token)
-        if progress:
-            progress(i, 2 * tokens)
-    return np.asarray(made, dtype=np.int32), time.perf_counter() - start

@@ -187,6 +187,6 @@ def print_speculation(result: SpeculationRun, draft: _core.Model, out: Any) -> N
     print(f"plain        {result.plain_tok_s:8.1f} tok/s", file=out)
     print(f"speculative  {result.speculative_tok_s:8.1f} tok/s, {result.speedup:.2f} times as fast, acceptance {result.acceptance:.2f}, "
           f"{result.tokens_per_target_pass:.2f} tokens per target pass", file=out)  # fmt: skip
-    total = result.draft_seconds + result.verify_seconds
-    print(f"time: draft {100 * result.draft_seconds / total:.0f} percent, verify {100 * result.verify_seconds / total:.0f} percent; "
-          f"identical: {'yes' if result.identical else 'no'}", file=out)  # fmt: skip
+    total = result.draft_seconds + result.verify_seconds + result.overhead_seconds
+    print(f"time: draft {100 * result.draft_seconds / total:.0f} percent, verify {100 * result.verify_seconds / total:.0f} percent, "
+          f"else {100 * result.overhead_seconds / total:.2f} percent; identical: {'yes' if result.identical else 'no'}", file=out)  # fmt: skip
