@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "law.hpp"
 #include "model.hpp"
+#include "verify_logits.hpp"
 
 namespace specfast {
 
@@ -34,8 +34,7 @@ struct Workspace {
   std::vector<float> scratch;           // per thread, for matmuls
   std::vector<float> logits;            // (rows, vocab)
   std::vector<RowMax> best;             // (threads, 16), then reduced into the first row
-  std::vector<float> laws;              // (rows, vocab)
-  std::vector<LawScratch> law_scratch;  // per thread
+  VerifyScratch verify;
 };
 
 /// One tile's place in a forward pass, shared by all its regions.
