@@ -26,16 +26,21 @@ inline float value_of(uint32_t key) noexcept {
   return std::bit_cast<float>(bits ^ ((bits >> 31) & 0x7fffffff));
 }
 
-/// The sum of `count` weights.
-double total_of(const LawLoops& loops, const RowLaw& weights) noexcept {
-  const Blocks blocks(weights.count);
-  double mass[Blocks::kMost], total = 0;
-  block_masses(loops, weights, Drafted{}, blocks, 0, blocks.count, mass);
+double total_of(const Blocks& blocks, const double* mass) noexcept {
+  double total = 0;
   for (int32_t b = 0; b < blocks.count; b++) total += mass[b];
   return total;
 }
 double total_of(const LawLoops& loops, const float* weights, int32_t count) noexcept {
-  return total_of(loops, RowLaw{.count = count, .weights = weights});
+  const Blocks blocks(count);
+  double mass[Blocks::kMost];
+  block_masses(loops, RowLaw{.count = count, .weights = weights}, Drafted{}, blocks, 0, blocks.count, mass);
+  return total_of(blocks, mass);
+}
+
+LawStatus status_of(float highest) noexcept {
+  if (!(highest < kInfinity)) return LawStatus::not_finite;
+  return highest == -kInfinity ? LawStatus::empty : LawStatus::ok;
 }
 
 /// What a truncation keeps: elements above `key`, and of those equal to it the first `equals`.
@@ -141,18 +146,39 @@ void apply_min_p(float* weights, int32_t count, float min_p) noexcept {  // the 
 
 }  // namespace
 
+LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
+                    const Law& law, const float* ahead, SharedRow& shared, RowLaw* row) noexcept {
+  const int32_t n = law.limit(vocab);
+  const Blocks blocks(n);
+  int first, last;
+  team.part(blocks.count, 1, &first, &last);
+  if (std::isnan(highest)) {
+    const int32_t begin = blocks.first(first), end = first < last ? blocks.last(last - 1) : begin;
+    shared.highest[static_cast<size_t>(team.id)] = loops.highest(logits + begin, end - begin);
+    team.barrier();
+    highest = loops.highest(shared.highest.data(), team.size);
+  }
+  *row = {n, nullptr, nullptr, 1.0, logits, highest, law.temperature, ahead};
+  const LawStatus status = status_of(highest);
+  if (status != LawStatus::ok) return status;
+  block_masses(loops, *row, Drafted{}, blocks, first, last, shared.mass);
+  team.barrier();
+  row->scale = 1.0 / total_of(blocks, shared.mass);
+  row->ahead = nullptr;
+  return status;
+}
+
 LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, float highest, const Law& law,
                     LawScratch& scratch, float* p, RowLaw* row) noexcept {
   const int32_t n = law.limit(vocab);
   if (std::isnan(highest)) highest = loops.highest(logits, n);
-  if (!(highest < kInfinity)) return LawStatus::not_finite;
-  if (highest == -kInfinity) return LawStatus::empty;
+  const LawStatus status = status_of(highest);
+  if (status != LawStatus::ok) return status;
 
   const bool list = law.greedy() || (law.top_k > 0 && law.top_k < n);
-  const bool cut = law.top_p < 1.0f || law.min_p > 0.0f;
-  *row = {n, nullptr, nullptr, 1.0, logits, highest, law.greedy() ? 1.0f : law.temperature};
-  if (list || cut) scratch.reserve(vocab);
+  if (list || !p) scratch.reserve(vocab);
   float* weights = list || !p ? scratch.values.data() : p;
+  *row = {n, nullptr, weights, 1.0, nullptr, 0.0f, 1.0f, nullptr};
   if (list) {
     int32_t* ids = scratch.ids.data();
     row->ids = ids;
@@ -163,16 +189,11 @@ LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, f
       select_top_k(loops, logits, n, row->count, highest, scratch);
     for (int32_t c = 0; c < row->count; c++) weights[c] = logits[ids[c]];
   }
-  if (list || cut || p) {
-    loops.weigh(list ? weights : logits, row->count, highest, row->temperature, weights);
-    row->weights = weights;
-    if (law.top_p < 1.0f) apply_top_p(loops, weights, row->count, law.top_p);
-    if (law.min_p > 0.0f) apply_min_p(weights, row->count, law.min_p);
-  }
-  RowLaw unlisted = *row;
-  unlisted.ids = nullptr;
-  row->scale = 1.0 / total_of(loops, unlisted);
-  return LawStatus::ok;
+  loops.weigh(list ? weights : logits, row->count, highest, law.greedy() ? 1.0f : law.temperature, weights);
+  if (law.top_p < 1.0f) apply_top_p(loops, weights, row->count, law.top_p);
+  if (law.min_p > 0.0f) apply_min_p(weights, row->count, law.min_p);
+  row->scale = 1.0 / total_of(loops, weights, row->count);
+  return status;
 }
 
 LawStatus law_row(const LawLoops& loops, const float* logits, int32_t vocab, float highest, const Law& law, float* p,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "row_law.hpp"
+#include "thread_pool.hpp"
 
 namespace specfast {
 
@@ -18,6 +19,10 @@ struct Law {
   int32_t vocab_limit = 0;  // ids from here on get no mass (padded vocabulary rows); 0 cuts none
 
   bool greedy() const noexcept { return temperature == 0.0f; }
+  /// Whether all of `vocab` tokens keep their share.
+  bool plain(int32_t vocab) const noexcept {
+    return !greedy() && (top_k <= 0 || top_k >= limit(vocab)) && top_p >= 1.0f && min_p <= 0.0f;
+  }
   int32_t limit(int32_t vocab) const noexcept { return vocab_limit > 0 && vocab_limit < vocab ? vocab_limit : vocab; }
 };
 
@@ -49,11 +54,23 @@ struct LawScratch {
 ///
 /// A truncation by top-k keeps a list, one by top-p or min-p alone all weights. A logit of -inf gets no mass; ids from
 /// the limit on are not looked at. Equal logits at the edge of a truncation are kept lowest id first, and -0 equals 0.
-/// Sums are float64 in a fixed order and nothing depends on the instruction set: the same bits on every machine. A
-/// weight below exp(-87.3) of the largest is 0. `scratch` should hold reserve(vocab): it is made to if it does not, and
-/// the process ends if there is no memory.
+/// Sums are float64 in a fixed order and nothing depends on the instruction set or the threads: the same bits on every
+/// machine. A weight below exp(-87.3) of the largest is 0. `scratch` should hold reserve(vocab): it is made to if it
+/// does not, and the process ends if there is no memory.
 LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, float highest, const Law& law,
                     LawScratch& scratch, float* p, RowLaw* row) noexcept;
+
+/// Where a team meets over a row: each thread's maximum and the masses of the blocks.
+struct SharedRow {
+  std::vector<float> highest;
+  double mass[Blocks::kMost];
+};
+
+/// brief_law of a plain law, worked out by a team: every thread calls it and gets the same row. `ahead`, if not null,
+/// is a row of logits to fetch into the cache on the way. shared.highest has an element for every thread; the next row
+/// needs another SharedRow, the one after it may use this one again.
+LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
+                    const Law& law, const float* ahead, SharedRow& shared, RowLaw* row) noexcept;
 
 /// Writes the probabilities of one row of logits: brief_law in full. logits, p: (vocab,) float32, not overlapping. If
 /// the status is not ok, p is all zeros.

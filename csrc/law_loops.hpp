@@ -5,10 +5,11 @@
 
 namespace specfast {
 
-/// Float64 sums a row is added up in: element i of a block goes to sum i % kSumLanes, whatever the vector width.
-inline constexpr int kSumLanes = 16;
+/// Ids that are summed together, and the float64 sums they are added up in, whatever the vector width: element i goes
+/// to sum i % kSumLanes, and then the upper half of the sums is added to the lower half until one is left.
+inline constexpr int kChunk = 256, kSumLanes = 16;
 
-/// Loops over n floats. All give the same bits in every table: no fused multiply-adds, sums in kSumLanes lanes.
+/// Loops over n floats. All give the same bits in every table: no fused multiply-adds, sums in a fixed order.
 struct LawLoops {
   /// The largest of n floats: -infinity of none, NaN if one is NaN.
   float (*highest)(const float* x, int n);
@@ -16,10 +17,10 @@ struct LawLoops {
   void (*weigh)(const float* x, int n, float highest, float temperature, float* w);
   /// p[i] = w[i] * scale, rounded once; p may be w.
   void (*normalise)(const float* w, int n, double scale, float* p);
-  /// lane[i % kSumLanes] += p[i].
-  void (*add_mass)(const float* p, int n, double* lane);
-  /// lane[i % kSumLanes] += p[i] - min(q[i], kept p[i]); a NaN q stays NaN.
-  void (*add_residual)(const float* p, const float* q, double kept, int n, double* lane);
+  /// sum(p[i]); n <= kChunk.
+  double (*mass)(const float* p, int n);
+  /// sum(p[i] - min(q[i], kept p[i])); n <= kChunk. A NaN q stays NaN.
+  double (*residual_mass)(const float* p, const float* q, double kept, int n);
   /// Writes the i with x[i] >= least, ascending, and returns how many; ids has room for n + 16.
   int (*at_least)(const float* x, int n, float least, int32_t* ids);
 };

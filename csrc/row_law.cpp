@@ -1,10 +1,10 @@
 // Masses and draws in float64, in an order that neither the instruction set, nor the threads, nor a list changes.
 #include "row_law.hpp"
 
+#include <algorithm>
+
 namespace specfast {
 namespace {
-
-constexpr int32_t kChunk = 256;  // ids whose probabilities are computed together; a multiple of kSumLanes
 
 inline float rounded(float weight, double scale) noexcept {
   return static_cast<float>(static_cast<double>(weight) * scale);
@@ -16,67 +16,78 @@ inline double left_of(float p, double q, double kept) noexcept {
   return mass - (most < q ? most : q);
 }
 
+inline void fetch(const float* x, int32_t n) noexcept {
+  for (int32_t i = 0; i < n; i += 16) __builtin_prefetch(x + i, 0, 2);
+}
+
 /// The probabilities of ids [first, first + n), n <= kChunk, of a law without a list; in `buffer` unless they exist.
 const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
   const float* weights = buffer;
-  if (row.weights)
+  if (row.weights) {
     weights = row.weights + first;
-  else
+  } else {
+    if (row.ahead) fetch(row.ahead + first, n);
     loops.weigh(row.logits + first, n, row.highest, row.temperature, buffer);
+  }
   if (row.scale == 1.0) return weights;
   loops.normalise(weights, n, row.scale, buffer);
   return buffer;
 }
 
-double sum_of(const double* lane) noexcept {
-  double sum[kSumLanes];
-  std::copy(lane, lane + kSumLanes, sum);
-  for (int32_t n = kSumLanes / 2; n > 0; n /= 2) {
-    for (int32_t j = 0; j < n; j++) sum[j] += sum[j + n];
-  }
-  return sum[0];
-}
+/// What LawLoops::mass sums in lanes: one chunk's, added element by element.
+struct Lanes {
+  double sum[kSumLanes] = {};
 
-/// Calls f(index, id) for the ids in [first, last) that a list holds.
-template <class F>
-void for_listed(const RowLaw& row, int32_t first, int32_t last, const F& f) noexcept {
-  const int32_t* end = row.ids + row.count;
-  for (const int32_t* id = std::lower_bound(row.ids, end, first); id < end && *id < last; id++)
-    f(static_cast<int32_t>(id - row.ids), *id);
-}
+  void add(int32_t i, double mass) noexcept { sum[i % kSumLanes] += mass; }
+  double total() noexcept {
+    for (int32_t n = kSumLanes / 2; n > 0; n /= 2) {
+      for (int32_t j = 0; j < n; j++) sum[j] += sum[j + n];
+    }
+    return sum[0];
+  }
+};
 
 /// Calls f(first, n, p) for the chunks of [first, last) of a law without a list.
 template <class F>
 void for_chunks(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t last, const F& f) noexcept {
   float buffer[kChunk];
-  for (int32_t i = first; i < std::min(last, row.count); i += kChunk) {
-    const int32_t n = std::min(kChunk, std::min(last, row.count) - i);
+  last = std::min(last, row.count);
+  for (int32_t i = first; i < last; i += kChunk) {
+    const int32_t n = std::min(kChunk, last - i);
     f(i, n, chunk_of(loops, row, i, n, buffer));
   }
 }
 
 double block_mass(const LawLoops& loops, const RowLaw& row, const Drafted& drafted, int32_t first,
                   int32_t last) noexcept {
-  double lane[kSumLanes] = {};
-  if (row.ids) {
-    for_listed(row, first, last, [&](int32_t c, int32_t id) {
-      lane[(id - first) % kSumLanes] += left_of(rounded(row.weights[c], row.scale), drafted(id), drafted.kept);
-    });
-    return sum_of(lane);
-  }
+  double total = 0;
   for_chunks(loops, row, first, last, [&](int32_t i, int32_t n, const float* p) {
     const bool touched = drafted.q ? i < drafted.Vq : i <= drafted.token && drafted.token < i + n;
     if (!touched) {
-      loops.add_mass(p, n, lane);
+      total += loops.mass(p, n);
     } else if (drafted.q && n <= drafted.Vq - i) {
-      loops.add_residual(p, drafted.q + i, drafted.kept, n, lane);
+      total += loops.residual_mass(p, drafted.q + i, drafted.kept, n);
     } else {
       float q[kChunk];
       for (int32_t j = 0; j < n; j++) q[j] = static_cast<float>(drafted(i + j));
-      loops.add_residual(p, q, drafted.kept, n, lane);
+      total += loops.residual_mass(p, q, drafted.kept, n);
     }
   });
-  return sum_of(lane);
+  return total;
+}
+
+/// block_masses of a list: chunk by chunk in the order of a law without one, whose other ids add zeros.
+void list_masses(const RowLaw& row, const Drafted& drafted, const Blocks& blocks, int32_t first, int32_t last,
+                 double* mass) noexcept {
+  const int32_t *end = row.ids + row.count, *id = std::lower_bound(row.ids, end, blocks.first(first));
+  std::fill(mass + first, mass + last, 0.0);
+  while (id < end && *id / blocks.size < last) {
+    const int32_t chunk = *id / kChunk, block = *id / blocks.size;
+    Lanes lanes;
+    for (; id < end && *id / kChunk == chunk; id++)
+      lanes.add(*id, left_of(rounded(row.weights[id - row.ids], row.scale), drafted(*id), drafted.kept));
+    mass[block] += lanes.total();
+  }
 }
 
 }  // namespace
@@ -92,6 +103,7 @@ float RowLaw::probability(const LawLoops& loops, int32_t id) const noexcept {
 
 void block_masses(const LawLoops& loops, const RowLaw& row, const Drafted& drafted, const Blocks& blocks, int32_t first,
                   int32_t last, double* mass) noexcept {
+  if (row.ids) return list_masses(row, drafted, blocks, first, last, mass);
   for (int32_t b = first; b < last; b++)
     mass[b] = block_mass(loops, row, drafted, blocks.first(b), blocks.last(b));
 }
@@ -120,7 +132,8 @@ int32_t pick_token(const LawLoops& loops, const RowLaw& row, const Drafted& draf
   };
   const int32_t first = blocks.first(block), last = blocks.last(block);
   if (row.ids) {
-    for_listed(row, first, last, [&](int32_t c, int32_t id) { passes(id, rounded(row.weights[c], row.scale)); });
+    const int32_t* id = std::lower_bound(row.ids, row.ids + row.count, first);
+    for (; id < row.ids + row.count && *id < last; id++) passes(*id, rounded(row.weights[id - row.ids], row.scale));
   } else {
     for_chunks(loops, row, first, last, [&](int32_t i, int32_t n, const float* p) {
       for (int32_t j = 0; j < n; j++) passes(i + j, p[j]);

@@ -1,7 +1,6 @@
 // The law of one row as briefly as it can be stored, its mass by blocks, and draws from it.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "law_loops.hpp"
@@ -14,8 +13,9 @@ struct RowLaw {
   const int32_t* ids = nullptr;    // ascending; null for every id below count
   const float* weights = nullptr;  // (count,); null where they are computed from the logits each time
   double scale = 1.0;
-  const float* logits = nullptr;  // these three where weights is null
+  const float* logits = nullptr;  // these where weights is null
   float highest = 0, temperature = 1;
+  const float* ahead = nullptr;  // logits to fetch into the cache as the weights are computed, or null
 
   /// The probability of any id.
   float probability(const LawLoops& loops, int32_t id) const noexcept;
@@ -42,7 +42,7 @@ struct Blocks {
 
   explicit Blocks(int32_t vocab) noexcept
       : V(vocab),
-        size(std::max(256, (vocab / kMost + kSumLanes) / kSumLanes * kSumLanes)),
+        size((vocab / kMost / kChunk + 1) * kChunk),
         count(vocab / size + (vocab % size != 0)) {}
   int32_t first(int32_t block) const noexcept { return block * size; }
   int32_t last(int32_t block) const noexcept { return V - first(block) < size ? V : first(block) + size; }

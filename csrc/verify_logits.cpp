@@ -11,20 +11,22 @@ namespace specfast {
 Verdict verify_logits(const LawLoops& loops, bool alone, const float* logits, int32_t V, const RowMax* best,
                       const Law& law, const float* q, int32_t Vq, const int32_t* tokens, int32_t gamma, const double* u,
                       double lenience, VerifyScratch& scratch) {
-  const size_t count = static_cast<size_t>(gamma) + 1;
+  const size_t count = static_cast<size_t>(gamma) + 1, vocab = static_cast<size_t>(V);
   scratch.rows.resize(std::max(scratch.rows.size(), count));
   std::vector<LawStatus> status(count);
+  const bool plain = law.plain(V);
   const auto prepare = [&](int threads) {
-    scratch.threads.resize(std::max(scratch.threads.size(), static_cast<size_t>(threads)));
-    for (LawScratch& thread : scratch.threads) thread.reserve(V);
+    const size_t size = static_cast<size_t>(threads);
+    for (SharedRow& shared : scratch.shared) shared.highest.resize(size);
+    scratch.threads.resize(std::max(scratch.threads.size(), size));
+    for (size_t i = 0; !plain && i < size; i++) scratch.threads[i].reserve(V);
   };
-  /// Whether row m lets the next one decide.
-  const auto passes = [&](int32_t m, LawScratch& own) {
-    const size_t i = static_cast<size_t>(m);
-    const float highest = best ? best[i].value : std::numeric_limits<float>::quiet_NaN();
-    RowLaw& row = scratch.rows[i];
-    status[i] = brief_law(loops, logits + i * static_cast<size_t>(V), V, highest, law, own, nullptr, &row);
-    return status[i] == LawStatus::ok && m < gamma && keeps(loops, row, q, Vq, tokens[i], m, u[i], lenience);
+  const auto highest_of = [&](int32_t m) {
+    return best ? best[m].value : std::numeric_limits<float>::quiet_NaN();
+  };
+  /// Whether the rule goes on to the row after m.
+  const auto goes_on = [&](int32_t m, LawStatus found, const RowLaw& row) {
+    return found == LawStatus::ok && m < gamma && keeps(loops, row, q, Vq, tokens[m], m, u[m], lenience);
   };
 
   const Blocks blocks(V);
@@ -32,12 +34,31 @@ Verdict verify_logits(const LawLoops& loops, bool alone, const float* logits, in
   std::atomic<int32_t> decisive{gamma};
   Verdict verdict;
   ThreadPool::instance().run(alone, prepare, [&](const Team& team) {
-    // A thread that has found a decisive row leaves its buffers, which that row's law may view, as they are.
-    for (int32_t m = team.id; m <= decisive; m += team.size) {
-      if (passes(m, scratch.threads[static_cast<size_t>(team.id)])) continue;
-      for (int32_t first = decisive; m < first && !decisive.compare_exchange_weak(first, m);) {
+    if (plain) {
+      for (int32_t m = 0;; m++) {
+        const float* x = logits + static_cast<size_t>(m) * vocab;
+        RowLaw row;
+        const LawStatus found = plain_law(loops, team, x, V, highest_of(m), law, m < gamma ? x + V : nullptr,
+                                          scratch.shared[m % 2], &row);
+        if (goes_on(m, found, row)) continue;
+        if (team.id == 0) {
+          scratch.rows[static_cast<size_t>(m)] = row;
+          status[static_cast<size_t>(m)] = found;
+          decisive = m;
+        }
+        break;
       }
-      break;
+    } else {
+      // A thread that has found a decisive row leaves its buffers, which that row's law views, as they are.
+      for (int32_t m = team.id; m <= decisive; m += team.size) {
+        const size_t i = static_cast<size_t>(m);
+        status[i] = brief_law(loops, logits + i * vocab, V, highest_of(m), law,
+                              scratch.threads[static_cast<size_t>(team.id)], nullptr, &scratch.rows[i]);
+        if (goes_on(m, status[i], scratch.rows[i])) continue;
+        for (int32_t first = decisive; m < first && !decisive.compare_exchange_weak(first, m);) {
+        }
+        break;
+      }
     }
     team.barrier();
     const int32_t tau = decisive;

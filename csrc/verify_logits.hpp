@@ -13,10 +13,11 @@ namespace specfast {
 struct VerifyScratch {
   std::vector<LawScratch> threads;
   std::vector<RowLaw> rows;
+  SharedRow shared[2];
 };
 
-/// The verdict of verify_tokens on the laws of `logits` (gamma + 1, V) float32, the same to the bit. Threads take the
-/// rows in turn and stop at the first whose token is rejected; rows after it need not be finite.
+/// The verdict of verify_tokens on the laws of `logits` (gamma + 1, V) float32, the same to the bit. Threads share
+/// every row of a plain law, and else take the rows in turn; rows after the first rejected token need not be finite.
 ///
 /// `best` (gamma + 1,), if not null, holds the maximum of each row below the limit, so that rows are read once; q is
 /// not read where a list that top-k keeps has no mass. The other arguments are those of verify_tokens. `alone` keeps to

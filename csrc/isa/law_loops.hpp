@@ -67,25 +67,26 @@ void normalise(const float* w, int n, double scale, float* p) {
   for (int i = 0; i < n; i++) p[i] = static_cast<float>(static_cast<double>(w[i]) * scale);
 }
 
-/// Adds f(i) for i in [0, n) to the lanes.
+/// sum(f(i)) for i in [0, n).
 template <class F>
-inline void add_in_lanes(int n, double* lane, const F& f) {
-  double sum[kSumLanes];
-  for (int j = 0; j < kSumLanes; j++) sum[j] = lane[j];
+inline double sum_in_lanes(int n, const F& f) {
+  double sum[kSumLanes] = {};
   int i = 0;
   for (; i + kSumLanes <= n; i += kSumLanes) {
     for (int j = 0; j < kSumLanes; j++) sum[j] += f(i + j);
   }
-  for (int j = 0; j < kSumLanes; j++) lane[j] = sum[j];
-  for (int j = 0; i + j < n; j++) lane[j] += f(i + j);
+  for (int j = 0; i + j < n; j++) sum[j] += f(i + j);
+  for (int j = 0; j < 8; j++) sum[j] += sum[j + 8];
+  for (int j = 0; j < 4; j++) sum[j] += sum[j + 4];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-void add_mass(const float* p, int n, double* lane) {
-  add_in_lanes(n, lane, [p](int i) { return static_cast<double>(p[i]); });
+double mass(const float* p, int n) {
+  return sum_in_lanes(n, [p](int i) { return static_cast<double>(p[i]); });
 }
 
-void add_residual(const float* p, const float* q, double kept, int n, double* lane) {
-  add_in_lanes(n, lane, [p, q, kept](int i) {
+double residual_mass(const float* p, const float* q, double kept, int n) {
+  return sum_in_lanes(n, [p, q, kept](int i) {
     const double mass = static_cast<double>(p[i]), most = kept * mass, drafted = static_cast<double>(q[i]);
     return mass - (most < drafted ? most : drafted);
   });
@@ -107,6 +108,6 @@ int at_least(const float* x, int n, float least, int32_t* ids) {
   return count;
 }
 
-constexpr LawLoops kLawLoops{highest, weigh, normalise, add_mass, add_residual, at_least};
+constexpr LawLoops kLawLoops{highest, weigh, normalise, mass, residual_mass, at_least};
 
 }  // namespace
