@@ -216,8 +216,7 @@ LawStatus law_row(const LawLoops& loops, const float* logits, int32_t vocab, flo
 void require_ok(LawStatus status, int32_t row) {
   const std::string number = std::to_string(row);
   if (status == LawStatus::not_finite) throw NumericalError("logits of row " + number + " hold NaN or +infinity");
-  if (status == LawStatus::empty)
-    throw NumericalError("row " + number + " allows no token: every logit is -infinity");
+  if (status == LawStatus::empty) throw NumericalError("row " + number + " allows no token: every logit is -infinity");
 }
 
 int32_t argmax_row(const LawLoops& loops, const float* logits, int32_t n) noexcept {

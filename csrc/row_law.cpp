@@ -104,8 +104,7 @@ float RowLaw::probability(const LawLoops& loops, int32_t id) const noexcept {
 void block_masses(const LawLoops& loops, const RowLaw& row, const Drafted& drafted, const Blocks& blocks, int32_t first,
                   int32_t last, double* mass) noexcept {
   if (row.ids) return list_masses(row, drafted, blocks, first, last, mass);
-  for (int32_t b = first; b < last; b++)
-    mass[b] = block_mass(loops, row, drafted, blocks.first(b), blocks.last(b));
+  for (int32_t b = first; b < last; b++) mass[b] = block_mass(loops, row, drafted, blocks.first(b), blocks.last(b));
 }
 
 int32_t pick_token(const LawLoops& loops, const RowLaw& row, const Drafted& drafted, const Blocks& blocks,

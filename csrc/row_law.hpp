@@ -41,9 +41,7 @@ struct Blocks {
   int32_t V, size, count;
 
   explicit Blocks(int32_t vocab) noexcept
-      : V(vocab),
-        size((vocab / kMost / kChunk + 1) * kChunk),
-        count(vocab / size + (vocab % size != 0)) {}
+      : V(vocab), size((vocab / kMost / kChunk + 1) * kChunk), count(vocab / size + (vocab % size != 0)) {}
   int32_t first(int32_t block) const noexcept { return block * size; }
   int32_t last(int32_t block) const noexcept { return V - first(block) < size ? V : first(block) + size; }
 };

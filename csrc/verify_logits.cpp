@@ -21,9 +21,7 @@ Verdict verify_logits(const LawLoops& loops, bool alone, const float* logits, in
     scratch.threads.resize(std::max(scratch.threads.size(), size));
     for (size_t i = 0; !plain && i < size; i++) scratch.threads[i].reserve(V);
   };
-  const auto highest_of = [&](int32_t m) {
-    return best ? best[m].value : std::numeric_limits<float>::quiet_NaN();
-  };
+  const auto highest_of = [&](int32_t m) { return best ? best[m].value : std::numeric_limits<float>::quiet_NaN(); };
   /// Whether the rule goes on to the row after m.
   const auto goes_on = [&](int32_t m, LawStatus found, const RowLaw& row) {
     return found == LawStatus::ok && m < gamma && keeps(loops, row, q, Vq, tokens[m], m, u[m], lenience);
@@ -38,8 +36,8 @@ Verdict verify_logits(const LawLoops& loops, bool alone, const float* logits, in
       for (int32_t m = 0;; m++) {
         const float* x = logits + static_cast<size_t>(m) * vocab;
         RowLaw row;
-        const LawStatus found = plain_law(loops, team, x, V, highest_of(m), law, m < gamma ? x + V : nullptr,
-                                          scratch.shared[m % 2], &row);
+        const LawStatus found =
+            plain_law(loops, team, x, V, highest_of(m), law, m < gamma ? x + V : nullptr, scratch.shared[m % 2], &row);
         if (goes_on(m, found, row)) continue;
         if (team.id == 0) {
           scratch.rows[static_cast<size_t>(m)] = row;

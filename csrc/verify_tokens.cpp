@@ -6,9 +6,7 @@ namespace specfast {
 bool keeps(const LawLoops& loops, const RowLaw& row, const float* q, int32_t Vq, int32_t x, int32_t i, double u,
            double lenience) noexcept {
   const double px = static_cast<double>(row.probability(loops, x));
-  const double qx = !q                 ? 1.0
-                    : x >= 0 && x < Vq ? static_cast<double>(q[static_cast<int64_t>(i) * Vq + x])
-                                       : 0.0;
+  const double qx = !q ? 1.0 : x >= 0 && x < Vq ? static_cast<double>(q[static_cast<int64_t>(i) * Vq + x]) : 0.0;
   return u * qx < lenience * px;
 }
 

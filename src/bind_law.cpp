@@ -32,7 +32,7 @@ const T* elements_of(const AnyArray& array, size_t dimensions, const std::string
     throw ShapeError(name + " must be " + type + "; convert it with " + name + ".astype(numpy." + type + ")");
   int64_t stride = 1;
   for (size_t axis = dimensions; axis-- > 0;) {
-    if (array.shape(axis) > 1 && array.stride(axis) != stride)
+    if (array.size() > 0 && array.shape(axis) > 1 && array.stride(axis) != stride)
       throw ShapeError(name + " must be C-contiguous; pass numpy.ascontiguousarray(" + name + ")");
     stride *= static_cast<int64_t>(array.shape(axis));
   }
@@ -110,8 +110,8 @@ std::pair<int32_t, int32_t> bound_verify_logits(const AnyArray& logits, const st
   const LawLoops& loops = kernels_named(isa).law;
   nb::gil_scoped_release release;
   thread_local VerifyScratch scratch;
-  const Verdict verdict = verify_logits(loops, false, a.rows, a.V, nullptr, law, a.q, a.Vq, a.tokens, a.gamma, a.u,
-                                        lenience, scratch);
+  const Verdict verdict =
+      verify_logits(loops, false, a.rows, a.V, nullptr, law, a.q, a.Vq, a.tokens, a.gamma, a.u, lenience, scratch);
   return {verdict.tau, verdict.next_token};
 }
 
@@ -178,12 +178,14 @@ void bind_law(nb::module_& m) {
         "p: (gamma + 1, V) float32; q: (gamma, Vq) float32, or None for a drafter that was certain; u: (gamma + 1,)\n"
         "float64 in [0, 1), the last for the residual or bonus. Leviathan et al. 2022, Alg. 1, arXiv:2211.17192.\n"
         "Raises ShapeError, or NumericalError where p has no mass.");
-  m.def("verify_logits", &bound_verify_logits, nb::arg("logits"), nb::arg("q").none(), nb::arg("tokens"), nb::arg("u"),
-        nb::arg("law"), nb::arg("lenience") = 1.0, nb::arg("isa") = nb::none(),
-        "verify_tokens on the laws of logits (gamma + 1, V) float32, the same to the bit, without writing the laws.\n\n"
-        "Rows after the one whose token is rejected are not looked at, nor is q where the law keeps a list of ids (top_k,\n"
-        "or temperature 0) that does not hold them. Raises ShapeError, or NumericalError like law_rows for a row up to\n"
-        "the one that decides.");
+  m.def(
+      "verify_logits", &bound_verify_logits, nb::arg("logits"), nb::arg("q").none(), nb::arg("tokens"), nb::arg("u"),
+      nb::arg("law"), nb::arg("lenience") = 1.0, nb::arg("isa") = nb::none(),
+      "verify_tokens on the laws of logits (gamma + 1, V) float32, the same to the bit, without writing the laws.\n\n"
+      "Rows after the one whose token is rejected are not looked at, nor is q where the law keeps a list of ids "
+      "(top_k,\n"
+      "or temperature 0) that does not hold them. Raises ShapeError, or NumericalError like law_rows for a row up to\n"
+      "the one that decides.");
   m.def("sample_token", &bound_sample_token, nb::arg("p"), nb::arg("u"), nb::arg("isa") = nb::none(),
         "Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.");
   m.def(
