@@ -138,7 +138,7 @@ def test_every_outcome_occurs():
 
 
 WRONG = {
-    "the next float of p": lambda c: Case(
+    "another temperature": lambda c: Case(
         c.logits, c.q, c.tokens, c.u, c.lenience, c.options | {"temperature": 1 + 2.0**-20}
     ),
     "one candidate fewer": lambda c: Case(
@@ -165,8 +165,8 @@ def test_the_comparison_notices_what_is_wrong(wrong):
 def test_laws_have_the_same_bits_on_every_isa(isa, options):
     rng = np.random.default_rng(3)
     for V in (1, 15, 17, 255, 257, 1000, 128_256):
-        for spread in SPREADS:
-            logits = np.float32(SPREADS[spread](rng, (2, V)))
+        for spread in SPREADS.values():
+            logits = np.float32(spread(rng, (2, V)))
             logits[:, 0] = 0.5
             law = _core.Law(**options)
             p = _core.law_rows(logits, law, isa)

@@ -1,4 +1,4 @@
-// The loops of LawLoops, plain enough for a compiler to vectorise at any width.
+// The loops of LawLoops, plain enough for a compiler to vectorise at any width, but for one it cannot.
 #pragma once
 
 #include "../law_loops.hpp"
@@ -92,6 +92,21 @@ double residual_mass(const float* p, const float* q, double kept, int n) {
   });
 }
 
+#if defined(__AVX512F__)
+int at_least(const float* x, int n, float least, int32_t* ids) {
+  const __m512 bound = _mm512_set1_ps(least);
+  const __m512i sixteen = _mm512_set1_epi32(16);
+  __m512i id = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int count = 0;
+  for (int i = 0; i < n; i += 16, id = _mm512_add_epi32(id, sixteen)) {
+    const __mmask16 inside = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+    const __mmask16 kept = _mm512_mask_cmp_ps_mask(inside, _mm512_maskz_loadu_ps(inside, x + i), bound, _CMP_GE_OQ);
+    _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(kept, id));
+    count += __builtin_popcount(kept);
+  }
+  return count;
+}
+#else
 int at_least(const float* x, int n, float least, int32_t* ids) {
   constexpr int kBlock = 64;
   int count = 0;
@@ -107,6 +122,7 @@ int at_least(const float* x, int n, float least, int32_t* ids) {
   }
   return count;
 }
+#endif
 
 constexpr LawLoops kLawLoops{highest, weigh, normalise, mass, residual_mass, at_least};
 
