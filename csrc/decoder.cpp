@@ -87,12 +87,17 @@ void Sequence::require_finite(int32_t rows) const {
   }
 }
 
-/// Writes the law of the last logits to q (vocab,) and draws from it.
 int32_t Sequence::draw(const Law& law, double u, float* q) {
-  const LawLoops& loops = model_->kernels->law;
-  work_.verify.threads.resize(std::max<size_t>(work_.verify.threads.size(), 1));
-  law_row(loops, work_.logits.data(), model_->vocab, best_[0].value, law, q, work_.verify.threads[0]);
-  return sample_token(loops, q, model_->vocab, u);
+  ThreadPool& pool = ThreadPool::instance();
+  VerifyScratch& scratch = work_.verify;
+  const auto prepare = [&](int threads) { scratch.reserve(threads, model_->vocab, law); };
+  int32_t token = -1;
+  pool.run(small_ && !pool.size_was_set(), prepare, [&](const Team& team) {
+    const int32_t drawn = draw_row(model_->kernels->law, team, work_.logits.data(), model_->vocab, best_[0].value, law,
+                                   u, q, scratch.threads[static_cast<size_t>(team.id)], scratch.shared);
+    if (team.id == 0) token = drawn;
+  });
+  return token;
 }
 
 void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed,

@@ -44,6 +44,7 @@ class Sequence {
 
  private:
   void tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best);
+  /// Writes the law of the last logits to q (vocab,) and draws from it.
   int32_t draw(const Law& law, double u, float* q);
   void require_finite(int32_t rows) const;
 

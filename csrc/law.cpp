@@ -147,7 +147,7 @@ void apply_min_p(float* weights, int32_t count, float min_p) noexcept {  // the 
 }  // namespace
 
 LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
-                    const Law& law, const float* ahead, SharedRow& shared, RowLaw* row) noexcept {
+                    const Law& law, float* p, const float* ahead, SharedRow& shared, RowLaw* row) noexcept {
   const int32_t n = law.limit(vocab);
   const Blocks blocks(n);
   int first, last;
@@ -158,13 +158,14 @@ LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits
     team.barrier();
     highest = loops.highest(shared.highest.data(), team.size);
   }
-  *row = {n, nullptr, nullptr, 1.0, logits, highest, law.temperature, ahead};
+  *row = {n, nullptr, nullptr, 1.0, logits, highest, law.temperature, ahead, p};
   const LawStatus status = status_of(highest);
   if (status != LawStatus::ok) return status;
   block_masses(loops, *row, Drafted{}, blocks, first, last, shared.mass);
   team.barrier();
   row->scale = 1.0 / total_of(blocks, shared.mass);
   row->ahead = nullptr;
+  row->weights = p;
   return status;
 }
 
@@ -178,7 +179,7 @@ LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, f
   const bool list = law.greedy() || (law.top_k > 0 && law.top_k < n);
   if (list || !p) scratch.reserve(vocab);
   float* weights = list || !p ? scratch.values.data() : p;
-  *row = {n, nullptr, weights, 1.0, nullptr, 0.0f, 1.0f, nullptr};
+  *row = RowLaw{.count = n, .weights = weights};
   if (list) {
     int32_t* ids = scratch.ids.data();
     row->ids = ids;
@@ -211,6 +212,29 @@ LawStatus law_row(const LawLoops& loops, const float* logits, int32_t vocab, flo
     for (int32_t c = 0; c < row.count; c++) p[row.ids[c]] = row.weights[c];
   }
   return status;
+}
+
+int32_t draw_row(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
+                 const Law& law, double u, float* p, LawScratch& scratch, SharedRow* shared) noexcept {
+  const Blocks blocks(vocab);
+  int first, last;
+  team.part(blocks.count, 1, &first, &last);
+  if (law.plain(vocab)) {
+    RowLaw row;
+    if (plain_law(loops, team, logits, vocab, highest, law, p, nullptr, shared[0], &row) != LawStatus::ok) return -1;
+    for (int32_t b = first; b < last; b++) {
+      const int32_t begin = blocks.first(b), middle = std::clamp(row.count, begin, blocks.last(b));
+      loops.normalise(p + begin, middle - begin, row.scale, p + begin);
+      std::fill(p + middle, p + blocks.last(b), 0.0f);
+    }
+  } else {
+    if (team.id == 0) law_row(loops, logits, vocab, highest, law, p, scratch);
+    team.barrier();
+  }
+  const RowLaw full{.count = vocab, .weights = p};
+  block_masses(loops, full, Drafted{}, blocks, first, last, shared[1].mass);
+  team.barrier();
+  return team.id == 0 ? pick_token(loops, full, Drafted{}, blocks, shared[1].mass, u) : -1;
 }
 
 void require_ok(LawStatus status, int32_t row) {

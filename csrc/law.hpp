@@ -66,11 +66,17 @@ struct SharedRow {
   double mass[Blocks::kMost];
 };
 
-/// brief_law of a plain law, worked out by a team: every thread calls it and gets the same row. `ahead`, if not null,
-/// is a row of logits to fetch into the cache on the way. shared.highest has an element for every thread; the next row
-/// needs another SharedRow, the one after it may use this one again.
+/// brief_law of a plain law, worked out by a team: every thread calls it and gets the same row. The weights go to `p`
+/// (vocab,) float32, or nowhere if it is null. `ahead`, if not null, is a row of logits to fetch into the cache on the
+/// way. shared.highest has an element for every thread; the next call needs another SharedRow, the one after it may use
+/// this one again.
 LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
-                    const Law& law, const float* ahead, SharedRow& shared, RowLaw* row) noexcept;
+                    const Law& law, float* p, const float* ahead, SharedRow& shared, RowLaw* row) noexcept;
+
+/// law_row and sample_token in one, by a team: every thread calls it, thread 0 gets the token. `shared` are two as
+/// plain_law wants them.
+int32_t draw_row(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
+                 const Law& law, double u, float* p, LawScratch& scratch, SharedRow* shared) noexcept;
 
 /// Writes the probabilities of one row of logits: brief_law in full. logits, p: (vocab,) float32, not overlapping. If
 /// the status is not ok, p is all zeros.

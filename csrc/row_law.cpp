@@ -22,12 +22,12 @@ inline void fetch(const float* x, int32_t n) noexcept {
 
 /// The probabilities of ids [first, first + n), n <= kChunk, of a law without a list; in `buffer` unless they exist.
 const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
-  const float* weights = buffer;
-  if (row.weights) {
-    weights = row.weights + first;
-  } else {
+  const float* weights = row.weights ? row.weights + first : nullptr;
+  if (!weights) {
+    float* out = row.store ? row.store + first : buffer;
     if (row.ahead) fetch(row.ahead + first, n);
-    loops.weigh(row.logits + first, n, row.highest, row.temperature, buffer);
+    loops.weigh(row.logits + first, n, row.highest, row.temperature, out);
+    weights = out;
   }
   if (row.scale == 1.0) return weights;
   loops.normalise(weights, n, row.scale, buffer);

@@ -14,13 +14,7 @@ Verdict verify_logits(const LawLoops& loops, bool alone, const float* logits, in
   const size_t count = static_cast<size_t>(gamma) + 1, vocab = static_cast<size_t>(V);
   scratch.rows.resize(std::max(scratch.rows.size(), count));
   std::vector<LawStatus> status(count);
-  const bool plain = law.plain(V);
-  const auto prepare = [&](int threads) {
-    const size_t size = static_cast<size_t>(threads);
-    for (SharedRow& shared : scratch.shared) shared.highest.resize(size);
-    scratch.threads.resize(std::max(scratch.threads.size(), size));
-    for (size_t i = 0; !plain && i < size; i++) scratch.threads[i].reserve(V);
-  };
+  const auto prepare = [&](int threads) { scratch.reserve(threads, V, law); };
   const auto highest_of = [&](int32_t m) { return best ? best[m].value : std::numeric_limits<float>::quiet_NaN(); };
   /// Whether the rule goes on to the row after m.
   const auto goes_on = [&](int32_t m, LawStatus found, const RowLaw& row) {
@@ -32,12 +26,12 @@ Verdict verify_logits(const LawLoops& loops, bool alone, const float* logits, in
   std::atomic<int32_t> decisive{gamma};
   Verdict verdict;
   ThreadPool::instance().run(alone, prepare, [&](const Team& team) {
-    if (plain) {
+    if (law.plain(V)) {
       for (int32_t m = 0;; m++) {
         const float* x = logits + static_cast<size_t>(m) * vocab;
         RowLaw row;
-        const LawStatus found =
-            plain_law(loops, team, x, V, highest_of(m), law, m < gamma ? x + V : nullptr, scratch.shared[m % 2], &row);
+        const LawStatus found = plain_law(loops, team, x, V, highest_of(m), law, nullptr, m < gamma ? x + V : nullptr,
+                                          scratch.shared[m % 2], &row);
         if (goes_on(m, found, row)) continue;
         if (team.id == 0) {
           scratch.rows[static_cast<size_t>(m)] = row;

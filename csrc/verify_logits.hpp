@@ -1,6 +1,7 @@
 // The token rule from the target's logits: no law is written in full.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "law.hpp"
@@ -14,6 +15,14 @@ struct VerifyScratch {
   std::vector<LawScratch> threads;
   std::vector<RowLaw> rows;
   SharedRow shared[2];
+
+  /// Makes room for a number of threads and laws over `vocab` ids.
+  void reserve(int count, int32_t vocab, const Law& law) {
+    const size_t size = static_cast<size_t>(count);
+    for (SharedRow& row : shared) row.highest.resize(size);
+    threads.resize(std::max(threads.size(), size));
+    for (size_t i = 0; !law.plain(vocab) && i < size; i++) threads[i].reserve(vocab);
+  }
 };
 
 /// The verdict of verify_tokens on the laws of `logits` (gamma + 1, V) float32, the same to the bit. Threads share

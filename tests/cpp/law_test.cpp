@@ -71,6 +71,19 @@ void check_law(uint64_t round, int32_t V, LawScratch& scratch) {
   expect(law_row(loops, x.data(), V, kUnknown, law, p.data(), scratch) == LawStatus::ok, "status", round);
   hash(p.data(), p.size() * sizeof(float));
 
+  static VerifyScratch team_scratch;
+  std::vector<float> shared_p(x.size(), -1.0f);
+  const double u = draw(round, 19);
+  int32_t token = -1;
+  const auto prepare = [&](int threads) { team_scratch.reserve(threads, V, law); };
+  ThreadPool::instance().run(round % 3 == 0, prepare, [&](const Team& team) {
+    const int32_t drawn = draw_row(loops, team, x.data(), V, kUnknown, law, u, shared_p.data(),
+                                   team_scratch.threads[size_t(team.id)], team_scratch.shared);
+    if (team.id == 0) token = drawn;
+  });
+  expect(std::equal(p.begin(), p.end(), shared_p.begin()), "a team writes the same law", round);
+  expect(token == sample_token(loops, p.data(), V, u), "a team draws the same token", round);
+
   const int32_t n = law.limit(V);
   std::vector<int32_t> rank(static_cast<size_t>(n));
   std::iota(rank.begin(), rank.end(), 0);
@@ -192,6 +205,7 @@ void check_edges() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  ThreadPool::instance().set_size(3);
   const uint64_t rounds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 300;
   check_edges();
   LawScratch scratch;
