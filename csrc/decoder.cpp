@@ -92,7 +92,8 @@ int32_t Sequence::draw(const Law& law, double u, float* q) {
   VerifyScratch& scratch = work_.verify;
   const auto prepare = [&](int threads) { scratch.reserve(threads, model_->vocab, law); };
   int32_t token = -1;
-  pool.run(small_ && !pool.size_was_set(), prepare, [&](const Team& team) {
+  const bool alone = !law.plain(model_->vocab) || (small_ && !pool.size_was_set());
+  pool.run(alone, prepare, [&](const Team& team) {
     const int32_t drawn = draw_row(model_->kernels->law, team, work_.logits.data(), model_->vocab, best_[0].value, law,
                                    u, q, scratch.threads[static_cast<size_t>(team.id)], scratch.shared);
     if (team.id == 0) token = drawn;
