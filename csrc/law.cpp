@@ -158,7 +158,7 @@ LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits
     team.barrier();
     highest = loops.highest(shared.highest.data(), team.size);
   }
-  *row = {n, nullptr, nullptr, 1.0, logits, highest, law.temperature, ahead, p};
+  *row = {n, nullptr, nullptr, 1.0, logits, highest, law.inverse_temperature(), ahead, p};
   const LawStatus status = status_of(highest);
   if (status != LawStatus::ok) return status;
   block_masses(loops, *row, Drafted{}, blocks, first, last, shared.mass);
@@ -190,7 +190,7 @@ LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, f
       select_top_k(loops, logits, n, row->count, highest, scratch);
     for (int32_t c = 0; c < row->count; c++) weights[c] = logits[ids[c]];
   }
-  loops.weigh(list ? weights : logits, row->count, highest, law.greedy() ? 1.0f : law.temperature, weights);
+  loops.weigh(list ? weights : logits, row->count, highest, law.inverse_temperature(), weights);
   if (law.top_p < 1.0f) apply_top_p(loops, weights, row->count, law.top_p);
   if (law.min_p > 0.0f) apply_min_p(weights, row->count, law.min_p);
   row->scale = 1.0 / total_of(loops, weights, row->count);

@@ -1,8 +1,10 @@
 // From logits to the law that is sampled: temperature, then top-k, top-p and min-p; and a draw from it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "row_law.hpp"
@@ -19,6 +21,10 @@ struct Law {
   int32_t vocab_limit = 0;  // ids from here on get no mass (padded vocabulary rows); 0 cuts none
 
   bool greedy() const noexcept { return temperature == 0.0f; }
+  /// Finite whatever the temperature; 1 for a greedy law.
+  float inverse_temperature() const noexcept {
+    return greedy() ? 1.0f : std::min(1.0f / temperature, std::numeric_limits<float>::max());
+  }
   /// Whether all of `vocab` tokens keep their share.
   bool plain(int32_t vocab) const noexcept {
     return !greedy() && (top_k <= 0 || top_k >= limit(vocab)) && top_p >= 1.0f && min_p <= 0.0f;

@@ -13,8 +13,8 @@ inline constexpr int kChunk = 256, kSumLanes = 16;
 struct LawLoops {
   /// The largest of n floats: -infinity of none, NaN if one is NaN.
   float (*highest)(const float* x, int n);
-  /// w[i] = exp((x[i] - highest) / temperature) within 2 ulp for x[i] <= highest, 0 below exp(-87.3); w may be x.
-  void (*weigh)(const float* x, int n, float highest, float temperature, float* w);
+  /// w[i] = exp((x[i] - highest) inverse_temperature) within 2 ulp for x[i] <= highest, 0 below exp(-87.3); w may be x.
+  void (*weigh)(const float* x, int n, float highest, float inverse_temperature, float* w);
   /// p[i] = w[i] * scale, rounded once; p may be w.
   void (*normalise)(const float* w, int n, double scale, float* p);
   /// sum(p[i]); n <= kChunk.

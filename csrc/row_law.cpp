@@ -26,7 +26,7 @@ const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, i
   if (!weights) {
     float* out = row.store ? row.store + first : buffer;
     if (row.ahead) fetch(row.ahead + first, n);
-    loops.weigh(row.logits + first, n, row.highest, row.temperature, out);
+    loops.weigh(row.logits + first, n, row.highest, row.inverse_temperature, out);
     weights = out;
   }
   if (row.scale == 1.0) return weights;

@@ -14,7 +14,7 @@ struct RowLaw {
   const float* weights = nullptr;  // (count,); null where they are computed from the logits each time
   double scale = 1.0;
   const float* logits = nullptr;  // these where weights is null
-  float highest = 0, temperature = 1;
+  float highest = 0, inverse_temperature = 1;
   const float* ahead = nullptr;  // logits to fetch into the cache as the weights are computed, or null
   float* store = nullptr;        // (count,) where computed weights are kept, or null
 
