@@ -147,24 +147,28 @@ void apply_min_p(float* weights, int32_t count, float min_p) noexcept {  // the 
 }  // namespace
 
 LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
-                    const Law& law, float* p, const float* ahead, SharedRow& shared, RowLaw* row) noexcept {
-  const int32_t n = law.limit(vocab);
-  const Blocks blocks(n);
+                    const Law& law, float* p, SharedRow& shared, const float* ahead, SharedRow* next,
+                    RowLaw* row) noexcept {
+  const Blocks blocks(law.limit(vocab));
+  const auto highest_of = [&](const float* x, int32_t b) {
+    return loops.highest(x + blocks.first(b), blocks.last(b) - blocks.first(b));
+  };
   int first, last;
   team.part(blocks.count, 1, &first, &last);
   if (std::isnan(highest)) {
-    const int32_t begin = blocks.first(first), end = first < last ? blocks.last(last - 1) : begin;
-    shared.highest[static_cast<size_t>(team.id)] = loops.highest(logits + begin, end - begin);
+    for (int32_t b = first; b < last; b++) shared.highest[b] = highest_of(logits, b);
     team.barrier();
-    highest = loops.highest(shared.highest.data(), team.size);
+    highest = loops.highest(shared.highest, blocks.count);
   }
-  *row = {n, nullptr, nullptr, 1.0, logits, highest, law.inverse_temperature(), ahead, p};
   const LawStatus status = status_of(highest);
   if (status != LawStatus::ok) return status;
-  block_masses(loops, *row, Drafted{}, blocks, first, last, shared.mass);
+  *row = {blocks.V, nullptr, nullptr, 1.0, logits, highest, law.inverse_temperature(), p};
+  for (int32_t b = first; b < last; b++) {
+    if (ahead) next->highest[b] = highest_of(ahead, b);
+    block_masses(loops, *row, Drafted{}, blocks, b, b + 1, shared.mass);
+  }
   team.barrier();
   row->scale = 1.0 / total_of(blocks, shared.mass);
-  row->ahead = nullptr;
   row->weights = p;
   return status;
 }
@@ -221,7 +225,8 @@ int32_t draw_row(const LawLoops& loops, const Team& team, const float* logits, i
   team.part(blocks.count, 1, &first, &last);
   if (law.plain(vocab)) {
     RowLaw row;
-    if (plain_law(loops, team, logits, vocab, highest, law, p, nullptr, shared[0], &row) != LawStatus::ok) return -1;
+    if (plain_law(loops, team, logits, vocab, highest, law, p, shared[0], nullptr, nullptr, &row) != LawStatus::ok)
+      return -1;
     for (int32_t b = first; b < last; b++) {
       const int32_t begin = blocks.first(b), middle = std::clamp(row.count, begin, blocks.last(b));
       loops.normalise(p + begin, middle - begin, row.scale, p + begin);

@@ -66,18 +66,20 @@ struct LawScratch {
 LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, float highest, const Law& law,
                     LawScratch& scratch, float* p, RowLaw* row) noexcept;
 
-/// Where a team meets over a row: each thread's maximum and the masses of the blocks.
+/// Where a team meets over a row: the maximum and the mass of each block.
 struct SharedRow {
-  std::vector<float> highest;
+  float highest[Blocks::kMost];
   double mass[Blocks::kMost];
 };
 
 /// brief_law of a plain law, worked out by a team: every thread calls it and gets the same row. The weights go to `p`
-/// (vocab,) float32, or nowhere if it is null. `ahead`, if not null, is a row of logits to fetch into the cache on the
-/// way. shared.highest has an element for every thread; the next call needs another SharedRow, the one after it may use
-/// this one again.
+/// (vocab,) float32, or nowhere if it is null.
+///
+/// If `ahead`, the logits of the next row, is not null, its maxima go to next->highest on the way, so that memory is
+/// read while weights are computed. The call after the next may use `shared` again.
 LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
-                    const Law& law, float* p, const float* ahead, SharedRow& shared, RowLaw* row) noexcept;
+                    const Law& law, float* p, SharedRow& shared, const float* ahead, SharedRow* next,
+                    RowLaw* row) noexcept;
 
 /// law_row and sample_token in one, by a team: every thread calls it, thread 0 gets the token. `shared` are two as
 /// plain_law wants them.

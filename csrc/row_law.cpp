@@ -16,16 +16,11 @@ inline double left_of(float p, double q, double kept) noexcept {
   return mass - (most < q ? most : q);
 }
 
-inline void fetch(const float* x, int32_t n) noexcept {
-  for (int32_t i = 0; i < n; i += 16) __builtin_prefetch(x + i, 0, 2);
-}
-
 /// The probabilities of ids [first, first + n), n <= kChunk, of a law without a list; in `buffer` unless they exist.
 const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
   const float* weights = row.weights ? row.weights + first : nullptr;
   if (!weights) {
     float* out = row.store ? row.store + first : buffer;
-    if (row.ahead) fetch(row.ahead + first, n);
     loops.weigh(row.logits + first, n, row.highest, row.inverse_temperature, out);
     weights = out;
   }

@@ -15,8 +15,7 @@ struct RowLaw {
   double scale = 1.0;
   const float* logits = nullptr;  // these where weights is null
   float highest = 0, inverse_temperature = 1;
-  const float* ahead = nullptr;  // logits to fetch into the cache as the weights are computed, or null
-  float* store = nullptr;        // (count,) where computed weights are kept, or null
+  float* store = nullptr;  // (count,) where computed weights are kept, or null
 
   /// The probability of any id.
   float probability(const LawLoops& loops, int32_t id) const noexcept;

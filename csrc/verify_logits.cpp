@@ -27,11 +27,14 @@ Verdict verify_logits(const LawLoops& loops, bool alone, const float* logits, in
   Verdict verdict;
   ThreadPool::instance().run(alone, prepare, [&](const Team& team) {
     if (law.plain(V)) {
+      const int32_t parts = Blocks(law.limit(V)).count;
       for (int32_t m = 0;; m++) {
+        SharedRow &own = scratch.shared[m % 2], &next = scratch.shared[(m + 1) % 2];
         const float* x = logits + static_cast<size_t>(m) * vocab;
+        const float* ahead = best || m == gamma ? nullptr : x + V;
+        const float highest = best || m == 0 ? highest_of(m) : loops.highest(own.highest, parts);
         RowLaw row;
-        const LawStatus found = plain_law(loops, team, x, V, highest_of(m), law, nullptr, m < gamma ? x + V : nullptr,
-                                          scratch.shared[m % 2], &row);
+        const LawStatus found = plain_law(loops, team, x, V, highest, law, nullptr, own, ahead, &next, &row);
         if (goes_on(m, found, row)) continue;
         if (team.id == 0) {
           scratch.rows[static_cast<size_t>(m)] = row;

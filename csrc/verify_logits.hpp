@@ -19,7 +19,6 @@ struct VerifyScratch {
   /// Makes room for a number of threads and laws over `vocab` ids.
   void reserve(int count, int32_t vocab, const Law& law) {
     const size_t size = static_cast<size_t>(count);
-    for (SharedRow& row : shared) row.highest.resize(size);
     threads.resize(std::max(threads.size(), size));
     for (size_t i = 0; !law.plain(vocab) && i < size; i++) threads[i].reserve(vocab);
   }

@@ -32,7 +32,7 @@ double draw(uint64_t round, uint32_t position) {
 }
 
 /// Laws, sums and draws are defined without fused or reordered arithmetic: this hash is the same on every machine.
-constexpr uint64_t kExpectedBits = 0x48d665d5f7edc0d4;
+constexpr uint64_t kExpectedBits = 0x249cc1f1086807a3;
 uint64_t bits_hash = 14695981039346656037u;
 
 void hash(const void* data, size_t bytes) {
