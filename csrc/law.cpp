@@ -163,8 +163,13 @@ LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits
   const LawStatus status = status_of(highest);
   if (status != LawStatus::ok) return status;
   *row = {blocks.V, nullptr, nullptr, 1.0, logits, highest, law.inverse_temperature(), p};
+  constexpr int32_t kDistance = 8;  // blocks fetched before their maximum is wanted
   for (int32_t b = first; b < last; b++) {
-    if (ahead) next->highest[b] = highest_of(ahead, b);
+    if (ahead) {
+      for (int32_t i = 0; b + kDistance < last && i < blocks.size; i += 16)
+        __builtin_prefetch(ahead + blocks.first(b + kDistance) + i);
+      next->highest[b] = highest_of(ahead, b);
+    }
     block_masses(loops, *row, Drafted{}, blocks, b, b + 1, shared.mass);
   }
   team.barrier();
