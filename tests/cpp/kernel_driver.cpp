@@ -306,7 +306,7 @@ void check_decoder(const KernelTable& kernels) {
 void check_law_loops(const KernelTable& kernels) {
   const LawLoops &loops = kernels.law, &plain = scalar_kernels().law;
   const auto same = [&](const auto& a, const auto& b, const char* what) {
-    expect(std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0, kernels.isa, what);
+    expect(a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0, kernels.isa, what);
   };
   for (const int n : {0, 1, 15, 16, 17, 63, 64, 65, 200, 255, 256, 1000}) {
     const size_t size = static_cast<size_t>(n);
