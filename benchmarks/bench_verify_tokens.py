@@ -1,29 +1,80 @@
-"""Laws and verification at a 128k vocabulary, gamma 5, against plain NumPy."""
+"""Laws and verification at a 128k vocabulary, gamma 5: cold logits beside the memory's limit, and NumPy beside the rule."""
+
+import itertools
 
 import numpy as np
 import pytest
 from specfast import _core
 
 V, GAMMA = 128256, 5
+LAWS = {
+    "temperature": _core.Law(0.8),
+    "top_k_top_p": _core.Law(0.8, 50, 0.95),
+    "threshold": _core.Law(0.8, 12826),  # 10 percent of the vocabulary
+}
 
 
 @pytest.fixture(scope="module")
-def case():
+def cold():
+    """Logits (6, V) and draft laws (5, V), 14 of each, together more than 64 MB."""
     rng = np.random.default_rng(0)
-    logits = (4 * rng.standard_normal((GAMMA + 1, V))).astype(np.float32)
-    p = _core.law_rows(logits, _core.Law(1.0))
-    q = _core.law_rows((logits[:GAMMA] + rng.standard_normal((GAMMA, V))).astype(np.float32), _core.Law(1.0))
-    tokens = q.argmax(-1).astype(np.int32)
-    return logits, p, q, tokens, rng.random(GAMMA + 1)
+    made = []
+    for _ in range(14):
+        logits = (4 * rng.standard_normal((GAMMA + 1, V))).astype(np.float32)
+        drafted = (logits[:GAMMA] + rng.standard_normal((GAMMA, V))).astype(np.float32)
+        made.append((logits, _core.law_rows(drafted, _core.Law(0.8))))
+    return made
 
 
-@pytest.mark.parametrize(
-    ("name", "law"),
-    [("softmax", _core.Law(1.0)), ("threshold", _core.Law(1.0, 12826)), ("top_p", _core.Law(1.0, 50, 0.95))],
-)
-def test_law_rows(benchmark, record, case, name, law):
+@pytest.fixture(scope="module")
+def case(cold):
+    logits, q = cold[0]
+    rng = np.random.default_rng(0)
+    return logits, _core.law_rows(logits, _core.Law(0.8)), q, q.argmax(-1).astype(np.int32), rng.random(GAMMA + 1)
+
+
+@pytest.fixture(scope="module")
+def bandwidth():
+    """A function that measures GB/s of reading 256 MB, and keeps every figure."""
+    big, seen = np.ones(256 << 20, np.uint8), []
+
+    def measure():
+        seen.extend(_core.read_bandwidth(big) for _ in range(5))
+        return np.median(seen)
+
+    measure()
+    return measure
+
+
+def verify_in_two_steps(logits, q, tokens, u, law):
+    return _core.verify_tokens(_core.law_rows(logits, law), q, tokens, u)
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("tau", [GAMMA, GAMMA - 1])
+@pytest.mark.parametrize("verify", [_core.verify_logits, verify_in_two_steps], ids=["verify_logits", "two_steps"])
+def test_verify_cold(benchmark, record, cold, bandwidth, verify, tau, name):
+    """All tokens kept, which reads every row; or the last rejected, which reads one row less and a row of q."""
+    cases = []
+    for logits, q in cold:
+        tokens, u = logits[:GAMMA].argmax(-1).astype(np.int32), np.array([0.0] * GAMMA + [0.5])
+        if tau < GAMMA:
+            tokens[tau], u[tau] = q[tau].argmin(), 0.999
+            q[tau, tokens[tau]] = 0.5
+        cases.append((logits, q, tokens, u, LAWS[name]))
+        assert verify(*cases[-1])[0] == tau
+    rotation = itertools.cycle(cases)
+    benchmark.group = f"verify cold, {name}, tau {tau}"
+    benchmark.pedantic(verify, setup=lambda: (next(rotation), {}), rounds=84, warmup_rounds=14)
+    limit = (2 * GAMMA + 1) * V * 4 / (bandwidth() * 1e9)
+    series = f"{'verify_logits' if verify is _core.verify_logits else 'two_steps'}_{name}_tau_{tau}"
+    record(series=series, M=GAMMA + 1, roofline_s=limit, over_limit=benchmark.stats.stats.median / limit)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_law_rows(benchmark, record, case, name):
     benchmark.group = "law_rows"
-    benchmark.pedantic(lambda: _core.law_rows(case[0], law), rounds=20, warmup_rounds=2)
+    benchmark.pedantic(lambda: _core.law_rows(case[0], LAWS[name]), rounds=20, warmup_rounds=2)
     record(series=f"law_rows_{name}")
 
 

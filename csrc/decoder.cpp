@@ -87,22 +87,18 @@ void Sequence::require_finite(int32_t rows) const {
   }
 }
 
-void Sequence::laws(int32_t rows, const Law& law, float* out) {
+int32_t Sequence::draw(const Law& law, double u, float* q) {
   ThreadPool& pool = ThreadPool::instance();
-  const auto prepare = [&](int threads) {
-    work_.law_scratch.resize(std::max(work_.law_scratch.size(), static_cast<size_t>(threads)));
-    for (LawScratch& scratch : work_.law_scratch)
-      scratch.reserve(model_->vocab);  // so that the threads do not allocate
-  };
-  const size_t vocab = static_cast<size_t>(model_->vocab);
-  const auto row = [&](int32_t m, LawScratch& scratch) {
-    const size_t first = static_cast<size_t>(m) * vocab;
-    law_row(work_.logits.data() + first, model_->vocab, law, out + first, scratch);
-  };
-  const bool alone = rows == 1 || (small_ && !pool.size_was_set());
+  VerifyScratch& scratch = work_.verify;
+  const auto prepare = [&](int threads) { scratch.reserve(threads, model_->vocab, law); };
+  int32_t token = -1;
+  const bool alone = !law.plain(model_->vocab) || (small_ && !pool.size_was_set());
   pool.run(alone, prepare, [&](const Team& team) {
-    for (int32_t m = team.id; m < rows; m += team.size) row(m, work_.law_scratch[static_cast<size_t>(team.id)]);
+    const int32_t drawn = draw_row(model_->kernels->law, team, work_.logits.data(), model_->vocab, best_[0].value, law,
+                                   u, q, scratch.threads[static_cast<size_t>(team.id)], scratch.shared);
+    if (team.id == 0) token = drawn;
   });
+  return token;
 }
 
 void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed,
@@ -125,9 +121,8 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
       require_finite(1);
       int32_t token = best_[0].index;
       if (!law.greedy()) {
-        float* q = proposal.q.data() + static_cast<size_t>(i) * vocab;
-        laws(1, law, q);
-        token = sample_token(q, model_->vocab, uniform(seed, round, static_cast<uint32_t>(i), Purpose::draft));
+        const double u = uniform(seed, round, static_cast<uint32_t>(i), Purpose::draft);
+        token = draw(law, u, proposal.q.data() + static_cast<size_t>(i) * vocab);
       }
       proposal.tokens[static_cast<size_t>(i)] = token;
     }
@@ -152,15 +147,14 @@ Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& 
       for (const RowMax& row : best_) best.push_back(row.index);
       return verify_greedy(best.data(), proposal.tokens.data(), gamma);
     }
-    const size_t size = static_cast<size_t>(gamma + 1) * static_cast<size_t>(model_->vocab);
-    if (work_.laws.size() < size) work_.laws.resize(size);
-    laws(gamma + 1, law, work_.laws.data());
     std::vector<double> u(static_cast<size_t>(gamma) + 1);
     for (int32_t i = 0; i < gamma; i++)
       u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
     u.back() = uniform(seed, round, static_cast<uint32_t>(gamma), Purpose::residual);
-    return verify_tokens(work_.laws.data(), model_->vocab, proposal.q.empty() ? nullptr : proposal.q.data(),
-                         proposal.vocab, proposal.tokens.data(), gamma, u.data(), lenience);
+    const bool alone = small_ && !ThreadPool::instance().size_was_set();
+    return verify_logits(model_->kernels->law, alone, work_.logits.data(), model_->vocab, best_.data(), law,
+                         proposal.q.empty() ? nullptr : proposal.q.data(), proposal.vocab, proposal.tokens.data(),
+                         gamma, u.data(), lenience, work_.verify);
   } catch (...) {
     cache_.drop_to(before);
     throw;

@@ -4,8 +4,6 @@
 #include <memory>
 
 #include "kv_cache.hpp"
-#include "law.hpp"
-#include "verify_tokens.hpp"
 #include "workspace.hpp"
 
 namespace specfast {
@@ -46,7 +44,8 @@ class Sequence {
 
  private:
   void tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best);
-  void laws(int32_t rows, const Law& law, float* out);
+  /// Writes the law of the last logits to q (vocab,) and draws from it.
+  int32_t draw(const Law& law, double u, float* q);
   void require_finite(int32_t rows) const;
 
   std::shared_ptr<const Model> model_;

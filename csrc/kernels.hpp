@@ -1,6 +1,7 @@
 // The contract an instruction set fills: one table of kernels, chosen once at load.
 #pragma once
 
+#include "law_loops.hpp"
 #include "types.hpp"
 
 namespace specfast {
@@ -50,6 +51,8 @@ struct KernelTable {
 
   /// Folds n logits whose first id is `first` into the running maximum; ties keep the lowest id.
   void (*logits_rows)(const float* logits, int n, int first, RowMax* best);
+  /// Loops over rows of logits and laws.
+  LawLoops law;
   /// Writes row `row` of an embedding matrix as floats (K,).
   void (*embed_row)(const Matrix& w, int row, float* out);
 

@@ -5,81 +5,42 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <string>
 
-#include "inverse_cdf.hpp"
+#include "errors.hpp"
 
 namespace specfast {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-/// An integer in the order of the floats; -0 equals 0, NaNs lie beyond the infinities.
-inline int32_t order_key(float x) noexcept {
+/// An unsigned integer in the order of the floats that are not NaN; -0 equals 0.
+inline uint32_t key_of(float x) noexcept {
   const int32_t bits = std::bit_cast<int32_t>(x + 0.0f);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-/// The same, unsigned.
-inline uint32_t unsigned_key(float x) noexcept {
-  return static_cast<uint32_t>(order_key(x)) ^ 0x80000000u;
+  return static_cast<uint32_t>(bits ^ ((bits >> 31) & 0x7fffffff)) ^ 0x80000000u;
 }
 
-/// The float of an unsigned key.
+/// The float of a key.
 inline float value_of(uint32_t key) noexcept {
   const int32_t bits = static_cast<int32_t>(key ^ 0x80000000u);
   return std::bit_cast<float>(bits ^ ((bits >> 31) & 0x7fffffff));
 }
 
-struct KeyRange {
-  int32_t lowest, highest;
-
-  bool has_nan() const noexcept { return lowest < order_key(-kInfinity) || highest > order_key(kInfinity); }
-};
-
-KeyRange key_range(const float* x, int32_t n) noexcept {
-  int32_t lowest = std::numeric_limits<int32_t>::max(), highest = std::numeric_limits<int32_t>::min();
-  for (int32_t i = 0; i < n; i++) {
-    const int32_t key = order_key(x[i]);
-    lowest = key < lowest ? key : lowest;
-    highest = key > highest ? key : highest;
-  }
-  return {lowest, highest};
+double total_of(const Blocks& blocks, const double* mass) noexcept {
+  double total = 0;
+  for (int32_t b = 0; b < blocks.count; b++) total += mass[b];
+  return total;
+}
+double total_of(const LawLoops& loops, const float* weights, int32_t count) noexcept {
+  const Blocks blocks(count);
+  double mass[Blocks::kMost];
+  block_masses(loops, RowLaw{.count = count, .weights = weights}, Drafted{}, blocks, 0, blocks.count, mass);
+  return total_of(blocks, mass);
 }
 
-/// exp(x) for x <= 0 within 2 ulp; 0 below -87.3, before results become denormal.
-///
-/// Cody and Waite's reduction x = n ln 2 + r and a polynomial of degree 7 on |r| <= ln(2) / 2; exp(0) is exactly 1.
-inline float exp_of_negative(float x) noexcept {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const int32_t limit = std::bit_cast<int32_t>(87.3f);
-  // The clamp and the mask work on integers: comparisons of floats become branches, which GCC does not vectorise.
-  const int32_t magnitude = std::min(std::bit_cast<int32_t>(x) & 0x7fffffff, limit);
-  const float clamped = -std::bit_cast<float>(magnitude);
-  const float shifted = clamped * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  float tail = 1.0f / 5040.0f;
-  tail = tail * r + 1.0f / 720.0f;
-  tail = tail * r + 1.0f / 120.0f;
-  tail = tail * r + 1.0f / 24.0f;
-  tail = tail * r + 1.0f / 6.0f;
-  tail = tail * r + 0.5f;
-  const float fraction = (tail * r) * r + r + 1.0f;
-  const int32_t exponent = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(kRound);
-  const int32_t bits = std::bit_cast<int32_t>(fraction) + exponent * (1 << 23);
-  return std::bit_cast<float>(bits & -static_cast<int32_t>(magnitude < limit));
-}
-
-/// out[i] = exp((x[i] - highest) / temperature); `out` may be `x`.
-void weigh(const float* x, int32_t n, float highest, float temperature, float* out) noexcept {
-  if (out != x) {
-    for (int32_t i = 0; i < n; i++) out[i] = exp_of_negative((x[i] - highest) / temperature);
-  } else {  // one pointer, so that the compiler sees that no element is read after it was written
-    for (int32_t i = 0; i < n; i++) out[i] = exp_of_negative((out[i] - highest) / temperature);
-  }
-}
-
-double total_of(const float* weights, int32_t n) noexcept {
-  return sum_in_lanes(0, n, [weights](int32_t i) { return static_cast<double>(weights[i]); });
+LawStatus status_of(float highest) noexcept {
+  if (!(highest < kInfinity)) return LawStatus::not_finite;
+  return highest == -kInfinity ? LawStatus::empty : LawStatus::ok;
 }
 
 /// What a truncation keeps: elements above `key`, and of those equal to it the first `equals`.
@@ -134,28 +95,25 @@ float likely_bound(const float* logits, int32_t n, int32_t k, uint32_t* sample) 
   const double share = static_cast<double>(k) * kSample / n;
   const int32_t rank = static_cast<int32_t>(share + 4.0 * std::sqrt(share)) + 4;  // four standard deviations
   if (stride < 4 || rank >= kSample) return -kInfinity;
-  for (int32_t i = 0; i < kSample; i++) sample[i] = unsigned_key(logits[static_cast<int64_t>(i) * stride]);
+  for (int32_t i = 0; i < kSample; i++) sample[i] = key_of(logits[static_cast<int64_t>(i) * stride]);
   return value_of(cut_at_count(sample, kSample, rank, 32).key);
 }
 
 /// Fills scratch.ids with the ids of the k largest of n logits, ascending; 0 < k < n. `highest` is the largest.
-void select_top_k(const float* logits, int32_t n, int32_t k, float highest, LawScratch& scratch) noexcept {
+void select_top_k(const LawLoops& loops, const float* logits, int32_t n, int32_t k, float highest,
+                  LawScratch& scratch) noexcept {
   uint32_t* keys = scratch.keys.data();
   int32_t* ids = scratch.ids.data();
-  int32_t count = 0;
   float least = likely_bound(logits, n, k, keys);
-  for (;; least = -kInfinity) {  // a second time only if the sample misled
-    for (int32_t i = 0; i < n; i++) {
-      ids[count] = i;
-      count += logits[i] >= least;
-    }
-    if (count >= k) break;
-    count = 0;
+  int32_t count = loops.at_least(logits, n, least, ids);
+  if (count < k) {  // the sample misled
+    least = -kInfinity;
+    count = loops.at_least(logits, n, least, ids);
   }
-  const uint32_t lowest_key = unsigned_key(least);
-  for (int32_t c = 0; c < count; c++) keys[c] = unsigned_key(logits[ids[c]]) - lowest_key;
+  const uint32_t lowest_key = key_of(least);
+  for (int32_t c = 0; c < count; c++) keys[c] = key_of(logits[ids[c]]) - lowest_key;
 
-  const Cut cut = cut_at_count(keys, count, k, static_cast<int>(std::bit_width(unsigned_key(highest) - lowest_key)));
+  const Cut cut = cut_at_count(keys, count, k, static_cast<int>(std::bit_width(key_of(highest) - lowest_key)));
   int32_t kept = 0, equals = cut.equals;
   for (int32_t c = 0; c < count; c++) {
     const bool equal = keys[c] == cut.key;
@@ -166,9 +124,9 @@ void select_top_k(const float* logits, int32_t n, int32_t k, float highest, LawS
 }
 
 /// Zeroes all but the fewest, largest weights that hold at least top_p of the mass.
-void apply_top_p(float* weights, int32_t count, float top_p) noexcept {
+void apply_top_p(const LawLoops& loops, float* weights, int32_t count, float top_p) noexcept {
   constexpr double kLeast = std::numeric_limits<double>::min();  // so that something is kept
-  const double wanted = std::max(static_cast<double>(top_p) * total_of(weights, count), kLeast);
+  const double wanted = std::max(static_cast<double>(top_p) * total_of(loops, weights, count), kLeast);
   const auto key_at = [weights](int32_t i) { return std::bit_cast<uint32_t>(weights[i]); };
   const auto mass_at = [weights](int32_t i) { return static_cast<double>(weights[i]); };
   const Cut cut = cut_at_mass(count, wanted, 30, key_at, mass_at);  // weights are at most 1
@@ -188,71 +146,120 @@ void apply_min_p(float* weights, int32_t count, float min_p) noexcept {  // the 
 
 }  // namespace
 
-LawStatus law_row(const float* logits, int32_t vocab, const Law& law, float* p, LawScratch& scratch) noexcept {
+LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
+                    const Law& law, float* p, SharedRow& shared, const float* ahead, SharedRow* next,
+                    RowLaw* row) noexcept {
+  const Blocks blocks(law.limit(vocab));
+  const auto highest_of = [&](const float* x, int32_t b) {
+    return loops.highest(x + blocks.first(b), blocks.last(b) - blocks.first(b));
+  };
+  int first, last;
+  team.part(blocks.count, 1, &first, &last);
+  if (std::isnan(highest)) {
+    for (int32_t b = first; b < last; b++) shared.highest[b] = highest_of(logits, b);
+    team.barrier();
+    highest = loops.highest(shared.highest, blocks.count);
+  }
+  const LawStatus status = status_of(highest);
+  if (status != LawStatus::ok) return status;
+  *row = {blocks.V, nullptr, nullptr, 1.0, logits, highest, law.inverse_temperature(), p};
+  constexpr int32_t kDistance = 8;  // blocks fetched before their maximum is wanted
+  for (int32_t b = first; b < last; b++) {
+    if (ahead) {
+      for (int32_t i = 0; b + kDistance < last && i < blocks.size; i += 16)
+        __builtin_prefetch(ahead + blocks.first(b + kDistance) + i);
+      next->highest[b] = highest_of(ahead, b);
+    }
+    block_masses(loops, *row, Drafted{}, blocks, b, b + 1, shared.mass);
+  }
+  team.barrier();
+  row->scale = 1.0 / total_of(blocks, shared.mass);
+  row->weights = p;
+  return status;
+}
+
+LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, float highest, const Law& law,
+                    LawScratch& scratch, float* p, RowLaw* row) noexcept {
   const int32_t n = law.limit(vocab);
-  const bool truncate = law.top_k > 0 && law.top_k < n;
-  const KeyRange range = key_range(logits, n);
-  if (range.has_nan() || range.highest == order_key(kInfinity)) {
-    std::fill(p, p + vocab, 0.0f);
-    return LawStatus::not_finite;
-  }
-  if (n <= 0 || range.highest == order_key(-kInfinity)) {
-    std::fill(p, p + vocab, 0.0f);
-    return LawStatus::empty;
-  }
-  if (law.greedy() || (truncate && law.top_k == 1)) {
-    std::fill(p, p + vocab, 0.0f);
-    p[argmax_row(logits, n, 0)] = 1.0f;
-    return LawStatus::ok;
-  }
-  const float highest = value_of(static_cast<uint32_t>(range.highest) ^ 0x80000000u);
+  if (std::isnan(highest)) highest = loops.highest(logits, n);
+  const LawStatus status = status_of(highest);
+  if (status != LawStatus::ok) return status;
 
-  float* weights = p;  // of all tokens in place, or of those that top-k keeps
-  int32_t count = n;
-  if (truncate) {
-    scratch.reserve(vocab);
-    select_top_k(logits, n, law.top_k, highest, scratch);
-    weights = scratch.values.data();
-    count = law.top_k;
-    for (int32_t c = 0; c < count; c++) weights[c] = logits[scratch.ids[static_cast<size_t>(c)]];
-    weigh(weights, count, highest, law.temperature, weights);
-  } else {
-    weigh(logits, n, highest, law.temperature, weights);
+  const bool list = law.greedy() || (law.top_k > 0 && law.top_k < n);
+  if (list || !p) scratch.reserve(vocab);
+  float* weights = list || !p ? scratch.values.data() : p;
+  *row = RowLaw{.count = n, .weights = weights};
+  if (list) {
+    int32_t* ids = scratch.ids.data();
+    row->ids = ids;
+    row->count = law.greedy() ? 1 : law.top_k;
+    if (row->count == 1)
+      *ids = argmax_row(loops, logits, n);
+    else
+      select_top_k(loops, logits, n, row->count, highest, scratch);
+    for (int32_t c = 0; c < row->count; c++) weights[c] = logits[ids[c]];
   }
-  if (law.top_p < 1.0f) apply_top_p(weights, count, law.top_p);
-  if (law.min_p > 0.0f) apply_min_p(weights, count, law.min_p);
-
-  const double scale = 1.0 / total_of(weights, count);
-  if (truncate) {
-    std::fill(p, p + vocab, 0.0f);
-    for (int32_t c = 0; c < count; c++)
-      p[scratch.ids[static_cast<size_t>(c)]] = static_cast<float>(static_cast<double>(weights[c]) * scale);
-  } else {
-    for (int32_t i = 0; i < n; i++) p[i] = static_cast<float>(static_cast<double>(weights[i]) * scale);
-    std::fill(p + n, p + vocab, 0.0f);
-  }
-  return LawStatus::ok;
+  loops.weigh(list ? weights : logits, row->count, highest, law.inverse_temperature(), weights);
+  if (law.top_p < 1.0f) apply_top_p(loops, weights, row->count, law.top_p);
+  if (law.min_p > 0.0f) apply_min_p(weights, row->count, law.min_p);
+  row->scale = 1.0 / total_of(loops, weights, row->count);
+  return status;
 }
 
-int32_t argmax_row(const float* logits, int32_t n, int32_t vocab_limit) noexcept {
-  constexpr int32_t kBlock = 1024;
-  const int32_t end = vocab_limit > 0 && vocab_limit < n ? vocab_limit : n;
-  KeyRange best{0, std::numeric_limits<int32_t>::min()};
-  int32_t first = -1;
-  for (int32_t i = 0; i < end; i += kBlock) {
-    const KeyRange range = key_range(logits + i, std::min(kBlock, end - i));
-    if (range.has_nan()) return -1;
-    if (first >= 0 && range.highest <= best.highest) continue;
-    best = range;
-    first = i;
+LawStatus law_row(const LawLoops& loops, const float* logits, int32_t vocab, float highest, const Law& law, float* p,
+                  LawScratch& scratch) noexcept {
+  RowLaw row;
+  const LawStatus status = brief_law(loops, logits, vocab, highest, law, scratch, p, &row);
+  if (status == LawStatus::ok && !row.ids) {
+    loops.normalise(p, row.count, row.scale, p);
+    std::fill(p + row.count, p + vocab, 0.0f);
+    return status;
   }
-  if (first < 0) return -1;
-  while (order_key(logits[first]) != best.highest) first++;
-  return first;
+  std::fill(p, p + vocab, 0.0f);
+  if (status == LawStatus::ok) {
+    loops.normalise(row.weights, row.count, row.scale, scratch.values.data());
+    for (int32_t c = 0; c < row.count; c++) p[row.ids[c]] = row.weights[c];
+  }
+  return status;
 }
 
-int32_t sample_token(const float* p, int32_t vocab, double u) noexcept {
-  return inverse_cdf(LawWeights{p}, vocab, u);
+int32_t draw_row(const LawLoops& loops, const Team& team, const float* logits, int32_t vocab, float highest,
+                 const Law& law, double u, float* p, LawScratch& scratch, SharedRow* shared) noexcept {
+  const Blocks blocks(vocab);
+  int first, last;
+  team.part(blocks.count, 1, &first, &last);
+  if (law.plain(vocab)) {
+    RowLaw row;
+    if (plain_law(loops, team, logits, vocab, highest, law, p, shared[0], nullptr, nullptr, &row) != LawStatus::ok)
+      return -1;
+    for (int32_t b = first; b < last; b++) {
+      const int32_t begin = blocks.first(b), middle = std::clamp(row.count, begin, blocks.last(b));
+      loops.normalise(p + begin, middle - begin, row.scale, p + begin);
+      std::fill(p + middle, p + blocks.last(b), 0.0f);
+    }
+  } else {
+    if (team.id == 0) law_row(loops, logits, vocab, highest, law, p, scratch);
+    team.barrier();
+  }
+  const RowLaw full{.count = vocab, .weights = p};
+  block_masses(loops, full, Drafted{}, blocks, first, last, shared[1].mass);
+  team.barrier();
+  return team.id == 0 ? pick_token(loops, full, Drafted{}, blocks, shared[1].mass, u) : -1;
+}
+
+void require_ok(LawStatus status, int32_t row) {
+  const std::string number = std::to_string(row);
+  if (status == LawStatus::not_finite) throw NumericalError("logits of row " + number + " hold NaN or +infinity");
+  if (status == LawStatus::empty) throw NumericalError("row " + number + " allows no token: every logit is -infinity");
+}
+
+int32_t argmax_row(const LawLoops& loops, const float* logits, int32_t n) noexcept {
+  const float* first = std::find(logits, logits + n, loops.highest(logits, n));
+  return first < logits + n ? static_cast<int32_t>(first - logits) : -1;
+}
+
+int32_t sample_token(const LawLoops& loops, const float* p, int32_t vocab, double u) noexcept {
+  return draw_token(loops, RowLaw{.count = vocab, .weights = p}, Drafted{}, vocab, u);
 }
 
 }  // namespace specfast

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "row_law.hpp"
+
 namespace specfast {
 
 /// tau drafted tokens are kept, next_token follows them.
@@ -21,8 +23,16 @@ struct Verdict {
 /// norm(p - min(q, L p)) for L <= 1, which leaves the target's law exact, and norm(max(p - q, 0)) for L > 1, where no
 /// token gets more than L p. A residual whose mass is 0 or NaN falls back to p. next_token is -1 only if p itself has
 /// no mass or is NaN.
-Verdict verify_tokens(const float* p, int32_t V, const float* q, int32_t Vq, const int32_t* tokens, int32_t gamma,
-                      const double* u, double lenience) noexcept;
+Verdict verify_tokens(const LawLoops& loops, const float* p, int32_t V, const float* q, int32_t Vq,
+                      const int32_t* tokens, int32_t gamma, const double* u, double lenience) noexcept;
+
+/// Whether the rule keeps token x of row i, whose target law is `row`; the other arguments are verify_tokens'.
+bool keeps(const LawLoops& loops, const RowLaw& row, const float* q, int32_t Vq, int32_t x, int32_t i, double u,
+           double lenience) noexcept;
+
+/// What the draft takes from row tau where the rule rejected its token; nothing in the bonus row.
+Drafted drafted_in(const float* q, int32_t Vq, const int32_t* tokens, int32_t gamma, int32_t tau,
+                   double lenience) noexcept;
 
 /// Keeps drafted tokens while they are the target's arg max. best: (gamma + 1,), tokens: (gamma,).
 Verdict verify_greedy(const int32_t* best, const int32_t* tokens, int32_t gamma) noexcept;

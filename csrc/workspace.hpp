@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "law.hpp"
 #include "model.hpp"
+#include "verify_logits.hpp"
 
 namespace specfast {
 
@@ -25,17 +25,16 @@ struct Workspace {
 
   static size_t rows_of(int32_t columns) { return static_cast<size_t>(kTileRows) * static_cast<size_t>(columns); }
 
-  std::vector<float> x;                 // (16, hidden): the residual stream
-  RowsBuffer normed;                    // input of qkv, of gate and up, and of the head
-  std::vector<float> qkv;               // (16, qkv columns)
-  std::vector<float> partial;           // (spans, M, heads, padded_dim + 2)
-  RowsBuffer attended;                  // input of o
-  RowsBuffer activated;                 // input of down
-  std::vector<float> scratch;           // per thread, for matmuls
-  std::vector<float> logits;            // (rows, vocab)
-  std::vector<RowMax> best;             // (threads, 16), then reduced into the first row
-  std::vector<float> laws;              // (rows, vocab)
-  std::vector<LawScratch> law_scratch;  // per thread
+  std::vector<float> x;        // (16, hidden): the residual stream
+  RowsBuffer normed;           // input of qkv, of gate and up, and of the head
+  std::vector<float> qkv;      // (16, qkv columns)
+  std::vector<float> partial;  // (spans, M, heads, padded_dim + 2)
+  RowsBuffer attended;         // input of o
+  RowsBuffer activated;        // input of down
+  std::vector<float> scratch;  // per thread, for matmuls
+  std::vector<float> logits;   // (rows, vocab)
+  std::vector<RowMax> best;    // (threads, 16), then reduced into the first row
+  VerifyScratch verify;
 };
 
 /// One tile's place in a forward pass, shared by all its regions.

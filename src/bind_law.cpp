@@ -4,6 +4,7 @@
 #include "bindings.hpp"
 #include "dispatch.hpp"
 #include "random.hpp"
+#include "verify_logits.hpp"
 
 using namespace specfast;
 
@@ -31,7 +32,7 @@ const T* elements_of(const AnyArray& array, size_t dimensions, const std::string
     throw ShapeError(name + " must be " + type + "; convert it with " + name + ".astype(numpy." + type + ")");
   int64_t stride = 1;
   for (size_t axis = dimensions; axis-- > 0;) {
-    if (array.shape(axis) > 1 && array.stride(axis) != stride)
+    if (array.size() > 0 && array.shape(axis) > 1 && array.stride(axis) != stride)
       throw ShapeError(name + " must be C-contiguous; pass numpy.ascontiguousarray(" + name + ")");
     stride *= static_cast<int64_t>(array.shape(axis));
   }
@@ -39,60 +40,88 @@ const T* elements_of(const AnyArray& array, size_t dimensions, const std::string
   return static_cast<const T*>(array.data());
 }
 
-nb::ndarray<nb::numpy, float> bound_law_rows(const AnyArray& logits, const Law& law) {
+nb::ndarray<nb::numpy, float> bound_law_rows(const AnyArray& logits, const Law& law,
+                                             const std::optional<std::string>& isa) {
   const float* x = elements_of<float>(logits, 2, "logits", "float32");
+  const LawLoops& loops = kernels_named(isa).law;
   const size_t M = logits.shape(0), V = logits.shape(1);
   float* p;
   auto out = make_array(&p, {M, V});
   {
     nb::gil_scoped_release release;
     LawScratch scratch;
-    for (size_t m = 0; m < M; m++) {
-      const LawStatus status = law_row(x + m * V, static_cast<int32_t>(V), law, p + m * V, scratch);
-      if (status == LawStatus::not_finite)
-        throw NumericalError("logits of row " + std::to_string(m) + " hold NaN or +infinity");
-      if (status == LawStatus::empty)
-        throw NumericalError("row " + std::to_string(m) + " allows no token: every logit is -infinity");
-    }
+    for (size_t m = 0; m < M; m++)
+      require_ok(law_row(loops, x + m * V, static_cast<int32_t>(V), NAN, law, p + m * V, scratch),
+                 static_cast<int32_t>(m));
   }
   return out;
 }
 
+/// The arguments of the token rule, checked; `rows` are the target's laws or logits, `name` is what they are called.
+struct RuleArguments {
+  const float *rows, *q;
+  const int32_t* tokens;
+  const double* u;
+  int32_t V, Vq, gamma;
+
+  RuleArguments(const char* name, const AnyArray& target, const std::optional<AnyArray>& draft, const AnyArray& drafted,
+                const AnyArray& draws, double lenience)
+      : rows(elements_of<float>(target, 2, name, "float32")),
+        q(draft ? elements_of<float>(*draft, 2, "q", "float32") : nullptr),
+        tokens(elements_of<int32_t>(drafted, 1, "tokens", "int32")),
+        u(elements_of<double>(draws, 1, "u", "float64")),
+        V(static_cast<int32_t>(target.shape(1))),
+        Vq(draft ? static_cast<int32_t>(draft->shape(1)) : 0),
+        gamma(static_cast<int32_t>(drafted.shape(0))) {
+    const size_t count = drafted.shape(0);
+    const std::string given = " for " + std::to_string(gamma) + " tokens";
+    if (target.shape(0) != count + 1)
+      throw ShapeError(name + (" must have gamma + 1 rows" + given) + ", not " + std::to_string(target.shape(0)));
+    if (draft && draft->shape(0) != count)
+      throw ShapeError("q must have gamma rows" + given + ", not " + std::to_string(draft->shape(0)));
+    if (draws.shape(0) != count + 1)
+      throw ShapeError("u must have gamma + 1 draws" + given + ", not " + std::to_string(draws.shape(0)));
+    if (!(lenience > 0.0)) throw ShapeError("lenience must be positive, not " + std::to_string(lenience));
+    for (size_t i = 0; i < count; i++) {
+      if (tokens[i] < 0 || tokens[i] >= V)
+        throw ShapeError("token " + std::to_string(tokens[i]) + " is outside the vocabulary of " + std::to_string(V));
+    }
+    for (size_t i = 0; i <= count; i++) {
+      if (!(u[i] >= 0.0 && u[i] < 1.0)) throw ShapeError("u must be in [0, 1), not " + std::to_string(u[i]));
+    }
+  }
+};
+
 std::pair<int32_t, int32_t> bound_verify_tokens(const AnyArray& p, const std::optional<AnyArray>& q,
-                                                const AnyArray& tokens, const AnyArray& u, double lenience) {
-  const float* target = elements_of<float>(p, 2, "p", "float32");
-  const float* draft = q ? elements_of<float>(*q, 2, "q", "float32") : nullptr;
-  const int32_t* drafted = elements_of<int32_t>(tokens, 1, "tokens", "int32");
-  const double* draws = elements_of<double>(u, 1, "u", "float64");
-  const size_t gamma = tokens.shape(0), V = p.shape(1), Vq = q ? q->shape(1) : 0;
-  const std::string rows = " for " + std::to_string(gamma) + " tokens";
-  if (p.shape(0) != gamma + 1)
-    throw ShapeError("p must have gamma + 1 rows" + rows + ", not " + std::to_string(p.shape(0)));
-  if (q && q->shape(0) != gamma)
-    throw ShapeError("q must have gamma rows" + rows + ", not " + std::to_string(q->shape(0)));
-  if (u.shape(0) != gamma + 1)
-    throw ShapeError("u must have gamma + 1 draws" + rows + ", not " + std::to_string(u.shape(0)));
-  if (!(lenience > 0.0)) throw ShapeError("lenience must be positive, not " + std::to_string(lenience));
-  for (size_t i = 0; i < gamma; i++) {
-    if (drafted[i] < 0 || static_cast<size_t>(drafted[i]) >= V)
-      throw ShapeError("token " + std::to_string(drafted[i]) + " is outside the vocabulary of " + std::to_string(V));
-  }
-  for (size_t i = 0; i <= gamma; i++) {
-    if (!(draws[i] >= 0.0 && draws[i] < 1.0)) throw ShapeError("u must be in [0, 1), not " + std::to_string(draws[i]));
-  }
+                                                const AnyArray& tokens, const AnyArray& u, double lenience,
+                                                const std::optional<std::string>& isa) {
+  const RuleArguments a("p", p, q, tokens, u, lenience);
+  const LawLoops& loops = kernels_named(isa).law;
   nb::gil_scoped_release release;
-  const Verdict verdict = verify_tokens(target, static_cast<int32_t>(V), draft, static_cast<int32_t>(Vq), drafted,
-                                        static_cast<int32_t>(gamma), draws, lenience);
+  const Verdict verdict = verify_tokens(loops, a.rows, a.V, a.q, a.Vq, a.tokens, a.gamma, a.u, lenience);
   if (verdict.next_token < 0) throw NumericalError("row " + std::to_string(verdict.tau) + " of p has no mass");
   return {verdict.tau, verdict.next_token};
 }
 
-int32_t bound_sample_token(const AnyArray& p, double u) {
+std::pair<int32_t, int32_t> bound_verify_logits(const AnyArray& logits, const std::optional<AnyArray>& q,
+                                                const AnyArray& tokens, const AnyArray& u, const Law& law,
+                                                double lenience, const std::optional<std::string>& isa) {
+  const RuleArguments a("logits", logits, q, tokens, u, lenience);
+  const LawLoops& loops = kernels_named(isa).law;
+  nb::gil_scoped_release release;
+  thread_local VerifyScratch scratch;
+  const Verdict verdict =
+      verify_logits(loops, false, a.rows, a.V, nullptr, law, a.q, a.Vq, a.tokens, a.gamma, a.u, lenience, scratch);
+  return {verdict.tau, verdict.next_token};
+}
+
+int32_t bound_sample_token(const AnyArray& p, double u, const std::optional<std::string>& isa) {
   const float* law = elements_of<float>(p, 1, "p", "float32");
   if (!(u >= 0.0 && u < 1.0)) throw ShapeError("u must be in [0, 1), not " + std::to_string(u));
+  const LawLoops& loops = kernels_named(isa).law;
   const int32_t V = static_cast<int32_t>(p.shape(0));
   nb::gil_scoped_release release;
-  const int32_t token = sample_token(law, V, u);
+  const int32_t token = sample_token(loops, law, V, u);
   if (token < 0) throw NumericalError("p has no mass");
   return token;
 }
@@ -140,16 +169,24 @@ void bind_law(nb::module_& m) {
   nb::class_<Verdict>(m, "Verdict", "tau drafted tokens are kept and next_token follows them.")
       .def_ro("tau", &Verdict::tau)
       .def_ro("next_token", &Verdict::next_token);
-  m.def("law_rows", &bound_law_rows, nb::arg("logits"), nb::arg("law"),
+  m.def("law_rows", &bound_law_rows, nb::arg("logits"), nb::arg("law"), nb::arg("isa") = nb::none(),
         "Probabilities (M, V) float32 of logits (M, V) float32; temperature 0 gives the arg max all mass.\n\n"
         "Raises ShapeError, or NumericalError on NaN, +infinity, or a row that allows no token.");
   m.def("verify_tokens", &bound_verify_tokens, nb::arg("p"), nb::arg("q").none(), nb::arg("tokens"), nb::arg("u"),
-        nb::arg("lenience") = 1.0,
+        nb::arg("lenience") = 1.0, nb::arg("isa") = nb::none(),
         "The token rule: how many of tokens (gamma,) int32 are kept, and the token that follows them.\n\n"
         "p: (gamma + 1, V) float32; q: (gamma, Vq) float32, or None for a drafter that was certain; u: (gamma + 1,)\n"
         "float64 in [0, 1), the last for the residual or bonus. Leviathan et al. 2022, Alg. 1, arXiv:2211.17192.\n"
         "Raises ShapeError, or NumericalError where p has no mass.");
-  m.def("sample_token", &bound_sample_token, nb::arg("p"), nb::arg("u"),
+  m.def(
+      "verify_logits", &bound_verify_logits, nb::arg("logits"), nb::arg("q").none(), nb::arg("tokens"), nb::arg("u"),
+      nb::arg("law"), nb::arg("lenience") = 1.0, nb::arg("isa") = nb::none(),
+      "verify_tokens on the laws of logits (gamma + 1, V) float32, the same to the bit, without writing the laws.\n\n"
+      "Rows after the one whose token is rejected are not looked at, nor is q where the law keeps a list of ids "
+      "(top_k,\n"
+      "or temperature 0) that does not hold them. Raises ShapeError, or NumericalError like law_rows for a row up to\n"
+      "the one that decides.");
+  m.def("sample_token", &bound_sample_token, nb::arg("p"), nb::arg("u"), nb::arg("isa") = nb::none(),
         "Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.");
   m.def(
       "uniform",

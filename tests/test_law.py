@@ -161,6 +161,11 @@ def test_extreme_logits(scale, temperature):
     compare(logits, temperature=temperature)
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-30])
+def test_temperatures_whose_inverse_overflows(temperature):
+    assert law_rows([[1, 2, -np.inf, 2]], temperature=temperature).tolist() == [[0, 0.5, 0, 0.5]]
+
+
 def test_far_tails_underflow_to_zero():
     p = law_rows([[0, -86, -88, -200, -3e38]])
     assert p[0, 0] == 1

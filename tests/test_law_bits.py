@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "tests/cpp/law_test.cpp", ROOT / "csrc/law.cpp", ROOT / "csrc/verify_tokens.cpp"]
-FLAGS = ["-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+STEMS = ["law", "row_law", "verify_tokens", "verify_logits", "thread_pool", "isa/unit_scalar"]
+SOURCES = [ROOT / "tests/cpp/law_test.cpp", *(ROOT / f"csrc/{stem}.cpp" for stem in STEMS)]
+FLAGS = [
+    "-std=c++20",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-pthread",
+    f"-I{ROOT / 'csrc'}",
+]
 FULL = os.environ.get("SPECFAST_FULL") == "1"
 
 

@@ -3,6 +3,7 @@
 #include "simd_avx512.hpp"
 // clang-format off: each header uses what the ones before it define
 #include "elementwise.hpp"
+#include "law_loops.hpp"
 #include "attend.hpp"
 #include "matmul_loads.hpp"
 #include "int8_avx512.hpp"
@@ -79,8 +80,8 @@ const KernelTable& avx512_kernels() {
                                  swiglu_rows, rope_head,
                                  append_head, attend_rows,
                                  merge_spans, logits_rows,
-                                 embed_row,   read_bytes,
-                                 peak_dot};
+                                 kLawLoops,   embed_row,
+                                 read_bytes,  peak_dot};
   return table;
 }
 

@@ -3,6 +3,7 @@
 #include "simd_neon.hpp"
 // clang-format off: each header uses what the ones before it define
 #include "elementwise.hpp"
+#include "law_loops.hpp"
 #include "attend.hpp"
 #include "matmul_loads.hpp"
 #include "int8_portable.hpp"
@@ -68,8 +69,8 @@ const KernelTable& neon_kernels() {
                                  swiglu_rows, rope_head,
                                  append_head, attend_rows,
                                  merge_spans, logits_rows,
-                                 embed_row,   read_bytes,
-                                 peak_dot};
+                                 kLawLoops,   embed_row,
+                                 read_bytes,  peak_dot};
   return table;
 }
 

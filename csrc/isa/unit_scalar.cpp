@@ -3,6 +3,7 @@
 #include "simd_scalar.hpp"
 // clang-format off: each header uses what the ones before it define
 #include "elementwise.hpp"
+#include "law_loops.hpp"
 #include "attend.hpp"
 #include "matmul_loads.hpp"
 #include "int8_portable.hpp"
@@ -50,7 +51,7 @@ const KernelTable& scalar_kernels() {
                                  sum_squares, scale_row,         round_bf16,  quantise_int8,
                                  matmul_rows, nullptr,           swiglu_rows, rope_head,
                                  append_head, attend_rows,       merge_spans, logits_rows,
-                                 embed_row,   read_bytes,        peak_dot};
+                                 kLawLoops,   embed_row,         read_bytes,  peak_dot};
   return table;
 }
 

@@ -96,14 +96,14 @@ class Verdict:
     @property
     def next_token(self) -> int: ...
 
-def law_rows(logits: Annotated[NDArray[Any], dict(device='cpu', writable=False)], law: Law) -> NDArray[numpy.float32]:
+def law_rows(logits: Annotated[NDArray[Any], dict(device='cpu', writable=False)], law: Law, isa: str | None = None) -> NDArray[numpy.float32]:
     """
     Probabilities (M, V) float32 of logits (M, V) float32; temperature 0 gives the arg max all mass.
 
     Raises ShapeError, or NumericalError on NaN, +infinity, or a row that allows no token.
     """
 
-def verify_tokens(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], q: Annotated[NDArray[Any], dict(device='cpu', writable=False)] | None, tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: Annotated[NDArray[Any], dict(device='cpu', writable=False)], lenience: float = 1.0) -> tuple[int, int]:
+def verify_tokens(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], q: Annotated[NDArray[Any], dict(device='cpu', writable=False)] | None, tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: Annotated[NDArray[Any], dict(device='cpu', writable=False)], lenience: float = 1.0, isa: str | None = None) -> tuple[int, int]:
     """
     The token rule: how many of tokens (gamma,) int32 are kept, and the token that follows them.
 
@@ -112,7 +112,16 @@ def verify_tokens(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)]
     Raises ShapeError, or NumericalError where p has no mass.
     """
 
-def sample_token(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: float) -> int:
+def verify_logits(logits: Annotated[NDArray[Any], dict(device='cpu', writable=False)], q: Annotated[NDArray[Any], dict(device='cpu', writable=False)] | None, tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: Annotated[NDArray[Any], dict(device='cpu', writable=False)], law: Law, lenience: float = 1.0, isa: str | None = None) -> tuple[int, int]:
+    """
+    verify_tokens on the laws of logits (gamma + 1, V) float32, the same to the bit, without writing the laws.
+
+    Rows after the one whose token is rejected are not looked at, nor is q where the law keeps a list of ids (top_k,
+    or temperature 0) that does not hold them. Raises ShapeError, or NumericalError like law_rows for a row up to
+    the one that decides.
+    """
+
+def sample_token(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: float, isa: str | None = None) -> int:
     """
     Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.
     """
@@ -127,11 +136,12 @@ class Model:
     A decoder's weights, used in place, bound to the kernels of one instruction set and one precision.
 
     pack gives quantised matrices a second copy in the order the kernels stream, where they have one (int8 on AVX-512);
-    False reads all weights in place, 10 to 40 percent slower. Results of a row are the same bits for any
+    False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, whose
+    memory is given back once packed. Results of a row are the same bits for any
     number of rows and threads, packed or not.
     """
 
-    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True) -> None: ...
+    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False) -> None: ...
 
     def forward(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_rows: int = 1) -> NDArray[numpy.float32]:
         """
@@ -253,5 +263,5 @@ def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu
     """
     Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all float32.
 
-    half stores keys and values as f16, as the cache does unless the precision is f32.
+    half stores keys and values as bf16, as the cache does unless the precision is f32.
     """

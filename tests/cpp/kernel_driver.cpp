@@ -302,6 +302,50 @@ void check_decoder(const KernelTable& kernels) {
   }
 }
 
+/// The loops over logits and laws give the scalar table's bits, and a mass that is one ulp off is seen.
+void check_law_loops(const KernelTable& kernels) {
+  const LawLoops &loops = kernels.law, &plain = scalar_kernels().law;
+  const auto same = [&](const auto& a, const auto& b, const char* what) {
+    expect(a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0, kernels.isa, what);
+  };
+  for (const int n : {0, 1, 15, 16, 17, 63, 64, 65, 200, 255, 256, 1000}) {
+    const size_t size = static_cast<size_t>(n);
+    std::vector<float> x(size), q(size), w(size), plain_w(size), p(size), plain_p(size);
+    for (float& value : x) value = generator() % 9 ? 30.0f * gaussian() : -INFINITY;
+    for (float& value : q) value = std::fabs(gaussian()) * 0.5f;
+    const float highest = loops.highest(x.data(), n);
+    expect(highest == plain.highest(x.data(), n), kernels.isa, "highest");
+    for (const float inverse : {1.0f, 1.25f, 0.01f, 3e38f}) {
+      loops.weigh(x.data(), n, std::max(highest, 0.0f), inverse, w.data());
+      plain.weigh(x.data(), n, std::max(highest, 0.0f), inverse, plain_w.data());
+      same(w, plain_w, "weigh");
+      loops.normalise(w.data(), n, 0.7, p.data());
+      plain.normalise(w.data(), n, 0.7, plain_p.data());
+      same(p, plain_p, "normalise");
+      if (n > kChunk) continue;
+      for (const double kept : {0.5, 1.0})
+        expect(loops.residual_mass(w.data(), q.data(), kept, n) == plain.residual_mass(w.data(), q.data(), kept, n),
+               kernels.isa, "residual_mass");
+      const double mass = plain.mass(p.data(), n);
+      expect(loops.mass(p.data(), n) == mass, kernels.isa, "mass");
+      if (n == 0 || mass == 0) continue;
+      float& largest = *std::max_element(p.begin(), p.end());
+      largest = std::nextafter(largest, 2.0f);
+      expect(loops.mass(p.data(), n) != mass, kernels.isa, "a mass that is off");
+    }
+    for (const float least : {-INFINITY, 0.0f, 40.0f, 1e9f}) {
+      std::vector<int32_t> ids(size + 16), plain_ids(size + 16);
+      const int count = loops.at_least(x.data(), n, least, ids.data());
+      expect(count == plain.at_least(x.data(), n, least, plain_ids.data()), kernels.isa, "at_least");
+      ids.resize(static_cast<size_t>(count));
+      same(ids, plain_ids, "at_least's ids");
+    }
+    if (n == 0) continue;
+    x[generator() % size] = generator() % 2 ? NAN : -NAN;
+    expect(std::isnan(loops.highest(x.data(), n)), kernels.isa, "highest of NaN");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -323,6 +367,7 @@ int main(int argc, char** argv) {
     const int before = checks;
     check_matmuls(*entry.table);
     check_decoder(*entry.table);
+    check_law_loops(*entry.table);
     std::printf("%s: %d checks\n", entry.table->isa, checks - before);
   }
   std::printf("%d checks, %d failures\n", checks, failures);
