@@ -61,7 +61,7 @@ const KernelInfo kInfos[] = {
     {"matmul_rows", "matmul_rows_q4_int8_4x8_avx2"},   {"matmul_rows", "matmul_rows_q8_int8_4x8_avx2"},
     {"matmul_rows", "matmul_rows_any_f32_4x4_avx2"},   {"matmul_rows", "matmul_rows_any_bf16_4x4_avx2"},
     {"swiglu_rows", "swiglu_rows_any_any_16x16_avx2"}, {"qkv_rope_append", "qkv_rope_append_f32_f32_1x8_avx2"},
-    {"attend_rows", "attend_rows_kv_f32_4x16_avx2"},   {"logits_rows", "logits_rows_f32_f32_1x8_avx2"},
+    {"attend_rows", "attend_rows_bf16_f32_4x16_avx2"}, {"logits_rows", "logits_rows_f32_f32_1x8_avx2"},
     {"embed_rows", "embed_rows_any_f32_1x8_avx2"},
 };
 
