@@ -137,35 +137,6 @@ inline void dot_bytes(__m512i& acc, __m512i weights, const int8_t* x) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(weights), "m"(*reinterpret_cast<const Word*>(x)));
 }
 
-/// The same transpose without leaving registers: w[j] becomes word j of the 16 rows.
-inline void transpose_registers(const uint8_t* const* rows, size_t offset, __mmask16 words, __m512i* w) {
-  __m512i r[16];
-  SPECFAST_UNROLL
-  for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(words, rows[i] + offset);
-  SPECFAST_UNROLL
-  for (int i = 0; i < 16; i += 2) {
-    w[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    w[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  SPECFAST_UNROLL
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
-  }
-  SPECFAST_UNROLL
-  for (int k = 0; k < 4; k++) {
-    const __m512i a = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x88), b = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x88),
-                  d = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xdd);
-    w[k] = _mm512_shuffle_i32x4(a, c, 0x88);
-    w[8 + k] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    w[4 + k] = _mm512_shuffle_i32x4(b, d, 0x88);
-    w[12 + k] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-}
-
 /// Adds one block's integer dots to the float sums: bias first, then scale, each one fused multiply-add. `scale` and
 /// `scaled_sum` are the block's (M,).
 template <int M>
@@ -193,22 +164,26 @@ inline void dot_word(__m512i word, int j, const int8_t* q, __m512i (*t)[M]) {
   }
 }
 
-/// 16 outputs from row n on for M rows, 64 bytes of 16 weight rows at a time. Few rows: the transposed words stay in
-/// registers. More rows: the next 64 bytes are transposed through the first-level cache, a step per two multiplied
-/// words.
+/// 16 outputs from row n on for M rows, 64 bytes of 16 weight rows at a time; the next 64 bytes are transposed through
+/// the first-level cache meanwhile, a step per two multiplied words.
 template <int BITS, int BLOCK, int M>
 void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* scales, const float* biases, float* tile) {
   constexpr int kBlockWords = BLOCK * BITS / 32;
   constexpr int kChunkBlocks = 16 / kBlockWords;
   constexpr int kChains = M <= 3 ? 2 : 1;
-  constexpr bool kRegisters = M <= 2;
   alignas(64) __m512i ready[2][16], tmp[16];
   const uint8_t* rows[kPanel];
   for (int i = 0; i < kPanel; i++) rows[i] = panel_row(w, n, i);
   const size_t row_bytes = w.row_bytes();
   const int words = static_cast<int>(row_bytes / 4);
   const int chunks = (words + 15) / 16;
-  const uint8_t* ahead = rows[0] + kPanel * row_bytes;  // the next panel, fetched while this one is used
+  // The next panel, its scales and biases are fetched while this one is used.
+  const uint8_t* ahead = rows[0] + kPanel * row_bytes;
+  const size_t panel_scales = kPanel * w.groups() * w.scale_bytes(),
+               scale_share = panel_scales / static_cast<size_t>(chunks);
+  const size_t after = static_cast<size_t>(n / kPanel + 1) * panel_scales;
+  const char* next_scales = static_cast<const char*>(w.scales) + after;
+  const char* next_biases = static_cast<const char*>(w.biases) + after;
   const int group_shift = w.group / BLOCK == 2 ? 1 : 0;
   const int8_t* q = x.q;
   const float *scale = x.scale, *scaled_sum = x.scaled_sum;
@@ -217,14 +192,21 @@ void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* sca
   SPECFAST_UNROLL
   for (int m = 0; m < M; m++) acc[m] = zero();
 
-  if constexpr (!kRegisters) transpose_words(rows, 0, smaller(words, 16), ready[0]);
+  transpose_words(rows, 0, smaller(words, 16), ready[0]);
   for (int c = 0; c < chunks; c++) {
     const uint8_t* fetch = ahead + static_cast<size_t>(c) * 1024;
     SPECFAST_UNROLL
-    for (int i = 0; i < 16; i++) _mm_prefetch(reinterpret_cast<const char*>(fetch + i * 64), _MM_HINT_T1);
+    for (int i = 0; i < 16; i++) {
+      _mm_prefetch(reinterpret_cast<const char*>(fetch + i * 64), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(rows[i] + c * 64 + 128), _MM_HINT_T0);
+    }
+    for (size_t at = 0; at < scale_share; at += 64) {
+      _mm_prefetch(next_scales + at, _MM_HINT_T1);
+      _mm_prefetch(next_biases + at, _MM_HINT_T1);
+    }
+    next_scales += scale_share;
+    next_biases += scale_share;
     const int left = words - 16 * c;
-    __m512i now[kRegisters ? 16 : 1];
-    if constexpr (kRegisters) transpose_registers(rows, static_cast<size_t>(c) * 64, low_lanes(left), now);
     const __m512i* current = ready[c & 1];
     __m512i* next = ready[(c & 1) ^ 1];
     const int next_words = left - 16 > 0 ? smaller(left - 16, 16) : 0;
@@ -241,16 +223,12 @@ void int8_panel_rows(const Matrix& w, const Int8Rows& x, int n, const float* sca
       SPECFAST_UNROLL
       for (int j = 0; j < kBlockWords; j++) {
         const int at = h * kBlockWords + j;
-        if constexpr (kRegisters) {
-          dot_word<BITS, BLOCK, M, kChains>(now[at], j, q, t);
-        } else {
-          dot_word<BITS, BLOCK, M, kChains>(_mm512_load_si512(current + at), j, q, t);
-          if (at % 2 == 0) {
-            if (at < 8) {
-              transpose_first(rows, next_offset, low_lanes(next_words), at / 2, tmp);
-            } else {
-              transpose_second(tmp, at / 2 - 4, next);
-            }
+        dot_word<BITS, BLOCK, M, kChains>(_mm512_load_si512(current + at), j, q, t);
+        if (at % 2 == 0) {
+          if (at < 8) {
+            transpose_first(rows, next_offset, low_lanes(next_words), at / 2, tmp);
+          } else {
+            transpose_second(tmp, at / 2 - 4, next);
           }
         }
       }
