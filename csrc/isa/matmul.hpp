@@ -3,9 +3,10 @@
 
 namespace {
 
-constexpr int kWeightRows = 4;  // weight rows that share each activation load
+constexpr int kWeightRows = 4;  // quantised weight rows that share each activation load
 
-/// kWeightRows x MT dot products along K; scales and biases are (groups, 16) floats of the panel.
+/// kWeightRows x MT dot products of dequantised weights along K; scales and biases are (groups, 16) floats of the
+/// panel.
 template <Format F, class X, int MT>
 void float_block(const Matrix& w, const uint8_t* const* rows, const X* x, int64_t x_stride, const float* scales,
                  const float* biases, int first_row, float* tile) {
@@ -15,44 +16,20 @@ void float_block(const Matrix& w, const uint8_t* const* rows, const X* x, int64_
     SPECFAST_UNROLL
     for (int m = 0; m < MT; m++) acc[r][m] = zero();
   }
-  if constexpr (is_quantised(F)) {
-    const int groups = w.K / w.group;
-    for (int g = 0; g < groups; g++) {
-      const float* s = scales + g * kPanel + first_row;
-      const float* b = biases + g * kPanel + first_row;
-      for (int k = g * w.group; k < (g + 1) * w.group; k += kLanes) {
-        Vec in[MT];
-        SPECFAST_UNROLL
-        for (int m = 0; m < MT; m++) in[m] = load_x(x + m * x_stride + k);
-        SPECFAST_UNROLL
-        for (int r = 0; r < kWeightRows; r++) {
-          const Vec q = F == Format::q4 ? load_q4(rows[r], k) : load_q8(rows[r], k);
-          const Vec value = fma(broadcast(s[r]), q, broadcast(b[r]));
-          SPECFAST_UNROLL
-          for (int m = 0; m < MT; m++) acc[r][m] = fma(value, in[m], acc[r][m]);
-        }
-      }
-    }
-  } else {
-    int k = 0;
-    for (; k + kLanes <= w.K; k += kLanes) {
+  const int groups = w.K / w.group;
+  for (int g = 0; g < groups; g++) {
+    const float* s = scales + g * kPanel + first_row;
+    const float* b = biases + g * kPanel + first_row;
+    for (int k = g * w.group; k < (g + 1) * w.group; k += kLanes) {
       Vec in[MT];
       SPECFAST_UNROLL
       for (int m = 0; m < MT; m++) in[m] = load_x(x + m * x_stride + k);
       SPECFAST_UNROLL
       for (int r = 0; r < kWeightRows; r++) {
-        const Vec value = load_weight<F>(rows[r], k);
+        const Vec q = F == Format::q4 ? load_q4(rows[r], k) : load_q8(rows[r], k);
+        const Vec value = fma(broadcast(s[r]), q, broadcast(b[r]));
         SPECFAST_UNROLL
         for (int m = 0; m < MT; m++) acc[r][m] = fma(value, in[m], acc[r][m]);
-      }
-    }
-    if (k < w.K) {
-      const int part = w.K - k;
-      SPECFAST_UNROLL
-      for (int r = 0; r < kWeightRows; r++) {
-        const Vec value = load_weight_part<F>(rows[r], k, part);
-        SPECFAST_UNROLL
-        for (int m = 0; m < MT; m++) acc[r][m] = fma(value, load_x_part(x + m * x_stride + k, part), acc[r][m]);
       }
     }
   }
@@ -83,22 +60,52 @@ void float_panel(const Matrix& w, const X* x, int64_t x_stride, int M, int n, co
   }
 }
 
-#if defined(SPECFAST_BF16_DOT)
-constexpr int kChunk = 1024;  // inputs a panel takes at a time: those of 9 rows stay in the first-level cache
-constexpr int kChunkRows = 9;
+/// How unquantised weights meet inputs, kStep of them at a time: widened to floats, fused multiply-adds.
+template <Format F, class X>
+struct FloatTerms {
+  using Input = X;
+  using Term = Vec;
+  static constexpr int kStep = kLanes;
 
-/// Inputs [k0, k1) of a panel with the CPU's bf16 dot instruction: both operands bf16, 32 inputs a step.
-struct Bf16Chunk {
+  static Vec weight(const uint8_t* row, int k) { return load_weight<F>(row, k); }
+  static Vec weight_part(const uint8_t* row, int k, int n) { return load_weight_part<F>(row, k, n); }
+  static Vec input(const X* x) { return load_x(x); }
+  static Vec input_part(const X* x, int n) { return load_x_part(x, n); }
+  static Vec add(Vec acc, Vec weight, Vec in) { return fma(weight, in, acc); }
+};
+
+#if defined(SPECFAST_BF16_DOT)
+/// The CPU's bf16 dot instruction: both operands bf16, 32 inputs a step.
+struct Bf16Terms {
+  using Input = uint16_t;
+  using Term = Pairs;
+  static constexpr int kStep = 2 * kLanes;
+
+  static Pairs weight(const uint8_t* row, int k) { return load_pairs(reinterpret_cast<const uint16_t*>(row) + k); }
+  static Pairs weight_part(const uint8_t* row, int k, int n) {
+    return load_pairs_part(reinterpret_cast<const uint16_t*>(row) + k, n);
+  }
+  static Pairs input(const uint16_t* x) { return load_pairs(x); }
+  static Pairs input_part(const uint16_t* x, int n) { return load_pairs_part(x, n); }
+  static Vec add(Vec acc, Pairs weight, Pairs in) { return dot_pairs(acc, weight, in); }
+};
+#endif
+
+constexpr int kChunkRows = 9;  // rows whose inputs of a chunk stay in the first-level cache
+
+/// Inputs [k0, k1) of a panel.
+template <class Terms>
+struct Chunk {
   const Matrix& w;
-  const uint16_t* x;
+  const typename Terms::Input* x;
   int64_t x_stride;
   int n, k0, k1;
   size_t ahead;  // bytes to where the same row's next inputs, or those of the next panel, lie
 };
 
 /// R weight rows and MT rows of x; their sums wait in `sums` (R, MT) between chunks and end in `tile`.
-template <int R, int MT>
-void bf16_block(const Bf16Chunk& chunk, int first_row, Vec* sums, float* tile) {
+template <class Terms, int R, int MT>
+void chunk_block(const Chunk<Terms>& chunk, int first_row, Vec* sums, float* tile) {
   const uint8_t* rows[R];
   Vec acc[R][MT];
   SPECFAST_UNROLL
@@ -107,24 +114,29 @@ void bf16_block(const Bf16Chunk& chunk, int first_row, Vec* sums, float* tile) {
     SPECFAST_UNROLL
     for (int m = 0; m < MT; m++) acc[r][m] = chunk.k0 ? sums[r * MT + m] : zero();
   }
-  const auto step = [&](int k, auto load_pairs) {
-    Pairs weight[R];
+  const size_t element = chunk.w.row_bytes() / static_cast<size_t>(chunk.w.K);
+  const auto step = [&](int k, auto weight_at, auto input_at) {
+    typename Terms::Term weight[R];
     SPECFAST_UNROLL
     for (int r = 0; r < R; r++) {
-      const uint16_t* row = reinterpret_cast<const uint16_t*>(rows[r]) + k;
-      fetch(reinterpret_cast<const uint8_t*>(row) + chunk.ahead);
-      weight[r] = load_pairs(row);
+      __builtin_prefetch(rows[r] + static_cast<size_t>(k) * element + chunk.ahead, 0, 2);
+      weight[r] = weight_at(rows[r]);
     }
     SPECFAST_UNROLL
     for (int m = 0; m < MT; m++) {
-      const Pairs in = load_pairs(chunk.x + m * chunk.x_stride + k);
+      const typename Terms::Term in = input_at(chunk.x + m * chunk.x_stride + k);
       SPECFAST_UNROLL
-      for (int r = 0; r < R; r++) acc[r][m] = dot_pairs(acc[r][m], weight[r], in);
+      for (int r = 0; r < R; r++) acc[r][m] = Terms::add(acc[r][m], weight[r], in);
     }
   };
+  using Input = typename Terms::Input;
   int k = chunk.k0;
-  for (; k + 2 * kLanes <= chunk.k1; k += 2 * kLanes) step(k, [](const uint16_t* p) { return load_pairs(p); });
-  if (k < chunk.k1) step(k, [part = chunk.k1 - k](const uint16_t* p) { return load_pairs_part(p, part); });
+  for (; k + Terms::kStep <= chunk.k1; k += Terms::kStep)
+    step(k, [=](const uint8_t* row) { return Terms::weight(row, k); }, [](const Input* x) { return Terms::input(x); });
+  if (const int n = chunk.k1 - k; n > 0)
+    step(
+        k, [=](const uint8_t* row) { return Terms::weight_part(row, k, n); },
+        [=](const Input* x) { return Terms::input_part(x, n); });
   const bool last = chunk.k1 == chunk.w.K;
   SPECFAST_UNROLL
   for (int r = 0; r < R; r++) {
@@ -139,47 +151,58 @@ void bf16_block(const Bf16Chunk& chunk, int first_row, Vec* sums, float* tile) {
   }
 }
 
-template <int R, int MT>
-void bf16_blocks(const Bf16Chunk& chunk, Vec* sums, float* tile) {
-  for (int r = 0; r < kPanel; r += R) bf16_block<R, MT>(chunk, r, sums + r * MT, tile);
+/// Weight rows read side by side: as many of 4 as leave all sums in registers.
+constexpr int rows_beside(int MT) {
+  return 4 * MT + 5 <= kRegisters ? 4 : 2 * MT + 3 <= kRegisters ? 2 : 1;
 }
 
-/// A panel for at most kChunkRows rows: the fewer, the more weight rows are read side by side.
-void bf16_panel_of(const Matrix& w, const uint16_t* x, int64_t x_stride, int M, int n, float* tile) {
+template <class Terms, int MT>
+void chunk_blocks(const Chunk<Terms>& chunk, Vec* sums, float* tile) {
+  constexpr int R = rows_beside(MT);
+  for (int r = 0; r < kPanel; r += R) chunk_block<Terms, R, MT>(chunk, r, sums + r * MT, tile);
+}
+
+/// A panel of unquantised weights for at most kChunkRows rows.
+template <class Terms>
+void chunked_rows(const Matrix& w, const typename Terms::Input* x, int64_t x_stride, int M, int n, float* tile) {
+  constexpr int kChunk = 2048 / static_cast<int>(sizeof(typename Terms::Input));
   Vec sums[kPanel * kChunkRows];
   for (int k0 = 0; k0 < w.K; k0 += kChunk) {
     const bool last = w.K - k0 <= kChunk;
-    const size_t ahead = last ? kPanel * w.row_bytes() - 2 * static_cast<size_t>(k0) : 2 * kChunk;
-    const Bf16Chunk chunk{w, x, x_stride, n, k0, last ? w.K : k0 + kChunk, ahead};
+    const size_t element = w.row_bytes() / static_cast<size_t>(w.K);
+    const size_t ahead = last ? kPanel * w.row_bytes() - static_cast<size_t>(k0) * element : kChunk * element;
+    const Chunk<Terms> chunk{w, x, x_stride, n, k0, last ? w.K : k0 + kChunk, ahead};
     switch (M) {
-      case 1: bf16_blocks<4, 1>(chunk, sums, tile); break;
-      case 2: bf16_blocks<4, 2>(chunk, sums, tile); break;
-      case 3: bf16_blocks<4, 3>(chunk, sums, tile); break;
-      case 4: bf16_blocks<4, 4>(chunk, sums, tile); break;
-      case 5: bf16_blocks<4, 5>(chunk, sums, tile); break;
-      case 6: bf16_blocks<4, 6>(chunk, sums, tile); break;
-      case 7: bf16_blocks<2, 7>(chunk, sums, tile); break;
-      case 8: bf16_blocks<2, 8>(chunk, sums, tile); break;
-      default: bf16_blocks<2, 9>(chunk, sums, tile); break;
+      case 1: chunk_blocks<Terms, 1>(chunk, sums, tile); break;
+      case 2: chunk_blocks<Terms, 2>(chunk, sums, tile); break;
+      case 3: chunk_blocks<Terms, 3>(chunk, sums, tile); break;
+      case 4: chunk_blocks<Terms, 4>(chunk, sums, tile); break;
+      case 5: chunk_blocks<Terms, 5>(chunk, sums, tile); break;
+      case 6: chunk_blocks<Terms, 6>(chunk, sums, tile); break;
+      case 7: chunk_blocks<Terms, 7>(chunk, sums, tile); break;
+      case 8: chunk_blocks<Terms, 8>(chunk, sums, tile); break;
+      default: chunk_blocks<Terms, 9>(chunk, sums, tile); break;
     }
   }
 }
 
-void bf16_panel(const Matrix& w, const uint16_t* x, int64_t x_stride, int M, int n, float* tile) {
+template <class Terms>
+void chunked_panel(const Matrix& w, const typename Terms::Input* x, int64_t x_stride, int M, int n, float* tile) {
   const int first = M <= kChunkRows ? M : (M + 1) / 2;  // a second pass finds the panel in the cache
-  bf16_panel_of(w, x, x_stride, first, n, tile);
-  if (first < M) bf16_panel_of(w, x + first * x_stride, x_stride, M - first, n, tile + first * kPanel);
+  chunked_rows<Terms>(w, x, x_stride, first, n, tile);
+  if (first < M) chunked_rows<Terms>(w, x + first * x_stride, x_stride, M - first, n, tile + first * kPanel);
 }
 
-void bf16_panel(const Matrix& w, const float* x, int64_t x_stride, int M, int n, float* tile) {
-  float_panel<Format::bf16>(w, x, x_stride, M, n, nullptr, nullptr, tile);
-}
+void bf16_panel(const Matrix& w, const uint16_t* x, int64_t x_stride, int M, int n, float* tile) {
+#if defined(SPECFAST_BF16_DOT)
+  chunked_panel<Bf16Terms>(w, x, x_stride, M, n, tile);
 #else
-template <class X>
-void bf16_panel(const Matrix& w, const X* x, int64_t x_stride, int M, int n, float* tile) {
-  float_panel<Format::bf16>(w, x, x_stride, M, n, nullptr, nullptr, tile);
-}
+  chunked_panel<FloatTerms<Format::bf16, uint16_t>>(w, x, x_stride, M, n, tile);
 #endif
+}
+void bf16_panel(const Matrix& w, const float* x, int64_t x_stride, int M, int n, float* tile) {
+  chunked_panel<FloatTerms<Format::bf16, float>>(w, x, x_stride, M, n, tile);
+}
 
 template <class X>
 void float_panel_of(const Matrix& w, const X* x, int64_t x_stride, int M, int n, const float* s, const float* b,
@@ -188,8 +211,8 @@ void float_panel_of(const Matrix& w, const X* x, int64_t x_stride, int M, int n,
     case Format::q4: return float_panel<Format::q4>(w, x, x_stride, M, n, s, b, tile);
     case Format::q8: return float_panel<Format::q8>(w, x, x_stride, M, n, s, b, tile);
     case Format::bf16: return bf16_panel(w, x, x_stride, M, n, tile);
-    case Format::f16: return float_panel<Format::f16>(w, x, x_stride, M, n, s, b, tile);
-    default: return float_panel<Format::f32>(w, x, x_stride, M, n, s, b, tile);
+    case Format::f16: return chunked_panel<FloatTerms<Format::f16, X>>(w, x, x_stride, M, n, tile);
+    default: return chunked_panel<FloatTerms<Format::f32, X>>(w, x, x_stride, M, n, tile);
   }
 }
 

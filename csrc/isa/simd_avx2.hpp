@@ -14,6 +14,7 @@
 namespace {  // NOLINT: every instruction set has its own copy, none may be shared
 
 constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
 
 using Vec = __m256;
 

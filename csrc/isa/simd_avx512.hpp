@@ -15,6 +15,7 @@
 namespace {  // NOLINT: every instruction set has its own copy, none may be shared
 
 constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
 
 using Vec = __m512;
 
@@ -152,11 +153,6 @@ inline Pairs first_of_pairs(Pairs a) {
 inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(acc, a, b);
 }
-/// Asks for the cache line at p, into the second level.
-inline void fetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
-}
-
 /// 2^n for an integral n within the exponent range of normal floats.
 inline Vec pow2(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));

@@ -14,6 +14,7 @@
 namespace {  // NOLINT: every instruction set has its own copy, none may be shared
 
 constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
 
 using Vec = float32x4_t;
 

@@ -8,6 +8,7 @@
 namespace {  // NOLINT: every instruction set has its own copy, none may be shared
 
 constexpr int kLanes = 1;
+constexpr int kRegisters = 16;
 
 struct Vec {
   float v;
