@@ -74,7 +74,33 @@ int usable_cores() {
 #endif
 }
 
-void Barrier::wait() noexcept {
+void Barrier::take_core(int id) noexcept {
+#if defined(__linux__)
+  const int core = sched_getcpu();
+  cores_[static_cast<size_t>(id)].number.store(core, std::memory_order_relaxed);
+  bool taken = false;
+  for (int other = 0; other < id; other++)
+    taken |= cores_[static_cast<size_t>(other)].number.load(std::memory_order_relaxed) == core;
+  if (!taken) return;
+  cpu_set_t allowed, free;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  free = allowed;
+  for (const Core& other : cores_) {
+    const int number = other.number.load(std::memory_order_relaxed);
+    if (number >= 0) CPU_CLR(number, &free);
+  }
+  if (CPU_COUNT(&free) == 0) return;
+  sched_setaffinity(0, sizeof free, &free);  // moves at once
+  sched_setaffinity(0, sizeof allowed, &allowed);
+  cores_[static_cast<size_t>(id)].number.store(sched_getcpu(), std::memory_order_relaxed);
+#else
+  (void)id;
+#endif
+}
+
+void Barrier::wait(int id) noexcept {
+  take_core(id);
   const uint32_t phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
     arrived_.store(0, std::memory_order_relaxed);
@@ -100,8 +126,9 @@ struct ThreadPool::Crew {
       wait_for_change(calls, seen);
       seen++;
       if (stop) return;
+      barrier.take_core(id);
       (*call)(Team{id, size, &barrier});
-      barrier.wait();
+      barrier.wait(id);
     }
   }
 
@@ -157,10 +184,11 @@ void ThreadPool::run_erased(bool alone, const Call& call) {
   }
   call.prepare(call.prepare_context, threads->size);
   threads->call = &call;
+  threads->barrier.take_core(0);
   threads->calls.fetch_add(1, std::memory_order_release);
   threads->calls.notify_all();
   call(Team{0, threads->size, &threads->barrier});
-  threads->barrier.wait();
+  threads->barrier.wait(0);
 }
 
 }  // namespace specfast

@@ -10,14 +10,22 @@
 
 namespace specfast {
 
-/// Threads of one call meet here. Spins briefly, then sleeps, so that a busy machine is not made busier.
+/// Threads of one call meet here. Spins briefly, then sleeps, so that a busy machine is not made busier. On Linux a
+/// thread that finds itself on the core of a thread with a lower id moves to one that none of them is on: the scheduler
+/// may leave two on one core for a long time, and each wait then costs a time slice.
 class Barrier {
  public:
-  explicit Barrier(int threads) : threads_(threads) {}
-  void wait() noexcept;
+  explicit Barrier(int threads) : threads_(threads), cores_(static_cast<size_t>(threads)) {}
+  void wait(int id) noexcept;
+  /// Notes the core this thread runs on, and leaves it if it is taken.
+  void take_core(int id) noexcept;
 
  private:
   const int threads_;
+  struct alignas(64) Core {
+    std::atomic<int> number{-1};
+  };
+  std::vector<Core> cores_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
@@ -29,7 +37,7 @@ struct Team {
   Barrier* meeting = nullptr;
 
   void barrier() const noexcept {
-    if (size > 1) meeting->wait();
+    if (size > 1) meeting->wait(id);
   }
   /// This thread's part [first, last) of n items, cut at multiples of `unit`.
   void part(int n, int unit, int* first, int* last) const noexcept {
