@@ -314,6 +314,9 @@ int main(int argc, char** argv) {
     }
   }
   expect(philox({0, 0, 0, 0}, 0).word[0] == 0x6627e8d5u, "any", "Philox4x32-10 known answer");
+  std::string why;
+  const KernelTable* best = find_kernels("", &why);
+  std::printf("best: %s\n", best ? best->isa : why.c_str());
   for (const IsaEntry& entry : compiled_isas()) {
     if (!only.empty() && only != entry.table->isa) continue;
     if (!entry.supported) {
