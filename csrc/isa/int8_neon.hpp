@@ -1,7 +1,65 @@
-// The int8 panel of the NEON tables: 8 outputs at a time, rows of activations in passes of up to 8.
+// The int8 panel of the NEON tables around block_dots(): 8 outputs at a time, rows in passes of up to 8.
 #pragma once
 
 namespace {
+
+/// Element m of p in all lanes; `fours` holds the first MT / 4 vectors of p.
+template <int MT>
+inline Vec broadcast_row(const float* p, const Vec* fours, int m) {
+  return broadcast(m < MT / 4 * 4 ? fours[m / 4][m % 4] : p[m]);
+}
+
+/// 4 R outputs for rows m0 .. m0 + MT - 1. A block is added in two steps, bias first, then scale, each fused.
+template <int BITS, int BLOCK, int R, int MT>
+void int8_quads(const Matrix& w, const uint8_t* const* rows, const Int8Rows& x, int M, int m0, const float* scales,
+                const float* biases, float* tile) {
+  const int groups = static_cast<int>(w.groups()), group_blocks = w.group / BLOCK;
+  size_t offset = 0, at = static_cast<size_t>(m0);
+  Vec acc[R][MT];
+  SPECFAST_UNROLL
+  for (int r = 0; r < R; r++) {
+    SPECFAST_UNROLL
+    for (int m = 0; m < MT; m++) acc[r][m] = zero();
+  }
+  for (int g = 0; g < groups; g++) {
+    for (int h = 0; h < group_blocks; h++) {
+      int32x4_t dots[R][MT];
+      block_dots<BITS, BLOCK, R, MT>(rows, offset, x.q + at * BLOCK, x.sum + at, dots);
+      const float *scale = x.scale + at, *scaled_sum = x.scaled_sum + at;
+      Vec scales_of[MT / 4 + 1], sums_of[MT / 4 + 1];
+      SPECFAST_UNROLL
+      for (int i = 0; i < MT / 4; i++) {
+        scales_of[i] = load(scale + 4 * i);
+        sums_of[i] = load(scaled_sum + 4 * i);
+      }
+      SPECFAST_UNROLL
+      for (int r = 0; r < R; r++) {
+        const Vec s = load(scales + g * kPanel + 4 * r), bias = load(biases + g * kPanel + 4 * r);
+        SPECFAST_UNROLL
+        for (int m = 0; m < MT; m++) {
+          acc[r][m] = fma(bias, broadcast_row<MT>(scaled_sum, sums_of, m), acc[r][m]);
+          acc[r][m] = fma(vcvtq_f32_s32(dots[r][m]), mul(s, broadcast_row<MT>(scale, scales_of, m)), acc[r][m]);
+        }
+      }
+      offset += BLOCK * BITS / 8;
+      at += static_cast<size_t>(M);
+    }
+  }
+  SPECFAST_UNROLL
+  for (int r = 0; r < R; r++) {
+    SPECFAST_UNROLL
+    for (int m = 0; m < MT; m++) store(tile + (m0 + m) * kPanel + 4 * r, acc[r][m]);
+  }
+}
+
+/// 8 outputs: the sums of up to 4 rows fit the registers for all of them, those of more rows for half of them.
+template <int BITS, int BLOCK, int MT>
+void int8_rows(const Matrix& w, const uint8_t* const* rows, const Int8Rows& x, int M, int m0, const float* scales,
+               const float* biases, float* tile) {
+  constexpr int R = MT <= 4 ? 2 : 1;
+  for (int r = 0; r < 8; r += 4 * R)
+    int8_quads<BITS, BLOCK, R, MT>(w, rows + r, x, M, m0, scales + r, biases + r, tile + r);
+}
 
 template <int BITS, int BLOCK>
 void int8_panel_of(const Matrix& w, const Int8Rows& x, int M, int n, const float* scales, const float* biases,

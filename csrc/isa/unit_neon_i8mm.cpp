@@ -6,7 +6,7 @@
 #include "elementwise.hpp"
 #include "attend.hpp"
 #include "matmul_loads.hpp"
-#include "int8_portable.hpp"
+#include "quantise_neon.hpp"
 #include "int8_neon_i8mm.hpp"
 #include "int8_neon.hpp"
 #include "matmul.hpp"
