@@ -36,6 +36,14 @@ def find(package: str, *names: str) -> str:
     return path
 
 
+def checked(command: list[str]) -> bytes:
+    """Standard error of a command that must succeed."""
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:].decode(errors='replace')}")
+    return done.stderr
+
+
 def build(name: str, *options: str) -> str:
     """Builds the program that is counted and returns its path."""
     commands = (
@@ -43,16 +51,8 @@ def build(name: str, *options: str) -> str:
         ["cmake", "--build", BUILD / name, "--target", "matmul_calls", "--parallel", "2"],
     )
     for command in commands:
-        subprocess.run(command, check=True, capture_output=True)
+        checked([str(part) for part in command])
     return str(BUILD / name / "matmul_calls")
-
-
-def checked(command: list[str]) -> bytes:
-    """Standard error of a command that must succeed."""
-    done = subprocess.run(command, capture_output=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:].decode(errors='replace')}")
-    return done.stderr
 
 
 def x86_counter() -> Counter:

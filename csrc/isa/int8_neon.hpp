@@ -1,7 +1,9 @@
-// The int8 panel of the NEON tables around block_dots(): 8 outputs at a time, rows in passes of up to 8.
+// The int8 panel of the NEON tables around block_dots(): 8 outputs at a time, rows in passes.
 #pragma once
 
 namespace {
+
+constexpr int kPassRows = 10;  // the sums of so many rows and the weights of four outputs fit the registers
 
 /// Element m of p in all lanes; `fours` holds the first MT / 4 vectors of p.
 template <int MT>
@@ -11,8 +13,8 @@ inline Vec broadcast_row(const float* p, const Vec* fours, int m) {
 
 /// 4 R outputs for rows m0 .. m0 + MT - 1. A block is added in two steps, bias first, then scale, each fused.
 template <int BITS, int BLOCK, int R, int MT>
-void int8_quads(const Matrix& w, const uint8_t* const* rows, const Int8Rows& x, int M, int m0, const float* scales,
-                const float* biases, float* tile) {
+[[gnu::noinline]] void int8_quads(const Matrix& w, const uint8_t* const* rows, const Int8Rows& x, int M, int m0,
+                                  const float* scales, const float* biases, float* tile) {
   const int groups = static_cast<int>(w.groups()), group_blocks = w.group / BLOCK;
   size_t offset = 0, at = static_cast<size_t>(m0);
   Vec acc[R][MT];
@@ -68,8 +70,9 @@ void int8_panel_of(const Matrix& w, const Int8Rows& x, int M, int n, const float
     const uint8_t* rows[8];
     for (int i = 0; i < 8; i++) rows[i] = panel_row(w, n, r + i);
     const float *s = scales + r, *b = biases + r;
-    for (int m = 0; m < M; m += 8) {
-      switch (smaller(8, M - m)) {
+    for (int m = 0, count; m < M; m += count) {
+      count = M - m <= kPassRows ? M - m : 8;
+      switch (count) {
         case 1: int8_rows<BITS, BLOCK, 1>(w, rows, x, M, m, s, b, tile + r); break;
         case 2: int8_rows<BITS, BLOCK, 2>(w, rows, x, M, m, s, b, tile + r); break;
         case 3: int8_rows<BITS, BLOCK, 3>(w, rows, x, M, m, s, b, tile + r); break;
@@ -77,7 +80,9 @@ void int8_panel_of(const Matrix& w, const Int8Rows& x, int M, int n, const float
         case 5: int8_rows<BITS, BLOCK, 5>(w, rows, x, M, m, s, b, tile + r); break;
         case 6: int8_rows<BITS, BLOCK, 6>(w, rows, x, M, m, s, b, tile + r); break;
         case 7: int8_rows<BITS, BLOCK, 7>(w, rows, x, M, m, s, b, tile + r); break;
-        default: int8_rows<BITS, BLOCK, 8>(w, rows, x, M, m, s, b, tile + r); break;
+        case 8: int8_rows<BITS, BLOCK, 8>(w, rows, x, M, m, s, b, tile + r); break;
+        case 9: int8_rows<BITS, BLOCK, 9>(w, rows, x, M, m, s, b, tile + r); break;
+        default: int8_rows<BITS, BLOCK, 10>(w, rows, x, M, m, s, b, tile + r); break;
       }
     }
   }

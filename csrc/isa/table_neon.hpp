@@ -39,8 +39,8 @@ uint64_t peak_dot(Activation activation, uint64_t iterations) {
 }
 
 const KernelInfo kInfos[] = {
-    {"matmul_rows", "matmul_rows_q4_int8_8x8_" SPECFAST_NEON},
-    {"matmul_rows", "matmul_rows_q8_int8_8x8_" SPECFAST_NEON},
+    {"matmul_rows", "matmul_rows_q4_int8_10x8_" SPECFAST_NEON},
+    {"matmul_rows", "matmul_rows_q8_int8_10x8_" SPECFAST_NEON},
     {"matmul_rows", "matmul_rows_any_f32_4x4_" SPECFAST_NEON},
     {"matmul_rows", "matmul_rows_any_bf16_4x4_" SPECFAST_NEON},
     {"swiglu_rows", "swiglu_rows_any_any_16x16_" SPECFAST_NEON},
