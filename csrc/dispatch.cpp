@@ -6,6 +6,8 @@
 #if defined(__linux__) && defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace specfast {
@@ -37,6 +39,21 @@ bool cpu_has_dotprod() {
 }
 #endif
 
+#if defined(SPECFAST_HAS_NEON_I8MM)
+bool cpu_has_i8mm() {
+#if defined(__linux__)
+  constexpr unsigned long kI8mm = 1ul << 13;  // HWCAP2_I8MM, which older kernel headers lack
+  return cpu_has_dotprod() && (getauxval(AT_HWCAP2) & kI8mm) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t bytes = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &bytes, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 const std::vector<IsaEntry>& compiled_isas() {
@@ -50,6 +67,9 @@ const std::vector<IsaEntry>& compiled_isas() {
 #endif
 #if defined(SPECFAST_HAS_NEON)
     list.push_back({&neon_kernels(), cpu_has_dotprod()});
+#endif
+#if defined(SPECFAST_HAS_NEON_I8MM)
+    list.push_back({&neon_i8mm_kernels(), cpu_has_i8mm()});
 #endif
     return list;
   }();

@@ -77,5 +77,8 @@ const KernelTable& avx512_kernels();
 #if defined(SPECFAST_HAS_NEON)
 const KernelTable& neon_kernels();
 #endif
+#if defined(SPECFAST_HAS_NEON_I8MM)
+const KernelTable& neon_i8mm_kernels();
+#endif
 
 }  // namespace specfast

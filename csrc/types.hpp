@@ -79,7 +79,8 @@ constexpr Int8Layout int8_layout(Format format, int group) {
   return format == Format::q4 ? (group == 32 ? kQ4Block32 : kQ4Block64) : (group == 32 ? kQ8Block32 : kQ8Block64);
 }
 
-/// M rows quantised to int8; block b of row m starts at q + (b * M + m) * block.
+/// M rows quantised to int8; block b of row m starts at q + (b * M + m) * block. A table may order the bytes of a block
+/// of all rows in its own way: only its own kernels read what its quantise_int8 wrote.
 struct Int8Rows {
   int8_t* q = nullptr;
   float* scale = nullptr;       // (K / block, M): x ~= scale * q

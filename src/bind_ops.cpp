@@ -41,7 +41,7 @@ nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bo
 }
 
 nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k, const Floats& v, bool half,
-                                          const std::optional<std::string>& isa) {
+                                                const std::optional<std::string>& isa) {
   if (q.ndim() != 3 || k.ndim() != 3 || v.ndim() != 3)
     throw ShapeError("q must be (M, heads, head_dim), k and v (S, kv_heads, head_dim)");
   const size_t M = q.shape(0), heads = q.shape(1), dim = q.shape(2), S = k.shape(0), kv_heads = k.shape(1);

@@ -35,30 +35,54 @@ def test_native(native_build):
     assert "0 failures" in run(native_build / "kernel_driver", *(["--full"] if FULL else []))
 
 
-def test_units_export_only_their_table(native_build):
+def check_exports(directory, nm="nm"):
     """An inline function compiled for one instruction set must never be the copy the rest of the program uses."""
-    objects = list(native_build.rglob("unit_*.o"))
+    objects = list(directory.rglob("unit_*.o"))
     assert objects
     for unit in objects:
-        lines = run("nm", "-C", "--defined-only", unit).splitlines()
+        lines = run(nm, "-C", "--defined-only", unit).splitlines()
         exported = [line.split(maxsplit=2)[1:] for line in lines if line.split(maxsplit=2)[1] not in "tbrd"]
-        assert [name for _, name in exported] == [f"specfast::{unit.name.split('_')[1].split('.')[0]}_kernels()"]
+        isa = unit.name.removeprefix("unit_").split(".")[0]
+        assert [name for _, name in exported] == [f"specfast::{isa}_kernels()"]
 
 
-def test_neon_under_an_emulator(tmp_path):
-    compiler, emulator = (
-        shutil.which("aarch64-linux-gnu-g++"),
-        shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64"),
-    )
+def test_units_export_only_their_table(native_build):
+    check_exports(native_build)
+
+
+@pytest.fixture(scope="module")
+def neon_build(tmp_path_factory):
+    """A static AArch64 driver, as a function that runs it on an emulated CPU."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if not compiler or not emulator:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user-static (apt)")
-    build(
-        tmp_path, "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+    directory = build(
+        tmp_path_factory.mktemp("neon"), "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
         f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_EXE_LINKER_FLAGS=-static",
     )  # fmt: skip
-    out = run(emulator, tmp_path / "kernel_driver", *(["--full"] if FULL else []), "neon")
-    assert "neon" in out
+    full = ["--full"] if FULL else []
+    return directory, lambda cpu, isa: run(emulator, "-cpu", cpu, directory / "kernel_driver", *full, isa)
+
+
+@pytest.mark.parametrize("isa", ["neon", "neon_i8mm"])
+def test_neon_under_an_emulator(neon_build, isa):
+    out = neon_build[1]("max", isa)
+    assert f"\n{isa}: " in out
+    assert "not run" not in out
     assert "0 failures" in out
+    assert "best: neon_i8mm\n" in out
+
+
+def test_neon_without_matrix_products(neon_build):
+    """A CPU with dot products and nothing newer takes the table made for it."""
+    out = neon_build[1]("cortex-a76", "neon_i8mm")
+    assert "best: neon\n" in out
+    assert "neon_i8mm: not run" in out
+
+
+def test_neon_units_export_only_their_table(neon_build):
+    check_exports(neon_build[0], "aarch64-linux-gnu-nm")
 
 
 @pytest.mark.skipif(not FULL, reason="takes minutes; runs with SPECFAST_FULL=1")

@@ -95,7 +95,8 @@ void quantise_int8(const Rows& rows, Int8Layout layout, int k0, int k1) {
       for (int i = 0; i < block; i += 16) {
         __m256i a = _mm256_cvtps_epi32(mul(load(x + i), inv)), b = _mm256_cvtps_epi32(mul(load(x + i + 8), inv));
         if (is_nan) a = b = _mm256_setzero_si256();
-        const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+        __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+        pairs = _mm256_max_epi16(pairs, _mm256_set1_epi16(-128));  // what is no number counts as its byte
         total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
         const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
         if (interleaved(layout)) {

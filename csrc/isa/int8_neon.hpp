@@ -1,89 +1,66 @@
-// The int8 panel on NEON dotprod: 8 rows at a time, transposed four by four words in registers, lanes are outputs.
+// The int8 panel of the NEON tables around block_dots(): 8 outputs at a time, rows in passes.
 #pragma once
 
 namespace {
 
-/// w[j] becomes word j of four rows.
-inline void transpose_quad(const uint8_t* const* rows, size_t offset, int8x16_t* w) {
-  const uint32x4_t r0 = vreinterpretq_u32_u8(vld1q_u8(rows[0] + offset)),
-                   r1 = vreinterpretq_u32_u8(vld1q_u8(rows[1] + offset));
-  const uint32x4_t r2 = vreinterpretq_u32_u8(vld1q_u8(rows[2] + offset)),
-                   r3 = vreinterpretq_u32_u8(vld1q_u8(rows[3] + offset));
-  const uint64x2_t a = vreinterpretq_u64_u32(vtrn1q_u32(r0, r1)), b = vreinterpretq_u64_u32(vtrn2q_u32(r0, r1));
-  const uint64x2_t c = vreinterpretq_u64_u32(vtrn1q_u32(r2, r3)), d = vreinterpretq_u64_u32(vtrn2q_u32(r2, r3));
-  w[0] = vreinterpretq_s8_u64(vtrn1q_u64(a, c));
-  w[1] = vreinterpretq_s8_u64(vtrn1q_u64(b, d));
-  w[2] = vreinterpretq_s8_u64(vtrn2q_u64(a, c));
-  w[3] = vreinterpretq_s8_u64(vtrn2q_u64(b, d));
+constexpr int kPassRows = 10;  // the sums of so many rows and the weights of four outputs fit the registers
+
+/// Element m of p in all lanes; `fours` holds the first MT / 4 vectors of p.
+template <int MT>
+inline Vec broadcast_row(const float* p, const Vec* fours, int m) {
+  return broadcast(m < MT / 4 * 4 ? fours[m / 4][m % 4] : p[m]);
 }
 
-/// Adds words 0..3 of four rows times 16 inputs.
-inline int32x4_t dot_quad(int32x4_t acc, const int8x16_t* w, int8x16_t x) {
-  acc = vdotq_laneq_s32(acc, w[0], x, 0);
-  acc = vdotq_laneq_s32(acc, w[1], x, 1);
-  acc = vdotq_laneq_s32(acc, w[2], x, 2);
-  return vdotq_laneq_s32(acc, w[3], x, 3);
-}
-
-/// 8 outputs, MT rows. 8-bit weights are made signed by subtracting 128, which the integer sum of the inputs gives back
-/// exactly.
-template <int BITS, int BLOCK, int MT>
-void int8_rows(const Matrix& w, const uint8_t* const* rows, const Int8Rows& x, int M, int m0, const float* scales,
-               const float* biases, float* tile) {
-  constexpr int kBlockBytes = BLOCK * BITS / 8;
-  const int blocks = w.K / BLOCK, group_blocks = w.group / BLOCK;
-  float32x4_t acc[2][MT];
+/// 4 R outputs for rows m0 .. m0 + MT - 1. A block is added in two steps, bias first, then scale, each fused.
+template <int BITS, int BLOCK, int R, int MT>
+[[gnu::noinline]] void int8_quads(const Matrix& w, const uint8_t* const* rows, const Int8Rows& x, int M, int m0,
+                                  const float* scales, const float* biases, float* tile) {
+  const int groups = static_cast<int>(w.groups()), group_blocks = w.group / BLOCK;
+  size_t offset = 0, at = static_cast<size_t>(m0);
+  Vec acc[R][MT];
   SPECFAST_UNROLL
-  for (int r = 0; r < 2; r++) {
+  for (int r = 0; r < R; r++) {
     SPECFAST_UNROLL
     for (int m = 0; m < MT; m++) acc[r][m] = zero();
   }
-  for (int b = 0; b < blocks; b++) {
-    const size_t at = static_cast<size_t>(b) * M + m0;
-    const int8_t* q = x.q + at * BLOCK;
-    int32x4_t t[2][MT];
-    SPECFAST_UNROLL
-    for (int r = 0; r < 2; r++) {
+  for (int g = 0; g < groups; g++) {
+    for (int h = 0; h < group_blocks; h++) {
+      int32x4_t dots[R][MT];
+      block_dots<BITS, BLOCK, R, MT>(rows, offset, x.q + at * BLOCK, x.sum + at, dots);
+      const float *scale = x.scale + at, *scaled_sum = x.scaled_sum + at;
+      Vec scales_of[MT / 4 + 1], sums_of[MT / 4 + 1];
       SPECFAST_UNROLL
-      for (int m = 0; m < MT; m++) t[r][m] = vdupq_n_s32(BITS == 8 ? 128 * x.sum[at + m] : 0);
-    }
-    for (int i = 0; i < kBlockBytes; i += 16) {
+      for (int i = 0; i < MT / 4; i++) {
+        scales_of[i] = load(scale + 4 * i);
+        sums_of[i] = load(scaled_sum + 4 * i);
+      }
       SPECFAST_UNROLL
-      for (int r = 0; r < 2; r++) {
-        int8x16_t word[4], high[4];
-        transpose_quad(rows + 4 * r, static_cast<size_t>(b) * kBlockBytes + i, word);
-        SPECFAST_UNROLL
-        for (int j = 0; j < 4; j++) {
-          if constexpr (BITS == 4) {
-            high[j] = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(word[j]), 4));
-            word[j] = vandq_s8(word[j], vdupq_n_s8(15));
-          } else {
-            word[j] = veorq_s8(word[j], vdupq_n_s8(-128));
-          }
-        }
+      for (int r = 0; r < R; r++) {
+        const Vec s = load(scales + g * kPanel + 4 * r), bias = load(biases + g * kPanel + 4 * r);
         SPECFAST_UNROLL
         for (int m = 0; m < MT; m++) {
-          t[r][m] = dot_quad(t[r][m], word, vld1q_s8(q + m * BLOCK + i));
-          if constexpr (BITS == 4) t[r][m] = dot_quad(t[r][m], high, vld1q_s8(q + m * BLOCK + BLOCK / 2 + i));
+          acc[r][m] = fma(bias, broadcast_row<MT>(scaled_sum, sums_of, m), acc[r][m]);
+          acc[r][m] = fma(vcvtq_f32_s32(dots[r][m]), mul(s, broadcast_row<MT>(scale, scales_of, m)), acc[r][m]);
         }
       }
-    }
-    SPECFAST_UNROLL
-    for (int r = 0; r < 2; r++) {
-      const float32x4_t s = load(scales + static_cast<size_t>(b / group_blocks) * kPanel + 4 * r);
-      const float32x4_t bias = load(biases + static_cast<size_t>(b / group_blocks) * kPanel + 4 * r);
-      SPECFAST_UNROLL
-      for (int m = 0; m < MT; m++) {
-        acc[r][m] = vfmaq_f32(acc[r][m], bias, vdupq_n_f32(x.scaled_sum[at + m]));
-        acc[r][m] = vfmaq_f32(acc[r][m], vcvtq_f32_s32(t[r][m]), vmulq_f32(s, vdupq_n_f32(x.scale[at + m])));
-      }
+      offset += BLOCK * BITS / 8;
+      at += static_cast<size_t>(M);
     }
   }
   SPECFAST_UNROLL
-  for (int r = 0; r < 2; r++) {
+  for (int r = 0; r < R; r++) {
     SPECFAST_UNROLL
     for (int m = 0; m < MT; m++) store(tile + (m0 + m) * kPanel + 4 * r, acc[r][m]);
   }
+}
+
+/// 8 outputs: the sums of up to 4 rows fit the registers for all of them, those of more rows for half of them.
+template <int BITS, int BLOCK, int MT>
+void int8_rows(const Matrix& w, const uint8_t* const* rows, const Int8Rows& x, int M, int m0, const float* scales,
+               const float* biases, float* tile) {
+  constexpr int R = MT <= 4 ? 2 : 1;
+  for (int r = 0; r < 8; r += 4 * R)
+    int8_quads<BITS, BLOCK, R, MT>(w, rows + r, x, M, m0, scales + r, biases + r, tile + r);
 }
 
 template <int BITS, int BLOCK>
@@ -92,12 +69,20 @@ void int8_panel_of(const Matrix& w, const Int8Rows& x, int M, int n, const float
   for (int r = 0; r < kPanel; r += 8) {
     const uint8_t* rows[8];
     for (int i = 0; i < 8; i++) rows[i] = panel_row(w, n, r + i);
-    for (int m = 0; m < M; m += 4) {
-      switch (smaller(4, M - m)) {
-        case 1: int8_rows<BITS, BLOCK, 1>(w, rows, x, M, m, scales + r, biases + r, tile + r); break;
-        case 2: int8_rows<BITS, BLOCK, 2>(w, rows, x, M, m, scales + r, biases + r, tile + r); break;
-        case 3: int8_rows<BITS, BLOCK, 3>(w, rows, x, M, m, scales + r, biases + r, tile + r); break;
-        default: int8_rows<BITS, BLOCK, 4>(w, rows, x, M, m, scales + r, biases + r, tile + r); break;
+    const float *s = scales + r, *b = biases + r;
+    for (int m = 0, count; m < M; m += count) {
+      count = M - m <= kPassRows ? M - m : 8;
+      switch (count) {
+        case 1: int8_rows<BITS, BLOCK, 1>(w, rows, x, M, m, s, b, tile + r); break;
+        case 2: int8_rows<BITS, BLOCK, 2>(w, rows, x, M, m, s, b, tile + r); break;
+        case 3: int8_rows<BITS, BLOCK, 3>(w, rows, x, M, m, s, b, tile + r); break;
+        case 4: int8_rows<BITS, BLOCK, 4>(w, rows, x, M, m, s, b, tile + r); break;
+        case 5: int8_rows<BITS, BLOCK, 5>(w, rows, x, M, m, s, b, tile + r); break;
+        case 6: int8_rows<BITS, BLOCK, 6>(w, rows, x, M, m, s, b, tile + r); break;
+        case 7: int8_rows<BITS, BLOCK, 7>(w, rows, x, M, m, s, b, tile + r); break;
+        case 8: int8_rows<BITS, BLOCK, 8>(w, rows, x, M, m, s, b, tile + r); break;
+        case 9: int8_rows<BITS, BLOCK, 9>(w, rows, x, M, m, s, b, tile + r); break;
+        default: int8_rows<BITS, BLOCK, 10>(w, rows, x, M, m, s, b, tile + r); break;
       }
     }
   }

@@ -161,6 +161,30 @@ void check_matmul(const KernelTable& kernels, const OwnedMatrix& m, Precision pr
   }
 }
 
+/// Rows of zeros, subnormal, huge and infinite numbers, NaN and ties become int8 as the scalar table has them.
+void check_special_values(const KernelTable& kernels) {
+  const float huge = 3e38f, infinity = HUGE_VALF;
+  for (const Format format : {Format::q4, Format::q8}) {
+    for (const int group : {32, 64}) {
+      const OwnedMatrix m = random_matrix(format, 16, 2 * group, group, Format::f32);
+      std::vector<float> x(static_cast<size_t>(kTileRows * m.view.K));
+      for (size_t i = 0; i < x.size(); i++) {
+        const float values[] = {0.0f, gaussian() * 1e-40f, gaussian() * huge,
+                                static_cast<float>(generator() % 254) / 2};
+        x[i] = values[i / static_cast<size_t>(m.view.K) % 4];
+        if (values[3] == 5.0f) x[i] = i % 3 ? 127.0f : i % 2 ? -infinity : NAN;
+      }
+      for (int k = 0; k < m.view.K; k += 32) x[static_cast<size_t>(3 * m.view.K + k)] = 127.0f;  // a scale of 1: ties
+      const std::vector<float> y = multiply(kernels, m.view, x, kTileRows, Precision::int8);
+      const std::vector<float> scalar = multiply(scalar_kernels(), m.view, x, kTileRows, Precision::int8);
+      bool same = true;
+      for (size_t i = 0; i < y.size(); i++)
+        same &= !std::memcmp(&y[i], &scalar[i], 4) || (std::isnan(y[i]) && std::isnan(scalar[i]));
+      expect(same, kernels.isa, "special values at group " + std::to_string(group));
+    }
+  }
+}
+
 void check_matmuls(const KernelTable& kernels) {
   for (const Format format : {Format::q4, Format::q8}) {
     for (const int group : {32, 64, 128}) {
@@ -358,6 +382,9 @@ int main(int argc, char** argv) {
     }
   }
   expect(philox({0, 0, 0, 0}, 0).word[0] == 0x6627e8d5u, "any", "Philox4x32-10 known answer");
+  std::string why;
+  const KernelTable* best = find_kernels("", &why);
+  std::printf("best: %s\n", best ? best->isa : why.c_str());
   for (const IsaEntry& entry : compiled_isas()) {
     if (!only.empty() && only != entry.table->isa) continue;
     if (!entry.supported) {
@@ -366,6 +393,7 @@ int main(int argc, char** argv) {
     }
     const int before = checks;
     check_matmuls(*entry.table);
+    check_special_values(*entry.table);
     check_decoder(*entry.table);
     check_law_loops(*entry.table);
     std::printf("%s: %d checks\n", entry.table->isa, checks - before);
