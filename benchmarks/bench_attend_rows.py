@@ -25,11 +25,6 @@ def cold(request):
     return model, [filled(CONTEXT) for _ in range(count)], filled(16)
 
 
-@pytest.fixture(scope="module")
-def big():
-    return np.resize(np.arange(251, dtype=np.uint8), 1 << 27)
-
-
 @pytest.mark.parametrize("M", [1, 3, 6, 8])
 def test_attend_rows(benchmark, cold, record, big, M):
     model, caches, short = cold

@@ -7,11 +7,6 @@ from specfast import _core
 N, K = 8192, 2048
 
 
-@pytest.fixture(scope="module")
-def big():
-    return np.resize(np.arange(251, dtype=np.uint8), 1 << 27)
-
-
 @pytest.mark.parametrize("M", [1, 2, 4, 6, 8, 9])
 @pytest.mark.parametrize(("quant", "precision"), [("q4g64", "int8"), ("q8g64", "int8"), ("bf16", "bf16")])
 def test_matmul_rows(benchmark, cold_matrices, rows, record, big, quant, precision, M):

@@ -29,6 +29,12 @@ def cold_matrices():
     return cycle
 
 
+@pytest.fixture(scope="session")
+def big():
+    """128 MB to measure the bandwidth with."""
+    return np.resize(np.arange(251, dtype=np.uint8), 1 << 27)
+
+
 @pytest.fixture
 def rows():
     """A function (M, K) -> float32 rows."""

@@ -14,6 +14,7 @@ import numpy as np
 from specfast import _core
 from specfast.bench.random_model import random_model
 from specfast.bench.shapes import find_shape
+from specfast.stats import expected_tokens
 
 PAIRS = (
     ("llama-3.1-8b", 6, ("llama-3.2-3b", "llama-3.2-1b")),
@@ -22,11 +23,6 @@ PAIRS = (
 CONTEXT, REPEATS, ACCEPTANCES = 200, 10, (0.6, 0.7, 0.8)
 GREEDY = _core.Law(temperature=0.0)
 TOKEN = np.array([7], np.int32)
-
-
-def expected_tokens(acceptance: float, gamma: int) -> float:
-    """Tokens a round gives (Leviathan et al. 2022, Eq. 1, arXiv:2211.17192)."""
-    return (1 - acceptance ** (gamma + 1)) / (1 - acceptance)
 
 
 def filled(model: _core.Model) -> _core.Cache:

@@ -26,16 +26,11 @@ inline float value_of(uint32_t key) noexcept {
   return std::bit_cast<float>(bits ^ ((bits >> 31) & 0x7fffffff));
 }
 
-double total_of(const Blocks& blocks, const double* mass) noexcept {
-  double total = 0;
-  for (int32_t b = 0; b < blocks.count; b++) total += mass[b];
-  return total;
-}
 double total_of(const LawLoops& loops, const float* weights, int32_t count) noexcept {
   const Blocks blocks(count);
   double mass[Blocks::kMost];
   block_masses(loops, RowLaw{.count = count, .weights = weights}, Drafted{}, blocks, 0, blocks.count, mass);
-  return total_of(blocks, mass);
+  return blocks.total(mass);
 }
 
 LawStatus status_of(float highest) noexcept {
@@ -173,7 +168,7 @@ LawStatus plain_law(const LawLoops& loops, const Team& team, const float* logits
     block_masses(loops, *row, Drafted{}, blocks, b, b + 1, shared.mass);
   }
   team.barrier();
-  row->scale = 1.0 / total_of(blocks, shared.mass);
+  row->scale = 1.0 / blocks.total(shared.mass);
   row->weights = p;
   return status;
 }

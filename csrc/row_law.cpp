@@ -104,8 +104,7 @@ void block_masses(const LawLoops& loops, const RowLaw& row, const Drafted& draft
 
 int32_t pick_token(const LawLoops& loops, const RowLaw& row, const Drafted& drafted, const Blocks& blocks,
                    const double* mass, double u) noexcept {
-  double total = 0;
-  for (int32_t b = 0; b < blocks.count; b++) total += mass[b];
+  const double total = blocks.total(mass);
   if (!(total > 0)) return -1;
 
   const double wanted = u * total;

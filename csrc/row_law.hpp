@@ -44,6 +44,12 @@ struct Blocks {
       : V(vocab), size((vocab / kMost / kChunk + 1) * kChunk), count(vocab / size + (vocab % size != 0)) {}
   int32_t first(int32_t block) const noexcept { return block * size; }
   int32_t last(int32_t block) const noexcept { return V - first(block) < size ? V : first(block) + size; }
+  /// The sum of all blocks' masses.
+  double total(const double* mass) const noexcept {
+    double sum = 0;
+    for (int32_t b = 0; b < count; b++) sum += mass[b];
+    return sum;
+  }
 };
 
 /// Writes what is left of the mass of blocks [first, last) to mass[first..last): sum(p - min(q, kept p)).

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-
-def expected_tokens(acceptance: float, gamma: int) -> float:
-    """Tokens a round gives when each drafted token is accepted with this probability (Leviathan et al. 2022, Eq. 1, arXiv:2211.17192)."""
-    if not 0 <= acceptance <= 1:
-        raise ValueError(f"acceptance is {acceptance:g}, but must be in 0 to 1")
-    return sum(acceptance**i for i in range(gamma + 1))
+from specfast.stats import expected_tokens
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
 struct Bf16Kv {
   using Element = uint16_t;
   using Pair = Pairs;
+  static constexpr int kBeside = 2;  // dimensions of a key, and positions of a value, that lie side by side
 
   static void round(const float* from, Element* to, int n) { store_bf16_part(to, load_part(from, n), n); }
   /// Stores kLanes weights as they are multiplied, and returns those.
@@ -48,6 +49,7 @@ struct F32Kv {
   struct Pair {
     Vec first, second;
   };
+  static constexpr int kBeside = 1;
 
   static void round(const float* from, Element* to, int n) { store_part(to, load_part(from, n), n); }
   static Vec weigh(Vec e, Element* to) {
@@ -269,21 +271,20 @@ void attend_rows(const AttendPage& args) {
 template <class Kv>
 void append_head_as(const KvPage& page, const float* k, const float* v, int head_dim, int padded_dim, int position) {
   using Element = typename Kv::Element;
-  constexpr bool pairs = std::is_same_v<Kv, Bf16Kv>;
-  constexpr int kPair = pairs ? 2 : 1;  // what lies side by side: dimensions of a key, positions of a value
   alignas(64) Element keys[kMaxHeadDim], values[kMaxHeadDim];
   for (int d = 0; d < head_dim; d += kLanes) {
     Kv::round(k + d, keys + d, smaller(kLanes, head_dim - d));
     Kv::round(v + d, values + d, smaller(kLanes, head_dim - d));
   }
   Element* k_to =
-      static_cast<Element*>(page.k) + position / kKeyTile * kKeyTile * head_dim + position % kKeyTile * kPair;
-  for (int d = 0; d < head_dim; d += kPair) std::memcpy(k_to + d * kKeyTile, keys + d, kPair * sizeof(Element));
+      static_cast<Element*>(page.k) + position / kKeyTile * kKeyTile * head_dim + position % kKeyTile * Kv::kBeside;
+  for (int d = 0; d < head_dim; d += Kv::kBeside)
+    std::memcpy(k_to + d * kKeyTile, keys + d, Kv::kBeside * sizeof(Element));
   Element* slice = static_cast<Element*>(page.v);
   for (int d = 0; d < head_dim; d += kValueSlice) {
     const int width = smaller(kValueSlice, padded_dim - d);
-    Element* v_to = slice + (position - position % kPair) * width + position % kPair;
-    for (int i = 0; i < smaller(width, head_dim - d); i++) v_to[i * kPair] = values[d + i];
+    Element* v_to = slice + (position - position % Kv::kBeside) * width + position % Kv::kBeside;
+    for (int i = 0; i < smaller(width, head_dim - d); i++) v_to[i * Kv::kBeside] = values[d + i];
     slice += width * kPagePositions;
   }
 }

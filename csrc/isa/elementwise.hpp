@@ -15,6 +15,20 @@ inline int smaller(int a, int b) {
   return a < b ? a : b;
 }
 
+/// Repeats an instruction on 12 chains of its own, `iterations` times each; returns how often it ran.
+template <class Acc, class Step>
+inline uint64_t run_chains(Acc start, uint64_t iterations, const Step& step) {
+  constexpr int kChains = 12;
+  Acc acc[kChains];
+  SPECFAST_UNROLL
+  for (int i = 0; i < kChains; i++) acc[i] = start;
+  for (uint64_t n = 0; n < iterations; n++) {
+    SPECFAST_UNROLL
+    for (int i = 0; i < kChains; i++) step(acc[i]);
+  }
+  return iterations * kChains;
+}
+
 /// exp(x) to about 1 ulp; clamps x to +-87 and lets NaN through.
 inline Vec exp(Vec x) {
   x = min(broadcast(87.0f), max(broadcast(-87.0f), x));
@@ -67,6 +81,30 @@ void round_bf16(const Rows& rows, int k0, int k1) {
     for (int k = k0; k < k1; k += kLanes) {
       const int part = smaller(kLanes, k1 - k);
       store_bf16_part(out + k, load_part(x + k, part), part);
+    }
+  }
+}
+
+/// What quantising one block found: its largest magnitude, whether one input is no number, and the sum of its integers.
+struct QuantisedBlock {
+  float top;
+  bool nan;
+  int32_t sum;
+};
+
+/// Quantises all blocks of columns [k0, k1): quantise_block(x, q) fills q and returns a QuantisedBlock.
+template <class Quantise>
+inline void quantise_blocks(const Rows& rows, Int8Layout layout, int k0, int k1, const Quantise& quantise_block) {
+  const int block = block_of(layout);
+  const Int8Rows& out = rows.int8[layout];
+  for (int m = 0; m < rows.M; m++) {
+    for (int k = k0; k < k1; k += block) {
+      const size_t at = static_cast<size_t>(k / block) * rows.M + m;
+      const QuantisedBlock found =
+          quantise_block(rows.f32 + static_cast<size_t>(m) * rows.stride + k, out.q + at * block);
+      out.scale[at] = found.nan ? __builtin_nanf("") : found.top * (1.0f / 127.0f);
+      out.scaled_sum[at] = out.scale[at] * static_cast<float>(found.sum);
+      out.sum[at] = found.sum;
     }
   }
 }

@@ -73,49 +73,40 @@ void transpose_scales(const Matrix& w, const void* scales, int n, float* out) {
 
 void quantise_int8(const Rows& rows, Int8Layout layout, int k0, int k1) {
   const int block = block_of(layout);
-  const Int8Rows& out = rows.int8[layout];
   const Vec magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   // Bytes 0..7 are the even inputs of 16, bytes 8..15 the odd ones.
   const __m128i even_odd = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-  for (int m = 0; m < rows.M; m++) {
-    for (int k = k0; k < k1; k += block) {
-      const float* x = rows.f32 + static_cast<size_t>(m) * rows.stride + k;
-      const size_t at = static_cast<size_t>(k / block) * rows.M + m;
-      int8_t* q = out.q + at * block;
-      Vec top = zero(), nan = zero();
-      for (int i = 0; i < block; i += kLanes) {
-        const Vec a = load(x + i);
-        nan = _mm256_or_ps(nan, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-        top = max(_mm256_and_ps(a, magnitude), top);
-      }
-      const bool is_nan = _mm256_movemask_ps(nan) != 0;
-      const float peak = maximum(top);
-      const Vec inv = broadcast(is_nan ? 0.0f : peak > 0 ? 127.0f / peak : 0.0f);
-      __m256i total = _mm256_setzero_si256();
-      for (int i = 0; i < block; i += 16) {
-        __m256i a = _mm256_cvtps_epi32(mul(load(x + i), inv)), b = _mm256_cvtps_epi32(mul(load(x + i + 8), inv));
-        if (is_nan) a = b = _mm256_setzero_si256();
-        __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
-        pairs = _mm256_max_epi16(pairs, _mm256_set1_epi16(-128));  // what is no number counts as its byte
-        total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-        if (interleaved(layout)) {
-          const __m128i split = _mm_shuffle_epi8(bytes, even_odd);
-          _mm_storel_epi64(reinterpret_cast<__m128i*>(q + i / 2), split);
-          _mm_storel_epi64(reinterpret_cast<__m128i*>(q + block / 2 + i / 2), _mm_unpackhi_epi64(split, split));
-        } else {
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), bytes);
-        }
-      }
-      __m128i half = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-      half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-      half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1));
-      const int32_t elements = _mm_cvtsi128_si32(half);
-      out.scale[at] = is_nan ? __builtin_nanf("") : peak * (1.0f / 127.0f);
-      out.scaled_sum[at] = out.scale[at] * static_cast<float>(elements);
-      out.sum[at] = elements;
+  quantise_blocks(rows, layout, k0, k1, [=](const float* x, int8_t* q) -> QuantisedBlock {
+    Vec top = zero(), nan = zero();
+    for (int i = 0; i < block; i += kLanes) {
+      const Vec a = load(x + i);
+      nan = _mm256_or_ps(nan, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+      top = max(_mm256_and_ps(a, magnitude), top);
     }
-  }
+    const bool is_nan = _mm256_movemask_ps(nan) != 0;
+    const float peak = maximum(top);
+    const Vec inv = broadcast(is_nan ? 0.0f : peak > 0 ? 127.0f / peak : 0.0f);
+    __m256i total = _mm256_setzero_si256();
+    for (int i = 0; i < block; i += 16) {
+      __m256i a = _mm256_cvtps_epi32(mul(load(x + i), inv)), b = _mm256_cvtps_epi32(mul(load(x + i + 8), inv));
+      if (is_nan) a = b = _mm256_setzero_si256();
+      __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+      pairs = _mm256_max_epi16(pairs, _mm256_set1_epi16(-128));  // what is no number counts as its byte
+      total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+      if (interleaved(layout)) {
+        const __m128i split = _mm_shuffle_epi8(bytes, even_odd);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(q + i / 2), split);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(q + block / 2 + i / 2), _mm_unpackhi_epi64(split, split));
+      } else {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), bytes);
+      }
+    }
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+    return {peak, is_nan, _mm_cvtsi128_si32(half)};
+  });
 }
 
 /// Four inputs of one row, in every lane.

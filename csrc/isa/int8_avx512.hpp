@@ -4,8 +4,7 @@
 
 namespace {
 
-inline void quantise_block(const float* x, bool is_interleaved, int block, int8_t* q, float* scale, float* scaled_sum,
-                           int32_t* sum_out) {
+inline QuantisedBlock quantise_block(const float* x, bool is_interleaved, int block, int8_t* q) {
   const int vectors = block / 16;
   Vec v[4];
   Vec top = zero();
@@ -35,22 +34,13 @@ inline void quantise_block(const float* x, bool is_interleaved, int block, int8_
     _mm512_store_si512(plain, split);
   }
   std::memcpy(q, plain, static_cast<size_t>(block));
-  const int32_t elements = _mm512_reduce_add_epi32(total);
-  *scale = nan ? __builtin_nanf("") : peak * (1.0f / 127.0f);
-  *scaled_sum = *scale * static_cast<float>(elements);
-  *sum_out = elements;
+  return {peak, nan != 0, _mm512_reduce_add_epi32(total)};
 }
 
 void quantise_int8(const Rows& rows, Int8Layout layout, int k0, int k1) {
   const int block = block_of(layout);
-  const Int8Rows& out = rows.int8[layout];
-  for (int m = 0; m < rows.M; m++) {
-    for (int k = k0; k < k1; k += block) {
-      const size_t at = static_cast<size_t>(k / block) * rows.M + m;
-      quantise_block(rows.f32 + static_cast<size_t>(m) * rows.stride + k, interleaved(layout), block,
-                     out.q + at * block, out.scale + at, out.scaled_sum + at, out.sum + at);
-    }
-  }
+  quantise_blocks(rows, layout, k0, k1,
+                  [=](const float* x, int8_t* q) { return quantise_block(x, interleaved(layout), block, q); });
 }
 
 /// Step i of 4 of a 16x16 transpose of 32-bit words: rows 4i.. into tmp.

@@ -45,8 +45,9 @@ constexpr int kPairRows = 12;  // their sums for two panels fit the registers
 /// later.
 struct Fetch {
   static constexpr ptrdiff_t kAhead = 4608;
-  ptrdiff_t ahead;
+  ptrdiff_t ahead = kAhead;
 
+  Fetch() = default;  // the next panel follows
   Fetch(ptrdiff_t done, ptrdiff_t panel_bytes, ptrdiff_t skip)
       : ahead(done + kAhead < panel_bytes ? kAhead : kAhead + skip) {}
   void line(const uint8_t* p) const { _mm_prefetch(reinterpret_cast<const char*>(p + ahead), _MM_HINT_T0); }
@@ -150,7 +151,7 @@ void packed_panel(const Matrix& w, const Int8Rows& x, int n, float* tile) {
   for (int m = 0; m < M; m++) acc[m] = zero();
   for (int g = 0; g < groups; g++) {
     const Vec s = load_scales(p, w.scale_format), b = load_scales(p + scale_bytes, w.scale_format);
-    const Fetch fetch(0, 0, 0);
+    const Fetch fetch;
     fetch.line(p);
     p += 2 * scale_bytes;
     for (int h = 0; h < group_blocks; h++) {

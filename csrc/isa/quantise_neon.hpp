@@ -58,50 +58,41 @@ inline int32x4_t round_int8(Vec x, Vec inv) {
 
 void quantise_int8(const Rows& rows, Int8Layout layout, int k0, int k1) {
   const int block = block_of(layout);
-  const Int8Rows& out = rows.int8[layout];
-  for (int m = 0; m < rows.M; m++) {
-    for (int k = k0; k < k1; k += block) {
-      const float* x = rows.f32 + static_cast<size_t>(m) * rows.stride + k;
-      const size_t at = static_cast<size_t>(k / block) * rows.M + m;
-      int8_t* q = out.q + at * block;
-      Vec top = zero();
-      uint32x4_t numbers = vdupq_n_u32(~0u);
-      for (int i = 0; i < block; i += kLanes) {
-        const Vec a = load(x + i);
-        numbers = vandq_u32(numbers, vceqq_f32(a, a));
-        top = max(vabsq_f32(a), top);
-      }
-      const bool is_nan = vminvq_u32(numbers) == 0;
-      const float peak = maximum(top);
-      const Vec inv = broadcast(peak > 0 ? 127.0f / peak : 0.0f);
-      int32x4_t total = vdupq_n_s32(0);
-      for (int i = 0; i < block; i += 32) {
-        int8x16_t bytes[2];
-        SPECFAST_UNROLL
-        for (int half = 0; half < 2; half++) {
-          int32x4_t v[4];
-          SPECFAST_UNROLL
-          for (int j = 0; j < 4; j++) {
-            v[j] = is_nan ? vdupq_n_s32(0) : round_int8(load(x + i + 16 * half + 4 * j), inv);
-            total = vaddq_s32(total, v[j]);
-          }
-          bytes[half] = vcombine_s8(vmovn_s16(vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1]))),
-                                    vmovn_s16(vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]))));
-        }
-        if (interleaved(layout)) {
-          vst1q_s8(q + i / 2, vuzp1q_s8(bytes[0], bytes[1]));
-          vst1q_s8(q + block / 2 + i / 2, vuzp2q_s8(bytes[0], bytes[1]));
-        } else {
-          vst1q_s8(q + i, bytes[0]);
-          vst1q_s8(q + i + 16, bytes[1]);
-        }
-      }
-      const int32_t elements = vaddvq_s32(total);
-      out.scale[at] = is_nan ? __builtin_nanf("") : peak * (1.0f / 127.0f);
-      out.scaled_sum[at] = out.scale[at] * static_cast<float>(elements);
-      out.sum[at] = elements;
+  quantise_blocks(rows, layout, k0, k1, [=](const float* x, int8_t* q) -> QuantisedBlock {
+    Vec top = zero();
+    uint32x4_t numbers = vdupq_n_u32(~0u);
+    for (int i = 0; i < block; i += kLanes) {
+      const Vec a = load(x + i);
+      numbers = vandq_u32(numbers, vceqq_f32(a, a));
+      top = max(vabsq_f32(a), top);
     }
-  }
+    const bool is_nan = vminvq_u32(numbers) == 0;
+    const float peak = maximum(top);
+    const Vec inv = broadcast(peak > 0 ? 127.0f / peak : 0.0f);
+    int32x4_t total = vdupq_n_s32(0);
+    for (int i = 0; i < block; i += 32) {
+      int8x16_t bytes[2];
+      SPECFAST_UNROLL
+      for (int half = 0; half < 2; half++) {
+        int32x4_t v[4];
+        SPECFAST_UNROLL
+        for (int j = 0; j < 4; j++) {
+          v[j] = is_nan ? vdupq_n_s32(0) : round_int8(load(x + i + 16 * half + 4 * j), inv);
+          total = vaddq_s32(total, v[j]);
+        }
+        bytes[half] = vcombine_s8(vmovn_s16(vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1]))),
+                                  vmovn_s16(vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]))));
+      }
+      if (interleaved(layout)) {
+        vst1q_s8(q + i / 2, vuzp1q_s8(bytes[0], bytes[1]));
+        vst1q_s8(q + block / 2 + i / 2, vuzp2q_s8(bytes[0], bytes[1]));
+      } else {
+        vst1q_s8(q + i, bytes[0]);
+        vst1q_s8(q + i + 16, bytes[1]);
+      }
+    }
+    return {peak, is_nan, vaddvq_s32(total)};
+  });
 }
 
 }  // namespace

@@ -84,9 +84,6 @@ inline float from_bf16(uint16_t h) {
 inline float from_f16(uint16_t h) {
   return _cvtsh_ss(h);
 }
-inline uint16_t to_f16(float x) {
-  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
-}
 
 inline __m128i load_halves(const uint16_t* p, int n) {
   if (n >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -105,9 +102,6 @@ inline Vec load_f16(const uint16_t* p) {
 }
 inline Vec load_bf16(const uint16_t* p) {
   return load_bf16_part(p, 8);
-}
-inline void store_f16(uint16_t* p, Vec a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void store_bf16_part(uint16_t* p, Vec a, int n) {
   const __m256i bits = _mm256_castps_si256(a);

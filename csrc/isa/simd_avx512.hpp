@@ -82,9 +82,6 @@ inline float from_bf16(uint16_t h) {
 inline float from_f16(uint16_t h) {
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
 }
-inline uint16_t to_f16(float x) {
-  return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
-}
 
 inline Vec widen_bf16(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
@@ -100,9 +97,6 @@ inline Vec load_f16_part(const uint16_t* p, int n) {
 }
 inline Vec load_bf16_part(const uint16_t* p, int n) {
   return widen_bf16(_mm256_maskz_loadu_epi16(low_lanes(n), p));
-}
-inline void store_f16(uint16_t* p, Vec a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void store_bf16_part(uint16_t* p, Vec a, int n) {
   const __m512i bits = _mm512_castps_si512(a);
@@ -153,6 +147,7 @@ inline Pairs first_of_pairs(Pairs a) {
 inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(acc, a, b);
 }
+
 /// 2^n for an integral n within the exponent range of normal floats.
 inline Vec pow2(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));

@@ -82,9 +82,6 @@ inline float from_bf16(uint16_t h) {
 inline float from_f16(uint16_t h) {
   return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);
 }
-inline uint16_t to_f16(float x) {
-  return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
-}
 
 inline uint16x4_t load_halves(const uint16_t* p, int n) {
   if (n >= 4) return vld1_u16(p);
@@ -103,9 +100,6 @@ inline Vec load_f16(const uint16_t* p) {
 }
 inline Vec load_bf16(const uint16_t* p) {
   return load_bf16_part(p, 4);
-}
-inline void store_f16(uint16_t* p, Vec a) {
-  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a)));
 }
 inline void store_bf16_part(uint16_t* p, Vec a, int n) {
   const uint32x4_t bits = vreinterpretq_u32_f32(a);

@@ -90,28 +90,12 @@ inline float from_f16(uint16_t h) {
   if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
   return bits_to_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
 }
-inline uint16_t to_f16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
-  if (magnitude < 0x38800000u) {  // subnormal: add 0.5 ulp of 2^-24 in float
-    const float shifted = bits_to_float(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u));
-  }
-  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
-}
 
 inline Vec load_f16(const uint16_t* p) {
   return {from_f16(*p)};
 }
 inline Vec load_bf16(const uint16_t* p) {
   return {from_bf16(*p)};
-}
-inline void store_f16(uint16_t* p, Vec a) {
-  *p = to_f16(a.v);
 }
 inline void store_bf16_part(uint16_t* p, Vec a, int) {
   *p = to_bf16(a.v);

@@ -15,27 +15,14 @@ uint32_t read_bytes(const void* data, size_t bytes) {
 }
 
 uint64_t peak_dot(Activation activation, uint64_t iterations) {
-  constexpr int kChains = 12;
   if (activation == Activation::int8) {
-    int32x4_t acc[kChains];
     const int8x16_t a = vdupq_n_s8(1);
-    SPECFAST_UNROLL
-    for (int i = 0; i < kChains; i++) acc[i] = vdupq_n_s32(0);
-    for (uint64_t n = 0; n < iterations; n++) {
-      SPECFAST_UNROLL
-      for (int i = 0; i < kChains; i++) dot_once(acc[i], a);
-    }
-    return iterations * kChains * kDotProducts;
+    return kDotProducts * run_chains(vdupq_n_s32(0), iterations, [a](int32x4_t& acc) { dot_once(acc, a); });
   }
-  Vec acc[kChains];
   const Vec a = broadcast(0.5f);
-  SPECFAST_UNROLL
-  for (int i = 0; i < kChains; i++) acc[i] = zero();
-  for (uint64_t n = 0; n < iterations; n++) {
-    SPECFAST_UNROLL
-    for (int i = 0; i < kChains; i++) __asm__ volatile("fmla %0.4s, %1.4s, %1.4s" : "+w"(acc[i]) : "w"(a));
-  }
-  return iterations * kChains * 4;
+  return 4 * run_chains(zero(), iterations, [a](Vec& acc) {
+           __asm__ volatile("fmla %0.4s, %1.4s, %1.4s" : "+w"(acc) : "w"(a));
+         });
 }
 
 const KernelInfo kInfos[] = {

@@ -31,30 +31,17 @@ uint32_t read_bytes(const void* data, size_t bytes) {
 }
 
 uint64_t peak_dot(Activation activation, uint64_t iterations) {
-  constexpr int kChains = 12;
   if (activation == Activation::int8) {  // a nibble's product and its addition, the two steps of a dot
-    __m256i acc[kChains];
     const __m256i a = _mm256_set1_epi8(1);
-    SPECFAST_UNROLL
-    for (int i = 0; i < kChains; i++) acc[i] = _mm256_setzero_si256();
-    for (uint64_t n = 0; n < iterations; n++) {
-      SPECFAST_UNROLL
-      for (int i = 0; i < kChains; i++) {
-        __m256i product;
-        __asm__ volatile("vpmaddubsw %2, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc[i]), "=&x"(product) : "x"(a));
-      }
-    }
-    return iterations * kChains * 32;
+    return 32 * run_chains(_mm256_setzero_si256(), iterations, [a](__m256i& acc) {
+             __m256i product;
+             __asm__ volatile("vpmaddubsw %2, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(a));
+           });
   }
-  Vec acc[kChains];
   const Vec a = broadcast(0.5f);
-  SPECFAST_UNROLL
-  for (int i = 0; i < kChains; i++) acc[i] = zero();
-  for (uint64_t n = 0; n < iterations; n++) {
-    SPECFAST_UNROLL
-    for (int i = 0; i < kChains; i++) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+x"(acc[i]) : "x"(a));
-  }
-  return iterations * kChains * 8;
+  return 8 * run_chains(zero(), iterations, [a](Vec& acc) {
+           __asm__ volatile("vfmadd231ps %1, %1, %0" : "+x"(acc) : "x"(a));
+         });
 }
 
 const KernelInfo kInfos[] = {

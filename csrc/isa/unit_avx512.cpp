@@ -29,34 +29,20 @@ uint32_t read_bytes(const void* data, size_t bytes) {
 }
 
 uint64_t peak_dot(Activation activation, uint64_t iterations) {
-  constexpr int kChains = 12;
   if (activation == Activation::int8) {
-    __m512i acc[kChains];
     const __m512i a = _mm512_set1_epi8(1);
-    SPECFAST_UNROLL
-    for (int i = 0; i < kChains; i++) acc[i] = _mm512_setzero_si512();
-    for (uint64_t n = 0; n < iterations; n++) {
-      SPECFAST_UNROLL
-      for (int i = 0; i < kChains; i++) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(acc[i]) : "v"(a));
-    }
-    return iterations * kChains * 64;
+    return 64 * run_chains(_mm512_setzero_si512(), iterations, [a](__m512i& acc) {
+             __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(acc) : "v"(a));
+           });
   }
-  Vec acc[kChains];
   const Vec a = broadcast(0.5f);
-  SPECFAST_UNROLL
-  for (int i = 0; i < kChains; i++) acc[i] = zero();
-  if (activation == Activation::bf16) {
-    for (uint64_t n = 0; n < iterations; n++) {
-      SPECFAST_UNROLL
-      for (int i = 0; i < kChains; i++) __asm__ volatile("vdpbf16ps %1, %1, %0" : "+v"(acc[i]) : "v"(a));
-    }
-    return iterations * kChains * 32;
-  }
-  for (uint64_t n = 0; n < iterations; n++) {
-    SPECFAST_UNROLL
-    for (int i = 0; i < kChains; i++) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(acc[i]) : "v"(a));
-  }
-  return iterations * kChains * 16;
+  if (activation == Activation::bf16)
+    return 32 * run_chains(zero(), iterations, [a](Vec& acc) {
+             __asm__ volatile("vdpbf16ps %1, %1, %0" : "+v"(acc) : "v"(a));
+           });
+  return 16 * run_chains(zero(), iterations, [a](Vec& acc) {
+           __asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(acc) : "v"(a));
+         });
 }
 
 const KernelInfo kInfos[] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from .stats import Round
+from .stats import Round, expected_tokens
 
 
 @runtime_checkable
@@ -114,8 +114,7 @@ class AutoGamma:
         return best
 
     def _tokens_per_second(self, gamma: int) -> float:
-        a = min(self._acceptance, 0.999)
-        expected = (1 - a ** (gamma + 1)) / (1 - a)
+        expected = expected_tokens(min(self._acceptance, 0.999), gamma)
         return expected / (gamma * self._draft.value + self._verify_seconds(gamma))
 
     def _verify_seconds(self, gamma: int) -> float:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigurationError
+from .stats import expected_tokens
 
 _NO_DRAFTS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
@@ -241,8 +242,7 @@ def predicted_speedup(target: str, draft: str, acceptance: float = 0.8, row_cost
     if sizes[0] is None or sizes[1] is None:
         return None
     gamma = family_of(target).gamma
-    expected = (1 - acceptance ** (gamma + 1)) / (1 - acceptance)
-    return expected / (1 + gamma * (sizes[1] / sizes[0] + row_cost))
+    return expected_tokens(acceptance, gamma) / (1 + gamma * (sizes[1] / sizes[0] + row_cost))
 
 
 def ranked_drafts(target: str) -> tuple[str, ...]:
