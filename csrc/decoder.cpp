@@ -47,7 +47,7 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   });
 }
 
-void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit) {
+void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit, float* out) {
   const Model& model = *model_;
   for (int64_t i = 0; i < count; i++) {
     if (tokens[i] < 0 || tokens[i] >= model.vocab)
@@ -56,8 +56,11 @@ void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows
   }
   const int64_t before = cache_.provisional();
   const int64_t first = cache_.length() + before;
-  work_.logits.resize(
-      std::max(work_.logits.size(), static_cast<size_t>(logits_rows) * static_cast<size_t>(model.vocab)));
+  if (!out) {
+    const size_t needed = static_cast<size_t>(logits_rows) * static_cast<size_t>(model.vocab);
+    work_.logits.resize(std::max(work_.logits.size(), needed));
+    out = work_.logits.data();
+  }
   best_.assign(static_cast<size_t>(logits_rows), RowMax{});
   if (!cache_.append(count))
     throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens; " +
@@ -70,13 +73,31 @@ void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows
       const int64_t slot = wanted - (count - logits_rows);
       const bool any = wanted < done + M;
       tile({tokens + done, M, first + done}, any ? static_cast<int32_t>(wanted - done) : M, limit,
-           work_.logits.data() + (any ? static_cast<size_t>(slot) * static_cast<size_t>(model.vocab) : 0),
+           out + (any ? static_cast<size_t>(slot) * static_cast<size_t>(model.vocab) : 0),
            best_.data() + (any ? slot : 0));
     }
   } catch (...) {
     cache_.drop_to(before);
     throw;
   }
+}
+
+void Sequence::assign(int64_t rows, const float* const* k, const float* const* v) {
+  const KvShape& shape = cache_.shape();
+  cache_.truncate(0);
+  if (!cache_.append(rows))
+    throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens and " +
+                           std::to_string(rows) + " were to be put in");
+  for (int32_t layer = 0; layer < shape.layers; layer++) {
+    for (int32_t head = 0; head < shape.kv_heads; head++) {
+      for (int64_t i = 0; i < rows; i++) {
+        const size_t at = static_cast<size_t>(head * rows + i) * static_cast<size_t>(shape.head_dim);
+        model_->kernels->append_head(cache_.page(i / kPagePositions, layer, head), k[layer] + at, v[layer] + at,
+                                     shape.head_dim, shape.padded_dim(), static_cast<int>(i % kPagePositions));
+      }
+    }
+  }
+  cache_.commit(rows);
 }
 
 void Sequence::require_finite(int32_t rows) const {

@@ -26,10 +26,15 @@ class Sequence {
   KvCache& cache() { return cache_; }
   const KvCache& cache() const { return cache_; }
 
-  /// Appends `count` tokens provisionally and leaves the logits of the last `logits_rows` in work().logits with their
-  /// maxima over ids below `limit` in `best`. All or nothing: throws ContextFullError, ShapeError (token out of range)
-  /// or std::bad_alloc with the cache as it was.
-  void forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit);
+  /// Appends `count` tokens provisionally and writes the logits of the last `logits_rows` to `out` (logits_rows, vocab)
+  /// or, if that is null, to logits(), and their maxima over ids below `limit` to best(). All or nothing: throws
+  /// ContextFullError, ShapeError (token out of range) or std::bad_alloc with the cache as it was.
+  void forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit, float* out = nullptr);
+
+  /// Replaces what the cache holds by `rows` positions, committed. k[layer] and v[layer] are (kv_heads, rows,
+  /// head_dim); a cache of half precision rounds them. Throws ContextFullError or std::bad_alloc with the cache
+  /// emptied.
+  void assign(int64_t rows, const float* const* k, const float* const* v);
 
   /// Appends and commits `pending`, then drafts gamma tokens; gamma - 1 of them stay provisional.
   void draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed, uint64_t round,

@@ -44,6 +44,10 @@ class KvCache {
   /// Drops committed positions from the end, and everything provisional.
   void truncate(int64_t length);
 
+  /// Copies the stored elements (bf16 or f32) of the first `rows` positions of a layer to k and v, each
+  /// (kv_heads, rows, head_dim); either may be null.
+  void read(int layer, int64_t rows, void* k, void* v) const;
+
   KvPage page(int64_t page, int layer, int kv_head) const;
   const float* rope_cos(int64_t position) const;
   const float* rope_sin(int64_t position) const;

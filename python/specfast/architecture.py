@@ -77,9 +77,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Reads typed values from a config with errors that name the file."""
+    """Reads typed values from a config with errors that name the file, or whatever else the values are from."""
 
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+    def __init__(self, path: Path | str, values: Mapping[str, Any]) -> None:
         self.path, self.values = path, values
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
@@ -184,8 +184,17 @@ def read_config(directory: Path) -> ModelConfig:
         UnsupportedModelError: the model is sound but of a kind specfast does not run.
     """
     path = directory / "config.json"
-    reader = _Reader(path, read_json(path))
-    values = reader.values
+    values = read_json(path)
+    return parse_config(path, values, _eos_ids(directory, values))
+
+
+def parse_config(path: Path | str, values: Mapping[str, Any], eos_ids: tuple[int, ...] = ()) -> ModelConfig:
+    """Checks the values of a config.json; `path` is what messages call them.
+
+    Raises:
+        ModelFormatError, UnsupportedModelError: as for `read_config`.
+    """
+    reader = _Reader(path, values)
     names = values.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
     model_type = ARCHITECTURES.get(name) if isinstance(name, str) else values.get("model_type")
@@ -225,5 +234,5 @@ def read_config(directory: Path) -> ModelConfig:
         tied=values.get("tie_word_embeddings") is True,
         rope_inv_freq=tuple(_rope_inv_freq(reader, head_dim).tolist()),
         quantisation=_quantisation(reader),
-        eos_ids=_eos_ids(directory, values),
+        eos_ids=eos_ids,
     )

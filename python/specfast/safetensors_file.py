@@ -26,7 +26,7 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class TensorView:
-    """One tensor of a mapped file; `data` is a read-only uint8 view of the file's own pages."""
+    """One tensor where it lies, in a mapped file or an array; `data` is a flat uint8 view of its memory, never written."""
 
     dtype: str
     shape: tuple[int, ...]
