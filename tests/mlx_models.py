@@ -4,8 +4,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models import llama, qwen2
 from random_checkpoints import LLAMA3
+
+try:
+    from mlx_lm.generate import generate_step, speculative_generate_step
+    from mlx_lm.models import qwen3
+except ImportError:  # an mlx-lm of 2024
+    from mlx_lm.utils import generate_step, speculative_generate_step
+
+    qwen3 = None
+
+__all__ = ["ARCHITECTURES", "FORMATS", "generate_step", "logits_of", "random_model", "reference_logits", "speculative_generate_step"]
 
 SIZES = {
     "hidden_size": 128,
@@ -25,6 +35,8 @@ ARCHITECTURES = {
     "qwen2": (qwen2, {"rope_theta": 1000000.0, "tie_word_embeddings": False}),
     "qwen3": (qwen3, {"rope_theta": 1000000.0, "tie_word_embeddings": True, "head_dim": 32}),
 }
+if qwen3 is None:
+    del ARCHITECTURES["qwen3"]
 FORMATS = ("q4g32", "q4g64", "q4g128", "q8g32", "q8g64", "q8g128", "bf16", "f16", "f32")
 _DTYPES = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}
 

@@ -161,9 +161,10 @@ class _Accelerator:
         if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] < 1:
             return f"inputs of shape {tuple(inputs.shape)}; supported: (1, M)"
         try:
-            tokens = np.asarray(inputs)[0].astype(np.int32)
-        except (RuntimeError, ValueError):  # a placeholder has no values
+            mx.eval(inputs)
+        except ValueError:  # a placeholder has no values
             return "inside a function transformation"
+        tokens = np.asarray(inputs)[0].astype(np.int32)
         caches = given.get("cache")
         store = adopt(native, caches) if caches is not None else None
         if isinstance(store, str):
