@@ -1,8 +1,8 @@
 """Tiny random mlx-lm models, built without files, in every weight format."""
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx import nn
 from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen2
 from random_checkpoints import LLAMA3
@@ -15,7 +15,15 @@ except ImportError:  # an mlx-lm of 2024
 
     qwen3 = None
 
-__all__ = ["ARCHITECTURES", "FORMATS", "generate_step", "logits_of", "random_model", "reference_logits", "speculative_generate_step"]
+__all__ = [
+    "ARCHITECTURES",
+    "FORMATS",
+    "generate_step",
+    "logits_of",
+    "random_model",
+    "reference_logits",
+    "speculative_generate_step",
+]
 
 SIZES = {
     "hidden_size": 128,

@@ -6,12 +6,13 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
+from mlx import nn
 
 from .. import _core
 from ..checkpoint import check_precision
@@ -68,16 +69,13 @@ def accelerate(model: nn.Module, precision: str | None = None) -> nn.Module:
     """
     check_precision(precision)
     restore(model)
-    stock = type(model)
-    if mx.default_device() != mx.cpu:
-        passed = _Accelerator(None, "MLX's default device is a GPU; this path runs on the CPU: mx.set_default_device(mx.cpu)")
+    stock: Any = type(model)
+    try:
+        path = _NativePath(native_model(model, precision), Watch(model), inspect.signature(stock.__call__))
+    except SpecfastError as error:
+        object.__setattr__(model, "_specfast", _Accelerator(None, str(error)))
     else:
-        try:
-            passed = _Accelerator(native_model(model, precision), "", Watch(model), inspect.signature(stock.__call__))
-        except SpecfastError as error:
-            passed = _Accelerator(None, str(error))
-    object.__setattr__(model, "_specfast", passed)
-    if passed.native:
+        object.__setattr__(model, "_specfast", _Accelerator(path))  # not in the dict of parameters
         model.__class__ = _accelerated(stock)
     return model
 
@@ -86,7 +84,8 @@ def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate`: the model is as it was, to the bit, and keeps nothing of specfast's. Returns the model."""
     if isinstance(model, _Accelerated):
         model.__class__ = type(model).__bases__[1]
-    vars(model).pop("_specfast", None)
+    if "_specfast" in vars(model):
+        object.__delattr__(model, "_specfast")
     return model
 
 
@@ -107,22 +106,56 @@ class _Accelerated:
 
 
 @functools.cache
-def _accelerated(stock: type) -> type:
+def _accelerated(stock: Any) -> type:
     body = {"__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (_Accelerated, stock), body)
 
 
-class _Accelerator:
-    """The native model behind an mlx-lm model, or the reason why there is none."""
+@dataclass(frozen=True)
+class _NativePath:
+    """A native model over a model's arrays, for as long as these are the model's."""
 
-    def __init__(
-        self,
-        native: _core.Model | None,
-        reason: str,
-        watch: Watch | None = None,
-        signature: inspect.Signature | None = None,
-    ) -> None:
-        self.native, self._reason, self._watch, self._signature = native, reason, watch, signature
+    native: _core.Model
+    watch: Watch
+    signature: inspect.Signature
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | str:
+        """The logits (1, M, vocab), or why mlx-lm's layers must run."""
+        given = {k: v for k, v in self.signature.bind(model, *args, **kwargs).arguments.items() if v is not None}
+        extra = set(given) - {"self", "inputs", "cache"}
+        if extra:
+            return f"called with {', '.join(sorted(extra))}"
+        inputs, caches = given["inputs"], given.get("cache")
+        if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] < 1:
+            return f"inputs of shape {tuple(inputs.shape)}; supported: (1, M)"
+        try:
+            mx.eval(inputs)
+        except ValueError:  # a placeholder has no values
+            return "inside a function transformation"
+        tokens = np.asarray(inputs)[0].astype(np.int32)
+        if caches is None:
+            return self._logits(_core.Cache(self.native), tokens)
+        store = adopt(self.native, caches)
+        if isinstance(store, str):
+            return store
+        logits = self._logits(store.cache, tokens)
+        store.cache.commit(len(tokens))
+        for cache in caches:
+            cache.offset += len(tokens)
+        return logits
+
+    def _logits(self, cache: _core.Cache, tokens: npt.NDArray[np.int32]) -> mx.array:
+        logits = mx.zeros((1, len(tokens), self.native.vocab), mx.float32)
+        mx.eval(logits)  # now it has memory, which is ours alone until it is returned
+        self.native.forward_into(cache, tokens, np.asarray(logits)[0])
+        return logits
+
+
+class _Accelerator:
+    """What an accelerated model carries: its native path or the reason why there is none, and counters."""
+
+    def __init__(self, path: _NativePath | None, reason: str = "") -> None:
+        self.path, self._reason = path, reason
         self._native_calls = 0
         self._stock_calls: Counter[str] = Counter()
 
@@ -131,51 +164,22 @@ class _Accelerator:
         return _Accelerator, (None, "this is a copy of an accelerated model; call specfast.mlx.accelerate on it")
 
     def report(self) -> Report:
-        native = self.native
-        if native is None:
-            return Report("stock", self._reason, native_calls=self._native_calls, stock_calls=dict(self._stock_calls))
-        return Report(
-            "native", "", native.precision, native.isa, native.weight_bytes, self._native_calls, dict(self._stock_calls)
+        counted = Report("stock", self._reason, native_calls=self._native_calls, stock_calls=dict(self._stock_calls))
+        if self.path is None:
+            return counted
+        native = self.path.native
+        return replace(
+            counted, path="native", precision=native.precision, isa=native.isa, weight_bytes=native.weight_bytes
         )
 
     def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | None:
         """The logits, or None where mlx-lm's layers must run."""
-        if self.native and self._watch and not self._watch.unchanged(model):
-            self.native, self._watch = None, None  # lets go of the old weights
+        if self.path and not self.path.watch.unchanged(model):
+            self.path = None  # lets go of the old weights
             self._reason = "a weight or module has been replaced; call specfast.mlx.accelerate again"
-        logits = self._run(model, args, kwargs) if self.native else self._reason
+        logits = self.path.run(model, args, kwargs) if self.path else self._reason
         if isinstance(logits, str):
             self._stock_calls[logits] += 1
             return None
         self._native_calls += 1
-        return logits
-
-    def _run(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | str:
-        native, signature = self.native, self._signature
-        assert native is not None and signature is not None
-        given = {k: v for k, v in signature.bind(model, *args, **kwargs).arguments.items() if v is not None}
-        extra = set(given) - {"self", "inputs", "cache"}
-        if extra:
-            return f"called with {', '.join(sorted(extra))}"
-        inputs = given["inputs"]
-        if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] < 1:
-            return f"inputs of shape {tuple(inputs.shape)}; supported: (1, M)"
-        try:
-            mx.eval(inputs)
-        except ValueError:  # a placeholder has no values
-            return "inside a function transformation"
-        tokens = np.asarray(inputs)[0].astype(np.int32)
-        caches = given.get("cache")
-        store = adopt(native, caches) if caches is not None else None
-        if isinstance(store, str):
-            return store
-        logits = mx.zeros((1, len(tokens), native.vocab), mx.float32)
-        mx.eval(logits)  # from here on it has memory, which is ours alone until it is returned
-        if store is None:
-            native.forward_into(_core.Cache(native), tokens, np.asarray(logits)[0])
-            return logits
-        native.forward_into(store.cache, tokens, np.asarray(logits)[0])
-        store.cache.commit(len(tokens))
-        for cache in caches:
-            cache.offset += len(tokens)
         return logits

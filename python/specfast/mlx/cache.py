@@ -106,7 +106,7 @@ def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
     offset = caches[0].offset
     if any(cache.offset != offset for cache in caches):
         return "caches whose layers have different offsets"
-    store = getattr(caches[0], "_store", None)
+    store: Store | None = getattr(caches[0], "_store", None)
     if store is None or store.model is not model or not all(_is_layer(c, store, i) for i, c in enumerate(caches)):
         return _take_over(model, caches, offset)
     if offset > store.cache.length:

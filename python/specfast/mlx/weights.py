@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx import nn
 from mlx.utils import tree_flatten
 
 from .. import _core
@@ -33,6 +33,8 @@ def native_model(model: nn.Module, precision: str | None) -> _core.Model:
             does not have.
     """
     source = f"{type(model).__module__}.{type(model).__name__}"
+    if mx.default_device() != mx.cpu:
+        raise UnsupportedModelError("MLX's default device is a GPU; this path needs mx.set_default_device(mx.cpu)")
     if type(model).__module__ not in _MODELS:
         raise UnsupportedModelError(f"{source} is not supported; supported: {SUPPORTED_MODELS}")
     quantised = {}
