@@ -171,8 +171,8 @@ void bind_model(nb::module_& m) {
   nb::class_<BoundModel>(
       m, "Model",
       "A decoder's weights, used in place, bound to the kernels of one instruction set and one precision.\n\n"
-      "pack gives quantised matrices a second copy in the order the kernels stream, where they have one (int8 on "
-      "AVX-512);\n"
+      "pack gives quantised and bf16 matrices a second copy in the order the kernels stream, where they have one "
+      "(AVX-512, at\nprecision int8 and bf16);\n"
       "False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, "
       "whose\nmemory is given back once packed. Results of a row are the same bits for any\n"
       "number of rows and threads, packed or not.")

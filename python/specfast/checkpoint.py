@@ -206,8 +206,8 @@ def load_model(
 ) -> LoadedModel:
     """Loads a model directory in Hugging Face or MLX layout.
 
-    Files are mapped. Weights stay there, or are packed for kernels that stream a layout of their own (int8 on AVX-512), matrix by
-    matrix: the packed copy takes the place of the mapped pages, so that memory holds the weights once.
+    Files are mapped. Weights stay there, or are packed for kernels that stream a layout of their own (quantised and bf16 weights on
+    AVX-512), matrix by matrix: the packed copy takes the place of the mapped pages, so that memory holds the weights once.
 
     Args:
         directory: config.json, *.safetensors and generation_config.json if any.
