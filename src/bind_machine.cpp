@@ -95,8 +95,14 @@ void bind_machine(nb::module_& m) {
         nb::gil_scoped_release release;
         ThreadPool::instance().set_size(threads);
       },
-      nb::arg("threads"), "Threads of every native call; results do not depend on it.");
-  m.def("num_threads", [] { return ThreadPool::instance().size(); });
+      nb::arg("threads"),
+      "Threads of every native call, 1 to 256; results do not depend on it. More than usable_cpus() makes calls slow.");
+  m.def("num_threads", [] { return ThreadPool::instance().size(); }, "Threads asked for: set, else one per core.");
+  m.def(
+      "start_threads", [] { return ThreadPool::instance().start(); }, nb::call_guard<nb::gil_scoped_release>(),
+      "Starts the threads if they are not there yet; how many there are, which is fewer than num_threads() where the "
+      "system\nstarts no more. Calls run on those, with the same results.");
+  m.def("usable_cpus", &usable_cpus, "Hardware threads this process may use: its affinity, cut by the cgroup's quota.");
   m.def("peak_dot", &peak_dot, nb::arg("kind"), nb::arg("isa") = nb::none(), nb::arg("milliseconds") = 50.0,
         "Multiply-adds per second, in GMAC/s over all threads, of the dot instruction of precision `kind`.");
   m.def("read_bandwidth", &read_bandwidth, nb::arg("buffer").noconvert(), nb::arg("passes") = 1,

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from . import hub
+from . import _core, hub
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
@@ -73,7 +73,14 @@ class Engine:
         return self._pair
 
     def _load(self, config: SpeculativeConfig) -> ModelPair:
-        return ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        pair = ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        asked, started = _core.num_threads(), _core.start_threads()
+        if started < asked:
+            self._say_once(
+                f"the system started {started} of {asked} threads, which do all the work: the same results, more slowly. "
+                "Raise its limits on processes and memory (ulimit -u, ulimit -v), or ask for fewer threads"
+            )
+        return pair
 
     def describe(self) -> str:
         """One line with every effective value and where it came from; loads the models."""
