@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import specfast
-from specfast import ConfigurationError, ContextFullError, NumericalError
+from specfast import ConfigurationError, ContextFullError, ModelFormatError, NumericalError
 from tiny_directories import byte_level, decoder_weights, write_model, write_pair, write_tokenizer
 
 PROMPTS = ["def main(path):", "héllo wörld", "x"]
@@ -366,3 +366,30 @@ def test_a_target_without_a_draft_says_how_to_get_one(directories):
     assert "--speculative-draft-model" in told[0]
     assert specfast.load(directories[0], disabled=True, notify=told.append) is not None
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_file_changed_in_place_ends_requests_and_one_renamed_over_does_not(tmp_path, role):
+    target, draft = write_pair(tmp_path, max_context=300)
+    engine = specfast.load(target, draft)
+    expected = tokens(engine)
+    path = tmp_path / role / "model.safetensors"
+    content = path.read_bytes()
+
+    other = path.with_suffix(".new")
+    other.write_bytes(b"x")
+    other.rename(path)
+    assert tokens(engine) == expected
+    path.unlink()
+    assert tokens(engine) == expected
+
+    path.write_bytes(content)
+    engine.set_models(str(target), str(draft))
+    assert tokens(engine) == expected
+    for damage in (content, content[: len(content) // 2], b""):
+        path.write_bytes(damage)
+        with pytest.raises(ModelFormatError, match=rf"{role}/model\.safetensors: was changed in place.*{len(damage)} now"):
+            engine.stream("x")
+    path.write_bytes(content)
+    engine.set_models(str(target), str(draft))
+    assert tokens(engine) == expected

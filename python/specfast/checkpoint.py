@@ -13,7 +13,7 @@ import numpy.typing as npt
 from . import _core
 from .architecture import ModelConfig, read_config, read_json
 from .errors import ConfigurationError, ModelFormatError, ShapeError, UnsupportedModelError
-from .safetensors_file import TensorView, open_safetensors
+from .safetensors_file import MappedFile, TensorView, open_safetensors
 
 FLOAT_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 PRECISIONS = ("int8", "bf16", "f32")
@@ -31,17 +31,27 @@ _PROJECTIONS = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A native model with what was read beside it."""
+    """A native model with what was read beside it, and the files that it runs from."""
 
     model: _core.Model
     config: ModelConfig
     directory: Path
     precision: str
+    files: tuple[MappedFile, ...]
 
     @property
     def name(self) -> str:
         """The directory's name, for messages."""
         return self.directory.name
+
+    def require_unchanged(self) -> None:
+        """Looks at the files, packed or not: the embedding is read from them for every token.
+
+        Raises:
+            ModelFormatError: one was written in place since.
+        """
+        for file in self.files:
+            file.require_unchanged()
 
 
 def open_weights(directory: Path) -> dict[str, TensorView]:
@@ -207,7 +217,9 @@ def load_model(
     """Loads a model directory in Hugging Face or MLX layout.
 
     Files are mapped. Weights stay there, or are packed for kernels that stream a layout of their own (int8 on AVX-512), matrix by
-    matrix: the packed copy takes the place of the mapped pages, so that memory holds the weights once.
+    matrix: the packed copy takes the place of the mapped pages, so that memory holds the weights once. Replace the files of a
+    running model by rename, never in place: `LoadedModel.require_unchanged`, which an engine calls before each request, finds
+    files written in place, but one that is cut short during a request ends the process (SIGBUS).
 
     Args:
         directory: config.json, *.safetensors and generation_config.json if any.
@@ -256,4 +268,5 @@ def load_model(
         )
     except ShapeError as error:
         raise ModelFormatError(f"{directory}: {error}") from None
-    return LoadedModel(model, config, directory, chosen)
+    files = {tensor.file: None for tensor in weights.tensors.values() if tensor.file}
+    return LoadedModel(model, config, directory, chosen, tuple(files))

@@ -166,6 +166,7 @@ class Engine:
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
             ContextFullError: a prompt that leaves no room in the context.
+            ModelFormatError: a file of the models was written in place since they were loaded.
             NumericalError: logits that are not finite.
         """
         models = sorted(set(request) & {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine"})
@@ -182,6 +183,7 @@ class Engine:
         stops = StopStrings(stop)
 
         pair = self.pair
+        pair.require_unchanged()
         tokens = pair.encode(prompt, raw=raw, system=system)
         capacity = pair.target.model.max_context
         if len(tokens) >= capacity:

@@ -107,6 +107,16 @@ class ModelPair:
             eos_ids=tuple(sorted({*target.config.eos_ids, *(() if end is None else (end,))})),
         )
 
+    def require_unchanged(self) -> None:
+        """Looks at the files both models run from.
+
+        Raises:
+            ModelFormatError: one was written in place since it was loaded.
+        """
+        for loaded in (self.target, self.draft):
+            if loaded:
+                loaded.require_unchanged()
+
     def encode(
         self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], *, raw: bool = False, system: str | None = None
     ) -> list[int]:
