@@ -117,6 +117,18 @@ def test_an_end_token_ends_the_text(directories, tmp_path):
         assert result.stats.tokens == len(result.token_ids)
 
 
+def test_an_end_token_outside_the_vocabulary_is_refused(tmp_path):
+    write_model(tmp_path, decoder_weights(5, vocab=200))
+    tokenizer = byte_level()
+    for token, sound in ((199, True), (200, False)):
+        write_tokenizer(tmp_path, tokenizer, eos_token=tokenizer.id_to_token(token))
+        if sound:
+            assert specfast.load(tmp_path, disabled=True).pair.eos_ids == (1, token)
+        else:
+            with pytest.raises(ModelFormatError, match="end token is 200, but the model's tokens are 0 to 199"):
+                specfast.load(tmp_path, disabled=True)
+
+
 @pytest.mark.parametrize("max_tokens", [1, 2, 5, 6, 7])
 def test_max_tokens_is_exact(engine, max_tokens):
     result = engine.generate("x", max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
@@ -388,7 +400,9 @@ def test_a_file_changed_in_place_ends_requests_and_one_renamed_over_does_not(tmp
     assert tokens(engine) == expected
     for damage in (content, content[: len(content) // 2], b""):
         path.write_bytes(damage)
-        with pytest.raises(ModelFormatError, match=rf"{role}/model\.safetensors: was changed in place.*{len(damage)} now"):
+        with pytest.raises(
+            ModelFormatError, match=rf"{role}/model\.safetensors: was changed in place.*{len(damage)} now"
+        ):
             engine.stream("x")
     path.write_bytes(content)
     engine.set_models(str(target), str(draft))
