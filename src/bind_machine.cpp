@@ -49,6 +49,8 @@ double peak_dot(const std::string& kind, const std::optional<std::string>& isa, 
   const Activation activation = precision == Precision::int8   ? Activation::int8
                                 : precision == Precision::bf16 ? Activation::bf16
                                                                : Activation::f32;
+  if (!(milliseconds > 0 && milliseconds <= 60000))
+    throw ShapeError("milliseconds must be above 0 and at most 60000, not " + std::to_string(milliseconds));
   nb::gil_scoped_release release;
   std::vector<double> rates(static_cast<size_t>(ThreadPool::instance().size()) + 256);
   ThreadPool::instance().run([&](const Team& team) {
@@ -67,6 +69,7 @@ double read_bandwidth(const Bytes& buffer, int passes) {
   const KernelTable& kernels = kernels_named(std::nullopt);
   const uint8_t* data = buffer.data();
   const size_t lines = buffer.nbytes() / 512;
+  if (passes < 1 || passes > 10000) throw ShapeError("passes must be in 1 to 10000, not " + std::to_string(passes));
   if (lines == 0)
     throw ShapeError("the buffer of " + std::to_string(buffer.nbytes()) + " bytes is too small to measure");
   nb::gil_scoped_release release;
