@@ -71,6 +71,9 @@ const KernelTable& scalar_kernels();
 #if defined(SPECFAST_HAS_AVX2)
 const KernelTable& avx2_kernels();
 #endif
+#if defined(SPECFAST_HAS_AVX_VNNI)
+const KernelTable& avx_vnni_kernels();
+#endif
 #if defined(SPECFAST_HAS_AVX512)
 const KernelTable& avx512_kernels();
 #endif

@@ -116,12 +116,13 @@ size_t Model::packed_bytes() const {
 
 void Model::check() const {
   expect_range(hidden, 1, 1 << 20, "hidden");
-  expect_range(heads, 1, 4096, "heads");
+  expect_range(heads, 1, kMaxHeads, "heads");
   expect_range(kv_heads, 1, heads, "kv_heads");
   expect_range(head_dim, 2, kMaxHeadDim, "head_dim");
   expect_range(intermediate, 1, 1 << 22, "intermediate");
   expect_range(vocab, 1, 1 << 22, "vocab");
   expect_range(max_context, 1, int64_t{1} << 30, "max_context");
+  expect_range(static_cast<int64_t>(layers.size()), 1, 1 << 16, "the number of layers");
   if (heads % kv_heads)
     throw ShapeError("heads (" + std::to_string(heads) + ") is not a multiple of kv_heads (" +
                      std::to_string(kv_heads) + ")");

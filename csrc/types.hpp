@@ -19,6 +19,7 @@ inline constexpr int kSpanPositions = kSpanPages * kPagePositions;
 inline constexpr int kKeyTile = 64;
 inline constexpr int kValueSlice = 64;
 inline constexpr int kMaxHeadDim = 1024;
+inline constexpr int kMaxHeads = 4096;
 
 enum class Format : uint8_t { q4, q8, bf16, f16, f32 };
 

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from . import hub
+from . import _core, hub
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
@@ -73,7 +73,14 @@ class Engine:
         return self._pair
 
     def _load(self, config: SpeculativeConfig) -> ModelPair:
-        return ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        pair = ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        asked, started = _core.num_threads(), _core.start_threads()
+        if started < asked:
+            self._say_once(
+                f"the system started {started} of {asked} threads, which do all the work: the same results, more slowly. "
+                "Raise its limits on processes and memory (ulimit -u, ulimit -v), or ask for fewer threads"
+            )
+        return pair
 
     def describe(self) -> str:
         """One line with every effective value and where it came from; loads the models."""
@@ -159,6 +166,7 @@ class Engine:
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
             ContextFullError: a prompt that leaves no room in the context.
+            ModelFormatError: a file of the models was written in place since they were loaded.
             NumericalError: logits that are not finite.
         """
         models = sorted(set(request) & {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine"})
@@ -175,6 +183,7 @@ class Engine:
         stops = StopStrings(stop)
 
         pair = self.pair
+        pair.require_unchanged()
         tokens = pair.encode(prompt, raw=raw, system=system)
         capacity = pair.target.model.max_context
         if len(tokens) >= capacity:

@@ -14,7 +14,7 @@ from .chat import chat_template, render_chat
 from .checkpoint import LoadedModel, load_model
 from .compatibility import Status, compare_models
 from .config import SpeculativeConfig
-from .errors import ConfigurationError, SpecfastError
+from .errors import ConfigurationError, ModelFormatError, SpecfastError
 from .families import explain_suggestion, parameters, ranked_drafts, suggested_drafts
 from .tokenizer import Tokenizer
 
@@ -95,6 +95,11 @@ class ModelPair:
                     f"of weights, {_target_name(config)} {target.model.weight_bytes / 1e6:.0f} MB; expect no speed-up"
                 )
         end = tokenizer.token_id(tokenizer.special_text("eos_token"))
+        if end is not None and end >= target.config.vocab:
+            raise ModelFormatError(
+                f"{directory}: the tokenizer's end token is {end}, but the model's tokens are 0 to {target.config.vocab - 1}, so "
+                "that no text would end there; take the tokenizer that belongs to the weights"
+            )
         return cls(
             target=target,
             draft=draft,
@@ -106,6 +111,16 @@ class ModelPair:
             vocab=min(tokenizer.vocab, target.config.vocab),
             eos_ids=tuple(sorted({*target.config.eos_ids, *(() if end is None else (end,))})),
         )
+
+    def require_unchanged(self) -> None:
+        """Looks at the files both models run from.
+
+        Raises:
+            ModelFormatError: one was written in place since it was loaded.
+        """
+        for loaded in (self.target, self.draft):
+            if loaded:
+                loaded.require_unchanged()
 
     def encode(
         self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], *, raw: bool = False, system: str | None = None

@@ -55,5 +55,5 @@ def find_shape(name: str) -> Shape:
         raise ConfigurationError(f"shape {name!r} is unknown; choose {', '.join(SHAPES)}, demo, or a model directory")
     c = read_config(directory)
     return Shape(
-        name, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocab, c.tied, c.model_type == "qwen2"
+        name, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocab, bool(c.tied), c.model_type == "qwen2"
     )  # fmt: skip

@@ -18,6 +18,7 @@ from ..bench.roofline import Roofline, measure_rows
 from ..bench.shapes import SHAPES, find_shape
 from ..bench.speculate import SpeculationRun, measure_speculation
 from ..errors import ConfigurationError
+from ..inference import set_threads
 
 EPILOG = """examples:
   specfast bench --shape llama-3.2-1b --quant q4g64 --rows 1,2,4,6,8,9 --context 512 --json rows.json
@@ -53,7 +54,7 @@ def add_parser(commands: Any) -> None:
         help="positions already in the cache (512; 64 with --speculate)",
     )
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timed passes per row count (9)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of native calls (all cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of native calls (one per core; at most one per CPU)")
     parser.add_argument("--isa", help="kernel table (the best this CPU runs)")
     parser.add_argument("--in-place", action="store_true", help="no packed copy of the weights")
     parser.add_argument(
@@ -84,7 +85,7 @@ def environment() -> dict[str, Any]:
     """What a figure depends on besides the code."""
     info = _core.build_info()
     return {
-        "version": info["version"], "compiler": info["compiler"], "threads": _core.num_threads(), "cpu": cpu_model(),
+        "version": info["version"], "compiler": info["compiler"], "threads": _core.start_threads(), "cpu": cpu_model(),
         "python": platform.python_version(), "numpy": importlib.metadata.version("numpy"),
     }  # fmt: skip
 
@@ -105,10 +106,7 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
 
 def run(options: argparse.Namespace) -> int:
     """Measures and prints."""
-    if options.threads is not None:
-        if not 1 <= options.threads <= 256:
-            raise ConfigurationError(f"--threads is {options.threads}, but must be in 1 to 256")
-        _core.set_num_threads(options.threads)
+    set_threads(options.threads)
     if not 1 <= options.repeats <= 1000 or not 1 <= options.tokens <= 100_000:
         raise ConfigurationError("--repeats must be in 1 to 1000 and --tokens in 1 to 100000")
     try:
@@ -135,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
     }
     out = sys.stderr if str(options.json) == "-" else sys.stdout
     print(f"{shape.name} {options.quant}, {target.weight_bytes / 1e6:.0f} MB a pass, {target.precision} activations, "
-          f"{target.isa}, {_core.num_threads()} threads, random weights", file=out)  # fmt: skip
+          f"{target.isa}, {_core.start_threads()} threads, random weights", file=out)  # fmt: skip
     if target.weight_bytes < 64 << 20:
         print(
             "note: these weights fit in a large last-level cache; the figures are not those of cold weights", file=out

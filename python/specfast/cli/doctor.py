@@ -10,7 +10,7 @@ import os
 import platform
 from typing import Any
 
-from .. import build_info, embedded
+from .. import _core, build_info, embedded
 from ..exo.detection import find_exo
 
 _NATIVE_READS_THE_SAME = "this version runs every model natively, from the same checkpoints"
@@ -47,6 +47,7 @@ def examine() -> dict[str, Any]:
         "isas_compiled": info["isas_compiled"],
         "isas_supported": info["isas_supported"],
         "threads": info["threads"],
+        "threads_started": _core.start_threads(),
         "kernels": info["kernels"],
         "selected": info["selected"],
         "hosts": {"native": {"found": True, "used": True, "version": info["version"], "why": "always there"}}
@@ -91,7 +92,9 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"specfast {report['version']}, Python {report['python']}, {report['machine']}, {report['compiler']}")
     forced = f" (SPECFAST_ISA={report['isa_forced']})" if report["isa_forced"] else ""
-    print(f"kernels: {report['isa']} selected{forced}, {report['threads']} threads")
+    refused = report["threads_started"] < report["threads"]
+    only = f", of which the system starts {report['threads_started']} (ulimit -u, ulimit -v)" if refused else ""
+    print(f"kernels: {report['isa']} selected{forced}, {report['threads']} threads{only}")
     for isa in report["isas_compiled"]:
         if isa != report["isa"]:
             runs = isa in report["isas_supported"]
