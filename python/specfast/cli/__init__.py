@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from ..errors import ConfigurationError, SpecfastError
 
 COMMANDS = ("generate", "bench", "suggest", "convert", "doctor")
@@ -26,8 +27,6 @@ EXAMPLES = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each module of COMMANDS has add_parser(subparsers) and run(options)."""
-    from .. import __version__  # noqa: PLC0415 - may fail, and main tells why
-
     parser = argparse.ArgumentParser(
         prog="specfast",
         description="Speculative decoding with compiled kernels: faster tokens, the same words.",
