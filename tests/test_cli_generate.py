@@ -353,7 +353,13 @@ def test_an_unknown_instruction_set_is_an_error_without_a_traceback():
         assert "Traceback" not in done.stderr
     done = run("doctor")
     assert (done.returncode, done.stderr) == (1, "")
-    for part in ("none selected (SPECFAST_ISA=pentium)", "problem: no kernels named 'pentium'", "unset it", "hosts:", "exo"):
+    for part in (
+        "none selected (SPECFAST_ISA=pentium)",
+        "problem: no kernels named 'pentium'",
+        "unset it",
+        "hosts:",
+        "exo",
+    ):
         assert part in done.stdout
     report = json.loads(run("doctor", "--json").stdout)
     assert (report["isa"], report["selected"], report["hosts"]["native"]["used"]) == (None, [], False)

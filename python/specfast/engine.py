@@ -53,7 +53,9 @@ class Engine:
         self.config.require_available()
         check_isa(isa)
         if max_context is not None and max_context < 1:
-            raise ConfigurationError(f"a context of {max_context} is too small; give at least 1, or none for the model's")
+            raise ConfigurationError(
+                f"a context of {max_context} is too small; give at least 1, or none for the model's"
+            )
         self.stats = SpeculationStats()
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
         self._resolve = resolve or hub.resolve
@@ -180,7 +182,9 @@ class Engine:
         if len(prompt) == 0:
             raise ConfigurationError(EMPTY_PROMPT)
         if system and (raw or not isinstance(prompt, str)):
-            raise ConfigurationError("a system message needs a text prompt, and a chat template to put both in; leave raw out")
+            raise ConfigurationError(
+                "a system message needs a text prompt, and a chat template to put both in; leave raw out"
+            )
 
         pair = self.pair
         tokens = pair.encode(prompt, raw=raw, system=system)

@@ -118,7 +118,9 @@ class ModelPair:
         """
         chat = not raw and self.template is not None
         if system and self.template is None:
-            raise ConfigurationError("the model has no chat template, which a system message needs; put it in the prompt")
+            raise ConfigurationError(
+                "the model has no chat template, which a system message needs; put it in the prompt"
+            )
         if isinstance(prompt, str):
             if chat:
                 first = [{"role": "system", "content": system}] if system else []

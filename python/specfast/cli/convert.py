@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
         "convert",
         help="quantise a model directory",
         description="Quantises a Hugging Face model directory into MLX's affine layout.",
+        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     parser.add_argument("source", help="directory or repo id with F32, F16 or BF16 weights")

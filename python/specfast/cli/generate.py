@@ -102,7 +102,13 @@ def _why_different(identical: bool, greedy: bool, engine: Engine) -> str:
 
 
 def _generate(
-    engine: Engine, prompt: str, options: argparse.Namespace, *, announce: bool = False, show: bool = True, **request: Any
+    engine: Engine,
+    prompt: str,
+    options: argparse.Namespace,
+    *,
+    announce: bool = False,
+    show: bool = True,
+    **request: Any,
 ) -> Result:
     """One run; after Ctrl-C what there is by then. The engine checks the options before it loads the models."""
     with _prompt_progress(len(prompt)) as progress:

@@ -132,7 +132,13 @@ def unknown_model(registry: Registry, target: str | None, draft: str | None) -> 
     """What is wrong with the names of a pair: exo must know a target; a draft may also be a repo id or a directory."""
     if target is not None and target not in registry:
         return f"the target {_unknown(target, registry)}"
-    if draft is None or draft.lower() == NO_DRAFT or draft in registry or hub.repository(draft) is not None or Path(draft).is_dir():
+    if (
+        draft is None
+        or draft.lower() == NO_DRAFT
+        or draft in registry
+        or hub.repository(draft) is not None
+        or Path(draft).is_dir()
+    ):
         return None
     return f"the draft {_unknown(draft, registry)}, nor a repo id (org/name) or a directory"
 
