@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .. import _core
+from ..bench.machine import environment
 from ..bench.random_model import QUANTS, check_groups, random_model
 from ..bench.roofline import SPARE_POSITIONS, Roofline, check_rows, measure_rows
 from ..bench.shapes import SHAPES, Shape, find_shape
@@ -76,25 +75,6 @@ def add_parser(commands: Any) -> None:
         help="shape of the draft, over the target's vocabulary (draft-128k, 81 M parameters; demo-draft for demo)",
     )
     speculation.add_argument("--tokens", type=int, metavar="N", help="tokens to decode (256)")
-
-
-def cpu_model() -> str:
-    """The processor's name, for records and baselines."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    info = _core.build_info()
-    return {
-        "version": info["version"], "compiler": info["compiler"], "threads": _core.num_threads(), "cpu": cpu_model(),
-        "python": platform.python_version(), "numpy": importlib.metadata.version("numpy"),
-    }  # fmt: skip
 
 
 @contextmanager
