@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Converts, with a bar on a terminal."""
+    conversion.require_absent(options.destination)  # before anything is downloaded
     source = hub.resolve(options.source)
     if sys.stderr.isatty():
         from rich.console import Console  # noqa: PLC0415
