@@ -393,6 +393,13 @@ def test_suggest(run):
     assert "deepseek: deepseek-v3" in run("suggest")[1]
 
 
+def test_convert_refuses_what_is_there_before_it_downloads(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("specfast.hub.resolve", lambda *_, **__: pytest.fail("a model was looked for"))
+    code, out, err = run("convert", "llama-3.2-1b", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "exists already" in err
+
+
 def test_doctor(run):
     code, out, _ = run("doctor")
     info = specfast.build_info()
