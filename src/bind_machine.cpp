@@ -88,7 +88,8 @@ double read_bandwidth(const Bytes& buffer, int passes) {
 
 void bind_machine(nb::module_& m) {
   m.def("build_info", &build_info,
-        "Version, compiled and supported instruction sets, kernels by name, the selected ones, threads. Where SPECFAST_ISA "
+        "Version, compiled and supported instruction sets, kernels by name, the selected ones, threads. Where "
+        "SPECFAST_ISA "
         "names no usable table, `isa` is None and `isa_problem` says why.");
   m.def(
       "set_num_threads",
