@@ -29,14 +29,16 @@ nb::dict build_info() {
       kernels.append(kernel);
     }
   }
-  const KernelTable& selected = kernels_named(std::nullopt);
+  std::string problem;
+  const KernelTable* selected = find_kernels("", &problem);
   nb::list chosen;
-  for (int i = 0; i < selected.infos_count; i++) chosen.append(selected.infos[i].name);
+  for (int i = 0; selected && i < selected->infos_count; i++) chosen.append(selected->infos[i].name);
   info["version"] = SPECFAST_VERSION;
   info["compiler"] = SPECFAST_COMPILER;
   info["isas_compiled"] = compiled;
   info["isas_supported"] = supported;
-  info["isa"] = selected.isa;
+  info["isa"] = selected ? nb::object(nb::str(selected->isa)) : nb::object(nb::none());
+  info["isa_problem"] = selected ? nb::object(nb::none()) : nb::object(nb::str(problem.c_str()));
   info["kernels"] = kernels;
   info["selected"] = chosen;
   info["threads"] = ThreadPool::instance().size();
@@ -89,7 +91,9 @@ double read_bandwidth(const Bytes& buffer, int passes) {
 
 void bind_machine(nb::module_& m) {
   m.def("build_info", &build_info,
-        "Version, compiled and supported instruction sets, kernels by name, the selected ones, threads.");
+        "Version, compiled and supported instruction sets, kernels by name, the selected ones, threads. Where "
+        "SPECFAST_ISA "
+        "names no usable table, `isa` is None and `isa_problem` says why.");
   m.def(
       "set_num_threads",
       [](int threads) {

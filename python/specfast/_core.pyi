@@ -240,7 +240,7 @@ class Cache:
 
 def build_info() -> dict[str, object]:
     """
-    Version, compiled and supported instruction sets, kernels by name, the selected ones, threads.
+    Version, compiled and supported instruction sets, kernels by name, the selected ones, threads. Where SPECFAST_ISA names no usable table, `isa` is None and `isa_problem` says why.
     """
 
 def set_num_threads(threads: int) -> None:

@@ -222,11 +222,16 @@ def default_precision(formats: set[str]) -> str:
     return "bf16" if formats & {"bf16", "f16"} else "f32"
 
 
-def _check_isa(isa: str | None) -> None:
-    try:
-        supported = cast(list[str], _core.build_info()["isas_supported"])
-    except ShapeError as error:  # SPECFAST_ISA names none of this build's
-        raise ConfigurationError(str(error)) from None
+def check_isa(isa: str | None) -> None:
+    """Refuses a kernel table that cannot be used here.
+
+    Raises:
+        ConfigurationError: `isa`, or SPECFAST_ISA where that is None, is unknown or not for this CPU; names the others.
+    """
+    info = _core.build_info()
+    if isa is None and info["isa_problem"]:
+        raise ConfigurationError(str(info["isa_problem"]))
+    supported = cast(list[str], info["isas_supported"])
     if isa is not None and isa not in supported:
         raise ConfigurationError(f"isa {isa!r} cannot be used here; choose one of {', '.join(supported)}, or none")
 
@@ -259,7 +264,7 @@ def load_model(
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    _check_isa(isa)
+    check_isa(isa)
     config = read_config(directory)
     if max_context is not None and not 1 <= max_context <= config.max_context:
         raise ConfigurationError(f"a context of {max_context} is outside 1 to the model's {config.max_context}")

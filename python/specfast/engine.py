@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from . import _core, hub
+from .checkpoint import check_isa
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
 from .drafters import Drafter, ModelDrafter, NoDrafter
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
-from .models import ModelPair, Notify, Resolve, print_notice
+from .models import EMPTY_PROMPT, ModelPair, Notify, Resolve, print_notice
 from .sampling import SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
@@ -36,7 +37,7 @@ class Engine:
         resolve: finds a model's directory by its name; None is `hub.resolve`.
 
     Raises:
-        ConfigurationError: something this version cannot do.
+        ConfigurationError: something this version cannot do, a context below 1, or a kernel table that cannot be used.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class Engine:
     ) -> None:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
+        check_isa(isa)
+        if max_context is not None and max_context < 1:
+            raise ConfigurationError(
+                f"a context of {max_context} is too small; give at least 1, or none for the model's"
+            )
         self.stats = SpeculationStats()
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
         self._resolve = resolve or hub.resolve
@@ -181,6 +187,12 @@ class Engine:
             raise ConfigurationError(f"max_tokens is {max_tokens!r}, but must be a whole number, at least 1")
         sampling = self._sampling(resolved, top_k, top_p, min_p, secrets.randbits(53) if seed is None else seed)
         stops = StopStrings(stop)
+        if len(prompt) == 0:
+            raise ConfigurationError(EMPTY_PROMPT)
+        if system and (raw or not isinstance(prompt, str)):
+            raise ConfigurationError(
+                "a system message needs a text prompt, and a chat template to put both in; leave raw out"
+            )
 
         pair = self.pair
         pair.require_unchanged()

@@ -33,8 +33,8 @@ def load(
 
     Args:
         target: directory, repo id or short name; None is the embedded pair.
-        draft: the same for the draft; None takes the embedded draft with the embedded target, a suggestion with
-            auto_config=True, and no draft otherwise.
+        draft: the same for the draft, or "none" for no draft; None takes the embedded draft with the embedded target, a
+            suggestion with auto_config=True, and no draft otherwise.
         precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.
         max_context: bounds the context below the model's own.
         isa: kernel table; None is the best this CPU runs.

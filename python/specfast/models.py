@@ -13,12 +13,13 @@ from . import embedded
 from .chat import chat_template, render_chat
 from .checkpoint import LoadedModel, load_model
 from .compatibility import Status, compare_models
-from .config import SpeculativeConfig
+from .config import NO_DRAFT, SpeculativeConfig
 from .errors import ConfigurationError, ModelFormatError, SpecfastError
 from .families import explain_suggestion, parameters, ranked_drafts, suggested_drafts
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
+EMPTY_PROMPT = "the prompt has 0 tokens; give some text, or at least one token id"
 
 
 class Resolve(Protocol):
@@ -131,14 +132,12 @@ class ModelPair:
             ConfigurationError: a prompt of 0 tokens, ids outside the vocabulary, or a message without a template.
         """
         chat = not raw and self.template is not None
-        if system and not (chat and isinstance(prompt, str)):
+        if system and self.template is None:
             raise ConfigurationError(
-                "a system message needs a text prompt and a model with a chat template, without raw"
+                "the model has no chat template, which a system message needs; put it in the prompt"
             )
         if isinstance(prompt, str):
-            if not prompt:
-                tokens = []
-            elif chat:
+            if chat:
                 first = [{"role": "system", "content": system}] if system else []
                 tokens = self._encode_chat([*first, {"role": "user", "content": prompt}])
             else:
@@ -148,7 +147,7 @@ class ModelPair:
         else:
             tokens = [int(token) for token in prompt if not isinstance(token, Mapping)]
         if not tokens:
-            raise ConfigurationError("the prompt has 0 tokens; give some text, or at least one token id")
+            raise ConfigurationError(EMPTY_PROMPT)
         if not 0 <= min(tokens) <= max(tokens) < self.target.config.vocab:
             raise ConfigurationError(
                 f"the prompt has token ids from {min(tokens)} to {max(tokens)}, but the model's are 0 to "
@@ -173,7 +172,7 @@ def _draft_precision(precision: str | None) -> str | None:
 
 def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolve: Resolve) -> DraftChoice:
     """The draft a configuration names or its family suggests, compared with the target's directory; says why there is none."""
-    if config.disabled:
+    if config.disabled or config.draft_model == NO_DRAFT:
         return DraftChoice()
     if config.target_model is None and config.draft_model is None:
         return DraftChoice("compatible", embedded.path("draft"), "embedded")

@@ -73,8 +73,8 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
     )
     add(
         *("--draft-model", "--speculative-draft-model"),
-        **{"dest": "draft_model", "type": _model, "metavar": "MODEL"},
-        help="draft, of the same tokens",
+        **{"dest": "draft_model", "metavar": "MODEL"},
+        help="draft, of the same tokens; none for plain decoding",
     )
     add(
         *("--auto-config", "--speculative-auto-config"),
