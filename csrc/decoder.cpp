@@ -95,7 +95,7 @@ int32_t Sequence::draw(const Law& law, double u, float* q) {
   const bool alone = !law.plain(model_->vocab) || (small_ && !pool.size_was_set());
   pool.run(alone, prepare, [&](const Team& team) {
     const int32_t drawn = draw_row(model_->kernels->law, team, work_.logits.data(), model_->vocab, best_[0].value, law,
-                                   u, q, scratch.threads[static_cast<size_t>(team.id)], scratch.shared);
+                                   u, q, scratch.laws[static_cast<size_t>(team.id)], scratch.shared);
     if (team.id == 0) token = drawn;
   });
   return token;

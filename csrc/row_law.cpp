@@ -10,9 +10,9 @@ inline float rounded(float weight, double scale) noexcept {
   return static_cast<float>(static_cast<double>(weight) * scale);
 }
 
-/// p - min(q, kept p). NaN stays NaN.
-inline double left_of(float p, double q, double kept) noexcept {
-  const double mass = static_cast<double>(p), most = kept * mass;
+/// c p - min(q, kept c p), c the prefix. NaN stays NaN.
+inline double left_of(float p, const Drafted& drafted, int32_t id) noexcept {
+  const double mass = drafted.prefix * static_cast<double>(p), most = drafted.kept * mass, q = drafted(id);
   return mass - (most < q ? most : q);
 }
 
@@ -58,14 +58,14 @@ double block_mass(const LawLoops& loops, const RowLaw& row, const Drafted& draft
   double total = 0;
   for_chunks(loops, row, first, last, [&](int32_t i, int32_t n, const float* p) {
     const bool touched = drafted.q ? i < drafted.Vq : i <= drafted.token && drafted.token < i + n;
-    if (!touched) {
+    if (!touched && drafted.prefix == 1.0) {
       total += loops.mass(p, n);
     } else if (drafted.q && n <= drafted.Vq - i) {
-      total += loops.residual_mass(p, drafted.q + i, drafted.kept, n);
+      total += loops.residual_mass(p, drafted.q + i, drafted.prefix, drafted.kept, n);
     } else {
       float q[kChunk];
       for (int32_t j = 0; j < n; j++) q[j] = static_cast<float>(drafted(i + j));
-      total += loops.residual_mass(p, q, drafted.kept, n);
+      total += loops.residual_mass(p, q, drafted.prefix, drafted.kept, n);
     }
   });
   return total;
@@ -80,7 +80,7 @@ void list_masses(const RowLaw& row, const Drafted& drafted, const Blocks& blocks
     const int32_t chunk = *id / kChunk, block = *id / blocks.size;
     Lanes lanes;
     for (; id < end && *id / kChunk == chunk; id++)
-      lanes.add(*id, left_of(rounded(row.weights[id - row.ids], row.scale), drafted(*id), drafted.kept));
+      lanes.add(*id, left_of(rounded(row.weights[id - row.ids], row.scale), drafted, *id));
     mass[block] += lanes.total();
   }
 }
@@ -118,7 +118,7 @@ int32_t pick_token(const LawLoops& loops, const RowLaw& row, const Drafted& draf
   }
   int32_t token = -1;
   const auto passes = [&](int32_t id, float p) {
-    const double left = left_of(p, drafted(id), drafted.kept);
+    const double left = left_of(p, drafted, id);
     if (!(left > 0) || (token >= 0 && before > wanted)) return;
     token = id;
     before += left;

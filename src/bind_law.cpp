@@ -8,6 +8,13 @@
 
 using namespace specfast;
 
+Rule rule_named(const std::string& name) {
+  if (name == "token") return Rule::token;
+  if (name == "block") return Rule::block;
+  if (name == "coupled") return Rule::coupled;
+  throw ShapeError("unknown rule '" + name + "'; choose one of token, block, coupled");
+}
+
 namespace {
 
 void init_law(Law* self, float temperature, int32_t top_k, float top_p, float min_p, int32_t vocab_limit) {
@@ -57,6 +64,15 @@ nb::ndarray<nb::numpy, float> bound_law_rows(const AnyArray& logits, const Law& 
   return out;
 }
 
+/// Whether a rule on given draws is the block rule; throws ShapeError.
+bool by_block(const std::string& rule, double lenience) {
+  const Rule named = rule_named(rule);
+  if (named == Rule::coupled) throw ShapeError("the coupled rule has no draws u; call couple_tokens");
+  if (named == Rule::block && lenience != 1.0)
+    throw ShapeError("the block rule takes lenience 1, not " + std::to_string(lenience) + "; use the token rule");
+  return named == Rule::block;
+}
+
 /// The arguments of the token rule, checked; `rows` are the target's laws or logits, `name` is what they are called.
 struct RuleArguments {
   const float *rows, *q;
@@ -94,24 +110,31 @@ struct RuleArguments {
 
 std::pair<int32_t, int32_t> bound_verify_tokens(const AnyArray& p, const std::optional<AnyArray>& q,
                                                 const AnyArray& tokens, const AnyArray& u, double lenience,
-                                                const std::optional<std::string>& isa) {
+                                                const std::optional<std::string>& isa, const std::string& rule) {
   const RuleArguments a("p", p, q, tokens, u, lenience);
+  const bool block = by_block(rule, lenience) && a.q;
   const LawLoops& loops = kernels_named(isa).law;
   nb::gil_scoped_release release;
-  const Verdict verdict = verify_tokens(loops, a.rows, a.V, a.q, a.Vq, a.tokens, a.gamma, a.u, lenience);
+  const Verdict verdict = block
+                              ? verify_block(loops, a.rows, a.V, a.q, a.Vq, a.tokens, a.gamma, a.u)
+                              : verify_tokens(loops, a.rows, a.V, a.q, a.Vq, a.tokens, a.gamma, a.u, lenience);
   if (verdict.next_token < 0) throw NumericalError("row " + std::to_string(verdict.tau) + " of p has no mass");
   return {verdict.tau, verdict.next_token};
 }
 
 std::pair<int32_t, int32_t> bound_verify_logits(const AnyArray& logits, const std::optional<AnyArray>& q,
                                                 const AnyArray& tokens, const AnyArray& u, const Law& law,
-                                                double lenience, const std::optional<std::string>& isa) {
+                                                double lenience, const std::optional<std::string>& isa,
+                                                const std::string& rule) {
   const RuleArguments a("logits", logits, q, tokens, u, lenience);
+  const bool block = by_block(rule, lenience) && a.q;
   const LawLoops& loops = kernels_named(isa).law;
   nb::gil_scoped_release release;
   thread_local VerifyScratch scratch;
   const Verdict verdict =
-      verify_logits(loops, false, a.rows, a.V, nullptr, law, a.q, a.Vq, a.tokens, a.gamma, a.u, lenience, scratch);
+      block ? verify_logits_block(loops, false, a.rows, a.V, nullptr, law, a.q, a.Vq, a.tokens, a.gamma, a.u, scratch)
+            : verify_logits(loops, false, a.rows, a.V, nullptr, law, a.q, a.Vq, a.tokens, a.gamma, a.u, lenience,
+                            scratch);
   return {verdict.tau, verdict.next_token};
 }
 
@@ -173,19 +196,18 @@ void bind_law(nb::module_& m) {
         "Probabilities (M, V) float32 of logits (M, V) float32; temperature 0 gives the arg max all mass.\n\n"
         "Raises ShapeError, or NumericalError on NaN, +infinity, or a row that allows no token.");
   m.def("verify_tokens", &bound_verify_tokens, nb::arg("p"), nb::arg("q").none(), nb::arg("tokens"), nb::arg("u"),
-        nb::arg("lenience") = 1.0, nb::arg("isa") = nb::none(),
-        "The token rule: how many of tokens (gamma,) int32 are kept, and the token that follows them.\n\n"
+        nb::arg("lenience") = 1.0, nb::arg("isa") = nb::none(), nb::arg("rule") = "token",
+        "How many of tokens (gamma,) int32 are kept, and the token that follows them; see specfast.ops.\n\n"
         "p: (gamma + 1, V) float32; q: (gamma, Vq) float32, or None for a drafter that was certain; u: (gamma + 1,)\n"
-        "float64 in [0, 1), the last for the residual or bonus. Leviathan et al. 2022, Alg. 1, arXiv:2211.17192.\n"
-        "Raises ShapeError, or NumericalError where p has no mass.");
+        "float64 in [0, 1), the last for the residual or bonus. Raises ShapeError, or NumericalError where p has no "
+        "mass.");
   m.def(
       "verify_logits", &bound_verify_logits, nb::arg("logits"), nb::arg("q").none(), nb::arg("tokens"), nb::arg("u"),
-      nb::arg("law"), nb::arg("lenience") = 1.0, nb::arg("isa") = nb::none(),
+      nb::arg("law"), nb::arg("lenience") = 1.0, nb::arg("isa") = nb::none(), nb::arg("rule") = "token",
       "verify_tokens on the laws of logits (gamma + 1, V) float32, the same to the bit, without writing the laws.\n\n"
-      "Rows after the one whose token is rejected are not looked at, nor is q where the law keeps a list of ids "
-      "(top_k,\n"
-      "or temperature 0) that does not hold them. Raises ShapeError, or NumericalError like law_rows for a row up to\n"
-      "the one that decides.");
+      "Rows that cannot matter are not looked at (after the first rejection, or after a token without target mass),\n"
+      "nor is q where the law keeps a list of ids (top_k, or temperature 0) that does not hold them. Raises ShapeError,\n"
+      "or NumericalError like law_rows for a row that is looked at.");
   m.def("sample_token", &bound_sample_token, nb::arg("p"), nb::arg("u"), nb::arg("isa") = nb::none(),
         "Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.");
   m.def(

@@ -127,9 +127,9 @@ double mass(const float* p, int n) {
   return sum_in_lanes(n, [p](int i) { return static_cast<double>(p[i]); });
 }
 
-double residual_mass(const float* p, const float* q, double kept, int n) {
-  return sum_in_lanes(n, [p, q, kept](int i) {
-    const double mass = static_cast<double>(p[i]), most = kept * mass, drafted = static_cast<double>(q[i]);
+double residual_mass(const float* p, const float* q, double prefix, double kept, int n) {
+  return sum_in_lanes(n, [p, q, prefix, kept](int i) {
+    const double mass = prefix * static_cast<double>(p[i]), most = kept * mass, drafted = static_cast<double>(q[i]);
     return mass - (most < drafted ? most : drafted);
   });
 }

@@ -78,7 +78,7 @@ void check_law(uint64_t round, int32_t V, LawScratch& scratch) {
   const auto prepare = [&](int threads) { team_scratch.reserve(threads, V, law); };
   ThreadPool::instance().run(round % 3 == 0, prepare, [&](const Team& team) {
     const int32_t drawn = draw_row(loops, team, x.data(), V, kUnknown, law, u, shared_p.data(),
-                                   team_scratch.threads[size_t(team.id)], team_scratch.shared);
+                                   team_scratch.laws[size_t(team.id)], team_scratch.shared);
     if (team.id == 0) token = drawn;
   });
   expect(std::equal(p.begin(), p.end(), shared_p.begin()), "a team writes the same law", round);
