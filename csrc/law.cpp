@@ -33,11 +33,6 @@ double total_of(const LawLoops& loops, const float* weights, int32_t count) noex
   return blocks.total(mass);
 }
 
-LawStatus status_of(float highest) noexcept {
-  if (!(highest < kInfinity)) return LawStatus::not_finite;
-  return highest == -kInfinity ? LawStatus::empty : LawStatus::ok;
-}
-
 /// What a truncation keeps: elements above `key`, and of those equal to it the first `equals`.
 struct Cut {
   uint32_t key;
@@ -240,6 +235,11 @@ int32_t draw_row(const LawLoops& loops, const Team& team, const float* logits, i
   block_masses(loops, full, Drafted{}, blocks, first, last, shared[1].mass);
   team.barrier();
   return team.id == 0 ? pick_token(loops, full, Drafted{}, blocks, shared[1].mass, u) : -1;
+}
+
+LawStatus status_of(float highest) noexcept {
+  if (!(highest < kInfinity)) return LawStatus::not_finite;
+  return highest == -kInfinity ? LawStatus::empty : LawStatus::ok;
 }
 
 void require_ok(LawStatus status, int32_t row) {

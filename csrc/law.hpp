@@ -91,6 +91,9 @@ int32_t draw_row(const LawLoops& loops, const Team& team, const float* logits, i
 LawStatus law_row(const LawLoops& loops, const float* logits, int32_t vocab, float highest, const Law& law, float* p,
                   LawScratch& scratch) noexcept;
 
+/// The status of a row by its largest logit.
+LawStatus status_of(float highest) noexcept;
+
 /// Throws NumericalError, naming row `row`, if the status of its law is not ok.
 void require_ok(LawStatus status, int32_t row);
 

@@ -16,19 +16,6 @@ inline double left_of(float p, const Drafted& drafted, int32_t id) noexcept {
   return mass - (most < q ? most : q);
 }
 
-/// The probabilities of ids [first, first + n), n <= kChunk, of a law without a list; in `buffer` unless they exist.
-const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
-  const float* weights = row.weights ? row.weights + first : nullptr;
-  if (!weights) {
-    float* out = row.store ? row.store + first : buffer;
-    loops.weigh(row.logits + first, n, row.highest, row.inverse_temperature, out);
-    weights = out;
-  }
-  if (row.scale == 1.0) return weights;
-  loops.normalise(weights, n, row.scale, buffer);
-  return buffer;
-}
-
 /// What LawLoops::mass sums in lanes: one chunk's, added element by element.
 struct Lanes {
   double sum[kSumLanes] = {};
@@ -61,6 +48,9 @@ double block_mass(const LawLoops& loops, const RowLaw& row, const Drafted& draft
     if (!touched && drafted.prefix == 1.0) {
       total += loops.mass(p, n);
     } else if (drafted.q && n <= drafted.Vq - i) {
+      constexpr int32_t kDistance = 4 * kChunk;
+      for (int32_t j = kDistance; j < kDistance + kChunk && i + j < drafted.Vq; j += 16)
+        __builtin_prefetch(drafted.q + i + j);
       total += loops.residual_mass(p, drafted.q + i, drafted.prefix, drafted.kept, n);
     } else {
       float q[kChunk];
@@ -86,6 +76,18 @@ void list_masses(const RowLaw& row, const Drafted& drafted, const Blocks& blocks
 }
 
 }  // namespace
+
+const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
+  const float* weights = row.weights ? row.weights + first : nullptr;
+  if (!weights) {
+    float* out = row.store ? row.store + first : buffer;
+    loops.weigh(row.logits + first, n, row.highest, row.inverse_temperature, out);
+    weights = out;
+  }
+  if (row.scale == 1.0) return weights;
+  loops.normalise(weights, n, row.scale, buffer);
+  return buffer;
+}
 
 float RowLaw::probability(const LawLoops& loops, int32_t id) const noexcept {
   if (ids) {

@@ -53,6 +53,9 @@ struct Blocks {
   }
 };
 
+/// The probabilities of ids [first, first + n), n <= kChunk, of a law without a list; in `buffer` unless they exist.
+const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept;
+
 /// Writes what is left of the mass of blocks [first, last) to mass[first..last): sum(c p - min(q, kept c p)), c the
 /// prefix.
 void block_masses(const LawLoops& loops, const RowLaw& row, const Drafted& drafted, const Blocks& blocks, int32_t first,

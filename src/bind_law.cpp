@@ -2,6 +2,7 @@
 #include <nanobind/stl/pair.h>
 
 #include "bindings.hpp"
+#include "couple_tokens.hpp"
 #include "dispatch.hpp"
 #include "random.hpp"
 #include "verify_logits.hpp"
@@ -138,6 +139,41 @@ std::pair<int32_t, int32_t> bound_verify_logits(const AnyArray& logits, const st
   return {verdict.tau, verdict.next_token};
 }
 
+/// Tokens (gamma,) beside rows (gamma + 1, V), checked.
+void require_rows(const char* name, size_t rows, const AnyArray& tokens) {
+  if (rows != tokens.shape(0) + 1)
+    throw ShapeError(name + std::string(" must have gamma + 1 rows for ") + std::to_string(tokens.shape(0)) +
+                     " tokens, not " + std::to_string(rows));
+}
+
+std::pair<int32_t, int32_t> bound_couple_tokens(const AnyArray& p, const AnyArray& tokens, uint64_t seed,
+                                                uint64_t position, const std::optional<std::string>& isa) {
+  const float* laws = elements_of<float>(p, 2, "p", "float32");
+  const int32_t* drafted = elements_of<int32_t>(tokens, 1, "tokens", "int32");
+  require_rows("p", p.shape(0), tokens);
+  const LawLoops& loops = kernels_named(isa).law;
+  nb::gil_scoped_release release;
+  const Verdict verdict = couple_tokens(loops, laws, static_cast<int32_t>(p.shape(1)), drafted,
+                                        static_cast<int32_t>(tokens.shape(0)), seed, position);
+  if (verdict.next_token < 0) throw NumericalError("row " + std::to_string(verdict.tau) + " of p has no mass");
+  return {verdict.tau, verdict.next_token};
+}
+
+std::pair<int32_t, int32_t> bound_couple_logits(const AnyArray& logits, const AnyArray& tokens, const Law& law,
+                                                uint64_t seed, uint64_t position,
+                                                const std::optional<std::string>& isa) {
+  const float* x = elements_of<float>(logits, 2, "logits", "float32");
+  const int32_t* drafted = elements_of<int32_t>(tokens, 1, "tokens", "int32");
+  require_rows("logits", logits.shape(0), tokens);
+  const LawLoops& loops = kernels_named(isa).law;
+  nb::gil_scoped_release release;
+  thread_local VerifyScratch scratch;
+  const Verdict verdict =
+      couple_logits(loops, false, x, static_cast<int32_t>(logits.shape(1)), nullptr, law, drafted,
+                    static_cast<int32_t>(tokens.shape(0)), seed, position, scratch);
+  return {verdict.tau, verdict.next_token};
+}
+
 int32_t bound_sample_token(const AnyArray& p, double u, const std::optional<std::string>& isa) {
   const float* law = elements_of<float>(p, 1, "p", "float32");
   if (!(u >= 0.0 && u < 1.0)) throw ShapeError("u must be in [0, 1), not " + std::to_string(u));
@@ -208,6 +244,15 @@ void bind_law(nb::module_& m) {
       "Rows that cannot matter are not looked at (after the first rejection, or after a token without target mass),\n"
       "nor is q where the law keeps a list of ids (top_k, or temperature 0) that does not hold them. Raises ShapeError,\n"
       "or NumericalError like law_rows for a row that is looked at.");
+  m.def("couple_tokens", &bound_couple_tokens, nb::arg("p"), nb::arg("tokens"), nb::arg("seed"), nb::arg("position"),
+        nb::arg("isa") = nb::none(),
+        "The coupled rule on laws p (gamma + 1, V) float32, row i at position + i of the text; see specfast.ops.");
+  m.def("couple_logits", &bound_couple_logits, nb::arg("logits"), nb::arg("tokens"), nb::arg("law"), nb::arg("seed"),
+        nb::arg("position"), nb::arg("isa") = nb::none(),
+        "couple_tokens on the laws of logits (gamma + 1, V) float32, without writing or normalising them.");
+  m.def("noise", &noise_of, nb::arg("seed"), nb::arg("position"), nb::arg("token"),
+        "A token's noise under the coupled rule: an exponential number, the same on every machine. The token with the\n"
+        "least noise / p is chosen.");
   m.def("sample_token", &bound_sample_token, nb::arg("p"), nb::arg("u"), nb::arg("isa") = nb::none(),
         "Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.");
   m.def(
