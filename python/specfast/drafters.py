@@ -37,10 +37,11 @@ class ModelDrafter:
         law: the target's law, so that both are truncated alike.
         seed: of the random streams.
         capacity: most tokens of the request.
+        rule: the target's; the coupled rule shares its noise.
     """
 
-    def __init__(self, model: _core.Model, law: _core.Law, seed: int, capacity: int) -> None:
-        self._model, self._law, self._seed = model, law, seed
+    def __init__(self, model: _core.Model, law: _core.Law, seed: int, capacity: int, rule: str = "token") -> None:
+        self._model, self._law, self._seed, self._rule = model, law, seed, rule
         self.cache = _core.Cache(model, min(capacity, model.max_context))
         self._proposal = _core.Proposal()
 
@@ -53,7 +54,7 @@ class ModelDrafter:
         if gamma < 1:
             return None
         pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
-        self._model.draft(self.cache, pending, gamma, self._law, self._seed, context.round, self._proposal)
+        self._model.draft(self.cache, pending, gamma, self._law, self._seed, context.round, self._proposal, self._rule)
         return self._proposal
 
     def commit(self, kept: int) -> None:

@@ -75,15 +75,19 @@ class Engine:
     def _load(self, config: SpeculativeConfig) -> ModelPair:
         return ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
 
-    def describe(self) -> str:
-        """One line with every effective value and where it came from; loads the models."""
+    def describe(self, *, seeded: bool = False) -> str:
+        """One line with every effective value and where it came from; loads the models.
+
+        Args:
+            seeded: whether requests give a seed, which may choose the rule.
+        """
         pair = self.pair
         return self.resolved.describe(
             target_model=pair.target_name,
             draft_model=pair.draft_name or "none",
             target_engine=f"native {pair.target.precision}",
             gamma=self._gamma(self.resolved)[0],
-            rule="greedy" if self.config.greedy else "token",
+            rule=self._rule(self.resolved, seeded=seeded),
         )
 
     def set_models(self, target: str | None, draft: str | None = None) -> None:
@@ -103,13 +107,14 @@ class Engine:
 
         Returns:
             model_family_compatibility ("compatible", "incompatible" or "unknown"), acceptance_rate (a float),
-            lossless, lenience (no token gets more than max(1, lenience) times its probability), precision,
+            lossless, rule (of requests without a seed), lenience (no token gets more than max(1, lenience) times its probability), precision,
             target_model, draft_model, and the counters of SpeculationStats.
         """
         pair, config = self._pair, self.config
         return {
             "model_family_compatibility": pair.compatibility if pair else "unknown",
             "lossless": config.lossless or (pair is not None and pair.draft is None),
+            "rule": config.effective_rule,
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else (self._precision or "unknown"),
             "target_model": config.target_model,
@@ -146,7 +151,8 @@ class Engine:
             prompt: text (put through the model's chat template if it has one, unless raw), messages with role and
                 content, or token ids taken as they are.
             max_tokens: most tokens to generate.
-            seed: of the random streams; None draws one.
+            seed: of the random streams; None draws one. With a seed, an automatic gamma and neither rule nor lenience given
+                the rule is coupled, so that timing cannot change the text.
             stop: strings that end the text and are not part of it.
             top_k: keeps this many tokens, 0 all. It replaces the threshold unless that was given too.
             top_p, min_p: further truncation of the law.
@@ -154,7 +160,7 @@ class Engine:
             ignore_eos: go on after end tokens (for measurements).
             progress: called with (done, total) while the prompt is read.
             **request: options of SpeculativeConfig for this request: gamma, temperature, top_k_threshold, lenience,
-                disabled.
+                rule, disabled.
 
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
@@ -197,16 +203,21 @@ class Engine:
                 f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
+        rule = "greedy" if law.temperature == 0 else self._rule(resolved, seeded=seed is not None)
+        native_rule = "token" if rule == "greedy" else rule
+        lenience = config.lenience if native_rule == "token" else 1.0
         drafter: Drafter = NoDrafter()
         if pair.draft and speculating:
-            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity)
+            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity, native_rule)
         return Generation(
             context,
-            NativeTarget(pair.target.model, law, config.lenience, sampling.seed, capacity),
+            NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule),
             drafter,
-            self._controller(resolved, timed=seed is None or law.temperature == 0),
+            self._controller(resolved, timed=seed is None or rule in ("greedy", "coupled")),
             progress=progress,
-            terms=Terms(sampling.seed, self._gamma(resolved)[0] if speculating else 0, exact, pair.target.precision),
+            terms=Terms(
+                sampling.seed, self._gamma(resolved)[0] if speculating else 0, exact, pair.target.precision, rule
+            ),
             on_draft_failure=self._draft_failed,
             on_end=self.stats.add,
         )
@@ -234,13 +245,22 @@ class Engine:
             return "auto", 20
         return ("auto" if resolved.sources["gamma"] == "family" else gamma), gamma
 
+    @classmethod
+    def _rule(cls, resolved: ResolvedConfig, *, seeded: bool) -> str:
+        """The rule of a request: coupled where a seed must give the same text whatever an automatic gamma does."""
+        config = resolved.config
+        automatic = cls._gamma(resolved)[0] == "auto" and config.rule is None and config.lenience == 1.0
+        return "coupled" if seeded and automatic and not config.greedy else config.effective_rule
+
     def _controller(self, resolved: ResolvedConfig, *, timed: bool) -> Controller:
         said, ceiling = self._gamma(resolved)
         if said == "auto" and timed:
             return AutoGamma(ceiling)
         if said == "auto":
             ceiling = min(ceiling, 5)
-            self._say_once(f"gamma is fixed at {ceiling}: with a seed, timing must not change the text")
+            self._say_once(
+                f"gamma is fixed at {ceiling}: with a seed, timing must not change the text; the coupled rule lets gamma vary"
+            )
         return FixedGamma(ceiling)
 
     def _say_once(self, message: str) -> None:

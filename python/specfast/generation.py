@@ -49,12 +49,14 @@ class Terms:
         gamma: most tokens drafted a round, or "auto"; 0 is plain decoding.
         lossless: whether the tokens follow the target's law at this precision.
         precision: of the target's activations.
+        rule: how drafted tokens are accepted: "greedy", "token", "block" or "coupled".
     """
 
     seed: int = 0
     gamma: int | Literal["auto"] = 0
     lossless: bool = True
     precision: str = "unknown"
+    rule: str = "unknown"
 
 
 @dataclass(frozen=True)

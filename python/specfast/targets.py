@@ -45,10 +45,13 @@ class NativeTarget:
         lenience: of acceptance; 1 is exact.
         seed: of the random streams.
         capacity: most tokens of the request.
+        rule: "token", "block" (which is token for proposals without laws) or "coupled"; the last two at lenience 1.
     """
 
-    def __init__(self, model: _core.Model, law: _core.Law, lenience: float, seed: int, capacity: int) -> None:
-        self._model, self._law, self._lenience, self._seed = model, law, lenience, seed
+    def __init__(
+        self, model: _core.Model, law: _core.Law, lenience: float, seed: int, capacity: int, rule: str = "token"
+    ) -> None:
+        self._model, self._law, self._lenience, self._seed, self._rule = model, law, lenience, seed, rule
         self.cache = _core.Cache(model, capacity)
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
@@ -56,7 +59,9 @@ class NativeTarget:
 
     def verify(self, context: Context, proposal: _core.Proposal | None) -> _core.Verdict:
         pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
-        return self._model.verify(self.cache, pending, proposal, self._law, self._lenience, self._seed, context.round)
+        return self._model.verify(
+            self.cache, pending, proposal, self._law, self._lenience, self._seed, context.round, self._rule
+        )
 
     def commit(self, kept: int) -> None:
         self.cache.commit(kept)

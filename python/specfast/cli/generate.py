@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     set_threads(options.threads)
     prompt = _read_prompt(options)
     if not options.quiet:
-        print(f"specfast: {engine.describe()}", file=sys.stderr)
+        print(f"specfast: {engine.describe(seeded=options.seed is not None)}", file=sys.stderr)
     if options.compare:
         return _compare(engine, prompt, options)
     result = _generate(engine, prompt, options, show=True)
@@ -175,6 +175,7 @@ def _as_json(result: Result, engine: Engine) -> dict[str, Any]:
         "seed": result.terms.seed,
         "gamma": result.terms.gamma,
         "lossless": result.terms.lossless,
+        "rule": result.terms.rule,
         "precision": result.terms.precision,
         "model_family_compatibility": engine.pair.compatibility,
         "config": {

@@ -115,7 +115,7 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
     add(
         *("--rule", "--speculative-rule"),
         **{"dest": "rule", "choices": RULES, "metavar": "RULE"},
-        help="token in this version",
+        help="token, block or coupled (block; with --seed and an automatic gamma coupled; token where lenience is not 1)",
     )
     add(
         *("--early-exit", "--speculative-early-exit"),
