@@ -156,8 +156,8 @@ Verdict couple_logits(const LawLoops& loops, bool alone, const float* logits, in
     for (int32_t m = team.id; m <= decisive; m += team.size) {  // threads take the rows in turn
       const size_t i = static_cast<size_t>(m);
       RowLaw row;
-      status[i] = brief_law(loops, logits + i * vocab, V, highest_of(m), law, scratch.laws[static_cast<size_t>(team.id)],
-                            nullptr, &row);
+      status[i] = brief_law(loops, logits + i * vocab, V, highest_of(m), law,
+                            scratch.laws[static_cast<size_t>(team.id)], nullptr, &row);
       if (status[i] == LawStatus::ok) {
         Leader leader = leader_of(m);
         race(loops, row, 0, V, &leader);

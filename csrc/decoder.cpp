@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "attend_rows.hpp"
 #include "couple_tokens.hpp"
@@ -91,6 +92,18 @@ void Sequence::require_finite(int32_t rows) const {
   }
 }
 
+void Sequence::adjust(Adjustments& adjustments, const Proposal& proposal, int32_t limit) {
+  adjustments.restart();
+  for (int32_t m = 0; m <= proposal.gamma(); m++) {
+    float* x = work_.logits.data() + static_cast<size_t>(m) * static_cast<size_t>(model_->vocab);
+    adjustments.edit(model_->kernels->law, x, limit, proposal.tokens.data(), m, &best_[static_cast<size_t>(m)]);
+    if (m == proposal.gamma()) return;
+    const int32_t drafted = proposal.tokens[static_cast<size_t>(m)];
+    // Rows after a token that may not follow decide nothing, and a mask need not know what comes after it.
+    if (drafted >= limit || x[drafted] == -std::numeric_limits<float>::infinity()) return;
+  }
+}
+
 int32_t Sequence::draw(const Law& law, double u, float* q) {
   VerifyScratch& scratch = work_.verify;
   const auto prepare = [&](int threads) { scratch.reserve(threads, model_->vocab, law); };
@@ -105,7 +118,7 @@ int32_t Sequence::draw(const Law& law, double u, float* q) {
 }
 
 void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed,
-                     uint64_t round, Proposal& proposal, Rule rule) {
+                     uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
   const int32_t limit = law.limit(model_->vocab);
   const size_t vocab = static_cast<size_t>(model_->vocab);
   const int64_t needed = cache_.length() + count + std::max(gamma - 1, 0);
@@ -120,9 +133,17 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
   try {
     forward(pending, count, gamma > 0 ? 1 : 0, limit);
     cache_.commit(count);
+    if (adjustments) adjustments->restart();
     for (int32_t i = 0; i < gamma; i++) {
       if (i > 0) forward(&proposal.tokens[static_cast<size_t>(i - 1)], 1, 1, limit);
       require_finite(1);
+      if (adjustments) {
+        adjustments->edit(model_->kernels->law, work_.logits.data(), limit, proposal.tokens.data(), i, best_.data());
+        if (status_of(best_[0].value) != LawStatus::ok) {
+          proposal.tokens.resize(static_cast<size_t>(i));
+          break;
+        }
+      }
       int32_t token = best_[0].index;
       if (!law.greedy() && coupled) {
         const uint64_t position = static_cast<uint64_t>(length + count + i);
@@ -143,7 +164,7 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
 }
 
 Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law,
-                         double lenience, uint64_t seed, uint64_t round, Rule rule) {
+                         double lenience, uint64_t seed, uint64_t round, Rule rule, Adjustments* adjustments) {
   const int32_t gamma = proposal.gamma();
   const int64_t before = cache_.provisional(), position = cache_.length() + before + count;
   std::vector<int32_t> tokens(pending, pending + count);
@@ -151,10 +172,13 @@ Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& 
   forward(tokens.data(), static_cast<int64_t>(tokens.size()), gamma + 1, law.limit(model_->vocab));
   try {
     require_finite(gamma + 1);
+    if (adjustments) adjust(*adjustments, proposal, law.limit(model_->vocab));
     if (law.greedy()) {
       std::vector<int32_t> best;
       for (const RowMax& row : best_) best.push_back(row.index);
-      return verify_greedy(best.data(), proposal.tokens.data(), gamma);
+      const Verdict verdict = verify_greedy(best.data(), proposal.tokens.data(), gamma);
+      require_ok(status_of(best_[static_cast<size_t>(verdict.tau)].value), verdict.tau);
+      return verdict;
     }
     const LawLoops& loops = model_->kernels->law;
     const float *logits = work_.logits.data(), *q = proposal.q.empty() ? nullptr : proposal.q.data();

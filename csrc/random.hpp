@@ -39,8 +39,8 @@ static inline double uniform(uint64_t seed, uint64_t round, uint32_t position, P
   return static_cast<double>(wide >> 11) * 0x1.0p-53;
 }
 
-/// Tokens whose noise comes from the same counters, and the counters: token t is word t / 16 % 4 of counter t % 16 in its
-/// group, so that vectors of any width hold tokens in order.
+/// Tokens whose noise comes from the same counters, and the counters: token t is word t / 16 % 4 of counter t % 16 in
+/// its group, so that vectors of any width hold tokens in order.
 inline constexpr int kNoiseGroup = 64, kNoiseCounters = 16;
 
 /// The random word of one token's noise, keyed by seed, position in the text, token and purpose.

@@ -21,8 +21,9 @@ struct RowLaw {
   float probability(const LawLoops& loops, int32_t id) const noexcept;
 };
 
-/// What a draft takes from the target's law p, of which a share `prefix` is left: of prefix p it takes min(q, kept prefix
-/// p), where q is a law over Vq ids, or certain of `token`, or nothing. q is not read where p has no mass in a list.
+/// What a draft takes from the target's law p, of which a share `prefix` is left: of prefix p it takes min(q, kept
+/// prefix p), where q is a law over Vq ids, or certain of `token`, or nothing. q is not read where p has no mass in a
+/// list.
 struct Drafted {
   const float* q = nullptr;
   int32_t Vq = 0;

@@ -89,8 +89,8 @@ Verdict verify_logits_block(const LawLoops& loops, bool alone, const float* logi
     } else {  // threads take the rows in turn
       for (int32_t m = team.id; m <= end; m += team.size) {
         const size_t i = static_cast<size_t>(m);
-        status[i] = brief_law(loops, logits + i * vocab, V, highest_of(m), law, scratch.laws[i], nullptr,
-                              &scratch.rows[i]);
+        status[i] =
+            brief_law(loops, logits + i * vocab, V, highest_of(m), law, scratch.laws[i], nullptr, &scratch.rows[i]);
         if (status[i] == LawStatus::ok && m < gamma) probability[i] = scratch.rows[i].probability(loops, tokens[m]);
         if (status[i] == LawStatus::ok && probability[i] > 0) continue;
         for (int32_t least = end; m < least && !end.compare_exchange_weak(least, m);) {

@@ -36,8 +36,8 @@ Verdict verify_logits(const LawLoops& loops, bool alone, const float* logits, in
                       const Law& law, const float* q, int32_t Vq, const int32_t* tokens, int32_t gamma, const double* u,
                       double lenience, VerifyScratch& scratch);
 
-/// The verdict of verify_block on the laws of `logits`, the same to the bit; q is not null. Rows after a prefix whose c is
-/// 0 are not looked at. The other arguments, and what is thrown, are those of verify_logits.
+/// The verdict of verify_block on the laws of `logits`, the same to the bit; q is not null. Rows after a prefix whose c
+/// is 0 are not looked at. The other arguments, and what is thrown, are those of verify_logits.
 Verdict verify_logits_block(const LawLoops& loops, bool alone, const float* logits, int32_t V, const RowMax* best,
                             const Law& law, const float* q, int32_t Vq, const int32_t* tokens, int32_t gamma,
                             const double* u, VerifyScratch& scratch);

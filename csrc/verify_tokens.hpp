@@ -57,8 +57,8 @@ inline double prefix_after(double prefix, double px, double qx) noexcept {
   return most > 0 && most >= qx ? 1.0 : most - qx;
 }
 
-/// Whether a prefix of fewer than gamma tokens passes, given c and s of the block rule. No division, so that c = 1 passes
-/// whatever u, unless nothing is left.
+/// Whether a prefix of fewer than gamma tokens passes, given c and s of the block rule. No division, so that c = 1
+/// passes whatever u, unless nothing is left.
 inline bool prefix_passes(double prefix, double left, double u) noexcept {
   return u * (left + (1.0 - prefix)) < left;
 }

@@ -291,10 +291,21 @@ def test_automatic_gamma_measures_and_with_a_seed_does_not(directories):
     assert greedy.terms.gamma == "auto"
     assert greedy.token_ids == tokens(engine, max_tokens=60, disabled=True, ignore_eos=True)
     assert told == []
-    texts = {tuple(engine.generate("def main", max_tokens=40, seed=3).token_ids) for _ in range(5)}
-    assert len(texts) == 1
-    assert len(told) == 1
-    assert "seed" in told[0]
+    for options in ({}, {"rule": "token"}, {"lenience": 0.9}):
+        runs = [engine.generate("def main", max_tokens=40, seed=3, **options) for _ in range(5)]
+        assert len({tuple(run.token_ids) for run in runs}) == 1
+        assert runs[0].terms.rule == ("token" if options else "coupled")
+        assert ["seed" in line for line in told] == ([True] if options else [])
+    assert engine.generate("def main", max_tokens=4).terms.rule == "block"
+
+
+def test_the_coupled_rule_is_chosen_for_a_seed_whether_or_not_there_is_a_draft(directories):
+    engine = specfast.load(*directories, gamma="auto")
+    runs = [engine.generate("def main", max_tokens=40, seed=3, ignore_eos=True, **o) for o in ({}, {"disabled": True})]
+    assert runs[0].token_ids == runs[1].token_ids
+    assert "rule coupled" in engine.describe(seeded=True)
+    assert "rule block" in engine.describe()
+    assert engine.get_speculation_stats()["rule"] == "block"
 
 
 def test_new_models_apply_to_the_next_request(directories, tmp_path):
