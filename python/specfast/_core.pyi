@@ -49,9 +49,11 @@ class Matrix:
 class Law:
     """
     How logits become the law that is sampled: temperature, then top_k, top_p and min_p; 0 is greedy.
+
+    temper_last truncates at temperature 1, top_p by the mass of all tokens, and then tempers (mlx-lm).
     """
 
-    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, vocab_limit: int = 0) -> None: ...
+    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, vocab_limit: int = 0, temper_last: bool = False) -> None: ...
 
     @property
     def temperature(self) -> float: ...
@@ -67,6 +69,26 @@ class Law:
 
     @property
     def vocab_limit(self) -> int: ...
+
+    @property
+    def temper_last(self) -> bool: ...
+
+class Adjustments:
+    """
+    Edits of logits before the law, with the text they depend on; for target and draft of one request.
+    """
+
+    def __init__(self, *, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, penalty_window: int = 0, prompt_length: int = 0, logit_bias: dict[int, float] = {}, mask: object | None = None) -> None: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far."""
+
+    def follow(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Appends kept tokens (n,) int32, the prompt's first."""
+
+    def edit_rows(self, logits: Annotated[NDArray[Any], dict(device='cpu', writable=False)], tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)]) -> tuple[NDArray[numpy.float32], list[int]]:
+        """Edited logits (gamma + 1, V) float32, and the arg max of each row."""
 
 class Proposal:
     """
@@ -168,14 +190,14 @@ class Model:
     def prefill(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
         """Appends and commits tokens (M,) int32 without logits."""
 
-    def draft(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], gamma: int, law: Law, seed: int, round: int, proposal: Proposal, rule: str = 'token') -> None:
+    def draft(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], gamma: int, law: Law, seed: int, round: int, proposal: Proposal, rule: str = 'token', adjustments: Adjustments | None = None) -> None:
         """
         Commits pending (n,) int32, then drafts gamma tokens into proposal; gamma - 1 of them stay provisional.
 
         rule "coupled" chooses them by the noise of their positions in the text; seed and round key other draws.
         """
 
-    def verify(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], proposal: Proposal | None, law: Law, lenience: float, seed: int, round: int, rule: str = 'token') -> Verdict:
+    def verify(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], proposal: Proposal | None, law: Law, lenience: float, seed: int, round: int, rule: str = 'token', adjustments: Adjustments | None = None) -> Verdict:
         """
         Appends pending and the drafted tokens provisionally in one pass and applies a rule, or greedy.
 

@@ -14,7 +14,7 @@ from .drafters import Drafter, ModelDrafter, NoDrafter
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
 from .models import ModelPair, Notify, Resolve, print_notice
-from .sampling import SamplingParams
+from .sampling import Mask, SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
 from .text import StopStrings, StreamDecoder, TextStream
@@ -139,6 +139,13 @@ class Engine:
         top_k: int | None = None,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        truncation: str = "hf",
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        penalty_window: int = 0,
+        logit_bias: Mapping[int, float] | None = None,
+        mask: Mask | None = None,
         raw: bool = False,
         system: str | None = None,
         ignore_eos: bool = False,
@@ -156,6 +163,8 @@ class Engine:
             stop: strings that end the text and are not part of it.
             top_k: keeps this many tokens, 0 all. It replaces the threshold unless that was given too.
             top_p, min_p: further truncation of the law.
+            truncation, repetition_penalty, presence_penalty, frequency_penalty, penalty_window, logit_bias, mask: see
+                SamplingParams; target and draft are changed alike, at every position by the tokens before it.
             system: a system message put before a text prompt, through the chat template.
             ignore_eos: go on after end tokens (for measurements).
             progress: called with (done, total) while the prompt is read.
@@ -177,7 +186,21 @@ class Engine:
         config.require_available()
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ConfigurationError(f"max_tokens is {max_tokens!r}, but must be a whole number, at least 1")
-        sampling = self._sampling(resolved, top_k, top_p, min_p, secrets.randbits(53) if seed is None else seed)
+        sampling = SamplingParams(
+            temperature=config.temperature,
+            top_k_threshold=self._threshold(resolved, top_k),
+            top_k=top_k or 0,
+            top_p=top_p,
+            min_p=min_p,
+            truncation=truncation,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            penalty_window=penalty_window,
+            logit_bias=logit_bias or {},
+            mask=mask,
+            seed=secrets.randbits(53) if seed is None else seed,
+        )
         stops = StopStrings(stop)
 
         pair = self.pair
@@ -189,6 +212,7 @@ class Engine:
                 "shorten the prompt"
             )
         law = sampling.law(pair.target.model.vocab, pair.vocab)
+        adjustments = sampling.adjustments(len(tokens), pair.vocab)
         context = Context(
             tokens,
             max_tokens,
@@ -208,10 +232,10 @@ class Engine:
         lenience = config.lenience if native_rule == "token" else 1.0
         drafter: Drafter = NoDrafter()
         if pair.draft and speculating:
-            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity, native_rule)
+            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity, native_rule, adjustments)
         return Generation(
             context,
-            NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule),
+            NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule, adjustments),
             drafter,
             self._controller(resolved, timed=seed is None or rule in ("greedy", "coupled")),
             progress=progress,
@@ -226,16 +250,10 @@ class Engine:
         self._say_once(f"drafting failed, and plain decoding goes on ({type(error).__name__}: {error})")
 
     @staticmethod
-    def _sampling(resolved: ResolvedConfig, top_k: int | None, top_p: float, min_p: float, seed: int) -> SamplingParams:
+    def _threshold(resolved: ResolvedConfig, top_k: int | None) -> float:
+        """The threshold, unless a typed top_k replaces an untyped one."""
         given = resolved.sources["top_k_threshold"] in ("request", "typed")
-        return SamplingParams(
-            temperature=resolved.config.temperature,
-            top_k_threshold=resolved.config.top_k_threshold if given or top_k is None else 0.0,
-            top_k=top_k or 0,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-        )
+        return resolved.config.top_k_threshold if given or top_k is None else 0.0
 
     @staticmethod
     def _gamma(resolved: ResolvedConfig) -> tuple[int | Literal["auto"], int]:

@@ -92,8 +92,11 @@ def _why_different(identical: bool, greedy: bool, engine: Engine) -> str:
 def _generate(engine: Engine, prompt: str, options: argparse.Namespace, *, show: bool, **request: Any) -> Result:
     """One run; after Ctrl-C what there is by then."""
     with _prompt_progress(len(prompt)) as progress:
-        names = ("max_tokens", "seed", "stop", "top_k", "top_p", "min_p", "raw", "system", "ignore_eos")
-        typed = {name: getattr(options, name) for name in names}
+        names = (
+            *("max_tokens", "seed", "stop", "top_k", "top_p", "min_p", "truncation", "raw", "system", "ignore_eos"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_window"),
+        )
+        typed = {name: getattr(options, name) for name in names} | {"logit_bias": dict(options.logit_bias)}
         generation = engine.stream(prompt, progress=progress, **{**typed, **request})
         try:
             for chunk in generation:
