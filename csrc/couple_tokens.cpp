@@ -63,10 +63,9 @@ struct Leader {
 };
 
 /// Lets ids [first, last) of a row race, `first` a multiple of kChunk. The row's scale does not matter.
-void race(const LawLoops& loops, RowLaw row, int32_t first, int32_t last, Leader* leader) noexcept {
+void race(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t last, Leader* leader) noexcept {
   static_assert(kChunk % kNoiseGroup == 0);
   uint32_t words[kChunk];
-  row.scale = 1.0;
   last = std::min(last, row.count);
   if (row.ids) {
     const int32_t *end = row.ids + row.count, *id = row.ids;
@@ -81,7 +80,7 @@ void race(const LawLoops& loops, RowLaw row, int32_t first, int32_t last, Leader
   float buffer[kChunk];
   for (int32_t i = first; i < last; i += kChunk) {
     const int32_t n = std::min(kChunk, last - i);
-    const float* weights = chunk_of(loops, row, i, n, buffer);
+    const float* weights = weights_of(loops, row, i, n, buffer);
     loops.noise(leader->seed, leader->position, i / kNoiseGroup, (n + kNoiseGroup - 1) / kNoiseGroup, words);
     if (!loops.any_within(words, weights, n, leader->bound)) continue;
     for (int32_t j = 0; j < n; j++) leader->see(i + j, words[j], weights[j]);

@@ -19,8 +19,9 @@ struct LawLoops {
   void (*normalise)(const float* w, int n, double scale, float* p);
   /// sum(p[i]); n <= kChunk.
   double (*mass)(const float* p, int n);
-  /// sum(c p[i] - min(q[i], kept c p[i])), c the prefix; n <= kChunk. A NaN q stays NaN.
-  double (*residual_mass)(const float* p, const float* q, double prefix, double kept, int n);
+  /// sum(c p - min(q[i], kept c p)) with c the prefix and p = w[i] * scale rounded to float; n <= kChunk. A NaN q stays
+  /// NaN.
+  double (*residual_mass)(const float* w, double scale, const float* q, double prefix, double kept, int n);
   /// Writes the i with x[i] >= least, ascending, and returns how many; ids has room for n + 16.
   int (*at_least)(const float* x, int n, float least, int32_t* ids);
   /// Writes noise_word of the tokens of `groups` groups of kNoiseGroup, the first of them `group`.

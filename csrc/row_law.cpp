@@ -42,22 +42,27 @@ void for_chunks(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t
 
 double block_mass(const LawLoops& loops, const RowLaw& row, const Drafted& drafted, int32_t first,
                   int32_t last) noexcept {
+  float buffer[kChunk], padded[kChunk];
   double total = 0;
-  for_chunks(loops, row, first, last, [&](int32_t i, int32_t n, const float* p) {
+  last = std::min(last, row.count);
+  for (int32_t i = first; i < last; i += kChunk) {
+    const int32_t n = std::min(kChunk, last - i);
     const bool touched = drafted.q ? i < drafted.Vq : i <= drafted.token && drafted.token < i + n;
     if (!touched && drafted.prefix == 1.0) {
-      total += loops.mass(p, n);
-    } else if (drafted.q && n <= drafted.Vq - i) {
-      constexpr int32_t kDistance = 4 * kChunk;
-      for (int32_t j = kDistance; j < kDistance + kChunk && i + j < drafted.Vq; j += 16)
-        __builtin_prefetch(drafted.q + i + j);
-      total += loops.residual_mass(p, drafted.q + i, drafted.prefix, drafted.kept, n);
-    } else {
-      float q[kChunk];
-      for (int32_t j = 0; j < n; j++) q[j] = static_cast<float>(drafted(i + j));
-      total += loops.residual_mass(p, q, drafted.prefix, drafted.kept, n);
+      total += loops.mass(chunk_of(loops, row, i, n, buffer), n);
+      continue;
     }
-  });
+    const float* q = drafted.q ? drafted.q + i : nullptr;
+    if (drafted.q && n <= drafted.Vq - i) {
+      constexpr int32_t kDistance = 4 * kChunk;
+      for (int32_t j = kDistance; j < kDistance + kChunk && i + j < drafted.Vq; j += 16) __builtin_prefetch(q + j);
+    } else {
+      for (int32_t j = 0; j < n; j++) padded[j] = static_cast<float>(drafted(i + j));
+      q = padded;
+    }
+    const float* weights = weights_of(loops, row, i, n, buffer);
+    total += loops.residual_mass(weights, row.scale, q, drafted.prefix, drafted.kept, n);
+  }
   return total;
 }
 
@@ -77,13 +82,15 @@ void list_masses(const RowLaw& row, const Drafted& drafted, const Blocks& blocks
 
 }  // namespace
 
+const float* weights_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
+  if (row.weights) return row.weights + first;
+  float* out = row.store ? row.store + first : buffer;
+  loops.weigh(row.logits + first, n, row.highest, row.inverse_temperature, out);
+  return out;
+}
+
 const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
-  const float* weights = row.weights ? row.weights + first : nullptr;
-  if (!weights) {
-    float* out = row.store ? row.store + first : buffer;
-    loops.weigh(row.logits + first, n, row.highest, row.inverse_temperature, out);
-    weights = out;
-  }
+  const float* weights = weights_of(loops, row, first, n, buffer);
   if (row.scale == 1.0) return weights;
   loops.normalise(weights, n, row.scale, buffer);
   return buffer;

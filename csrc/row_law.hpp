@@ -54,7 +54,9 @@ struct Blocks {
   }
 };
 
-/// The probabilities of ids [first, first + n), n <= kChunk, of a law without a list; in `buffer` unless they exist.
+/// The weights, or with chunk_of the probabilities, of ids [first, first + n), n <= kChunk, of a law without a list; in
+/// `buffer` unless they exist.
+const float* weights_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept;
 const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept;
 
 /// Writes what is left of the mass of blocks [first, last) to mass[first..last): sum(c p - min(q, kept c p)), c the

@@ -125,9 +125,9 @@ def two_tokens(rows, rule, verdict=None, sampled=None, reuse=False):
         laws = q if sampled is None else sampled
         tokens = np.array([_core.sample_token(laws[k], _core.uniform(1, i, k, DRAFT)) for k in range(2)], np.int32)
         u = np.array([*(_core.uniform(1, i, k, ACCEPT) for k in range(2)), _core.uniform(1, i, 2, RESIDUAL)])
+        if reuse:  # the draws that chose the drafted tokens also test them
+            u[:2] = [_core.uniform(1, i, k, DRAFT) for k in range(2)]
         tau, token = verdict(tokens, u)
-        if reuse:  # the draw that ended the round also chooses its last token
-            tau, token = verdict(tokens, np.array([u[0], u[1], u[min(tau, 1)]]))
         text = [*tokens[:tau], token]
         if len(text) == 1:  # the next round is plain
             text.append(_core.sample_token(p[1], _core.uniform(2, i, 0, RESIDUAL)))

@@ -140,7 +140,13 @@ def test_penalties_biases_and_masks_change_target_and_draft_position_by_position
     assert excess(writer.counts(TEXTS), law) < 1
     assert 0.2 < writer.kept / writer.drafted < 0.99
     if rule == "token":
-        assert excess(writer.counts(TEXTS), text_law(pair[0], {}, {**EDITS, "penalty_window": 0}, rising_or_even)) > 1
+        assert (
+            excess(
+                writer.counts(TEXTS),
+                text_law(pair[0], {}, {**EDITS, "presence_penalty": 0.0, "frequency_penalty": 0.0}, rising_or_even),
+            )
+            > 1
+        )
         del edits["mask"]
         assert excess(writer.counts(TEXTS), law) > 1
 

@@ -128,15 +128,18 @@ double mass(const float* p, int n) {
   return sum_in_lanes(n, [p](int i) { return static_cast<double>(p[i]); });
 }
 
-double residual_mass(const float* p, const float* q, double prefix, double kept, int n) {
+double residual_mass(const float* w, double scale, const float* q, double prefix, double kept, int n) {
+  const auto mass_of = [w, scale, prefix](int i) {
+    return prefix * static_cast<double>(static_cast<float>(static_cast<double>(w[i]) * scale));
+  };
   if (kept == 1.0) {
-    return sum_in_lanes(n, [p, q, prefix](int i) {
-      const double mass = prefix * static_cast<double>(p[i]), drafted = static_cast<double>(q[i]);
+    return sum_in_lanes(n, [q, mass_of](int i) {
+      const double mass = mass_of(i), drafted = static_cast<double>(q[i]);
       return mass - (mass < drafted ? mass : drafted);
     });
   }
-  return sum_in_lanes(n, [p, q, prefix, kept](int i) {
-    const double mass = prefix * static_cast<double>(p[i]), most = kept * mass, drafted = static_cast<double>(q[i]);
+  return sum_in_lanes(n, [q, mass_of, kept](int i) {
+    const double mass = mass_of(i), most = kept * mass, drafted = static_cast<double>(q[i]);
     return mass - (most < drafted ? most : drafted);
   });
 }
