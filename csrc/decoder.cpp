@@ -189,7 +189,7 @@ Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& 
     std::vector<double> u(static_cast<size_t>(gamma) + 1);
     for (int32_t i = 0; i < gamma; i++)
       u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
-    u.back() = uniform(seed, round, static_cast<uint32_t>(gamma), Purpose::residual);
+    u.back() = uniform(seed, round, 0, Purpose::residual);  // one a round, the same draw whatever gamma is
     if (rule == Rule::block && q)
       return verify_logits_block(loops, alone(), logits, V, best_.data(), law, q, proposal.vocab, drafted, gamma,
                                  u.data(), work_.verify);

@@ -6,14 +6,15 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from . import hub
+from . import _core, hub
+from .checkpoint import check_isa
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
 from .drafters import Drafter, ModelDrafter, NoDrafter
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
-from .models import ModelPair, Notify, Resolve, print_notice
+from .models import EMPTY_PROMPT, ModelPair, Notify, Resolve, print_notice
 from .sampling import Mask, SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
@@ -36,7 +37,7 @@ class Engine:
         resolve: finds a model's directory by its name; None is `hub.resolve`.
 
     Raises:
-        ConfigurationError: something this version cannot do.
+        ConfigurationError: something this version cannot do, a context below 1, or a kernel table that cannot be used.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class Engine:
     ) -> None:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
+        check_isa(isa)
+        if max_context is not None and max_context < 1:
+            raise ConfigurationError(
+                f"a context of {max_context} is too small; give at least 1, or none for the model's"
+            )
         self.stats = SpeculationStats()
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
         self._resolve = resolve or hub.resolve
@@ -73,7 +79,14 @@ class Engine:
         return self._pair
 
     def _load(self, config: SpeculativeConfig) -> ModelPair:
-        return ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        pair = ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        asked, started = _core.num_threads(), _core.start_threads()
+        if started < asked:
+            self._say_once(
+                f"the system started {started} of {asked} threads, which do all the work: the same results, more slowly. "
+                "Raise its limits on processes and memory (ulimit -u, ulimit -v), or ask for fewer threads"
+            )
+        return pair
 
     def describe(self, *, seeded: bool = False) -> str:
         """One line with every effective value and where it came from; loads the models.
@@ -174,6 +187,7 @@ class Engine:
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
             ContextFullError: a prompt that leaves no room in the context.
+            ModelFormatError: a file of the models was written in place since they were loaded.
             NumericalError: logits that are not finite.
         """
         models = sorted(set(request) & {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine"})
@@ -202,8 +216,15 @@ class Engine:
             seed=secrets.randbits(53) if seed is None else seed,
         )
         stops = StopStrings(stop)
+        if len(prompt) == 0:
+            raise ConfigurationError(EMPTY_PROMPT)
+        if system and (raw or not isinstance(prompt, str)):
+            raise ConfigurationError(
+                "a system message needs a text prompt, and a chat template to put both in; leave raw out"
+            )
 
         pair = self.pair
+        pair.require_unchanged()
         tokens = pair.encode(prompt, raw=raw, system=system)
         capacity = pair.target.model.max_context
         if len(tokens) >= capacity:
@@ -213,12 +234,15 @@ class Engine:
             )
         law = sampling.law(pair.target.model.vocab, pair.vocab)
         adjustments = sampling.adjustments(len(tokens), pair.vocab)
+        rule = "greedy" if law.temperature == 0 else self._rule(resolved, seeded=seed is not None)
+        native_rule = "token" if rule == "greedy" else rule
         context = Context(
             tokens,
             max_tokens,
             capacity,
             frozenset() if ignore_eos else frozenset(pair.eos_ids),
             TextStream(StreamDecoder(pair.tokenizer, continues=True), stops),
+            whole_rounds=seed is not None and rule == "block",
         )
         speculating = pair.draft is not None and not config.disabled
         exact = config.lenience <= 1 or law.temperature == 0 or not speculating
@@ -227,8 +251,6 @@ class Engine:
                 f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
-        rule = "greedy" if law.temperature == 0 else self._rule(resolved, seeded=seed is not None)
-        native_rule = "token" if rule == "greedy" else rule
         lenience = config.lenience if native_rule == "token" else 1.0
         drafter: Drafter = NoDrafter()
         if pair.draft and speculating:
