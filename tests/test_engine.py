@@ -311,6 +311,14 @@ def test_automatic_gamma_measures_and_with_a_seed_does_not(directories):
     assert engine.generate("def main", max_tokens=4).terms.rule == "block"
 
 
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_a_seeds_shorter_text_is_the_beginning_of_a_longer_one(directories, rule):
+    engine = specfast.load(*directories, gamma=5, rule=rule)
+    whole = tokens(engine, max_tokens=30, seed=2, ignore_eos=True)
+    for count in range(1, 30):
+        assert tokens(engine, max_tokens=count, seed=2, ignore_eos=True) == whole[:count]
+
+
 def test_the_coupled_rule_is_chosen_for_a_seed_whether_or_not_there_is_a_draft(directories):
     engine = specfast.load(*directories, gamma="auto")
     runs = [engine.generate("def main", max_tokens=40, seed=3, ignore_eos=True, **o) for o in ({}, {"disabled": True})]
