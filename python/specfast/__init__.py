@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _core
+from . import _core, ops
 from .config import SpeculativeConfig
 from .context import Chunk
 from .engine import Engine
@@ -47,12 +47,16 @@ __all__ = [
     "get_inference_engine",
     "get_model_family_variants",
     "load",
+    "ops",
     "suggest_speculative_config",
 ]
 
 
 def build_info() -> dict[str, Any]:
-    """Version, compiler, compiled and supported instruction sets, kernels by name, the selected ones, threads."""
+    """Version, compiler, compiled and supported instruction sets, kernels by name, the selected ones, threads.
+
+    Where SPECFAST_ISA names no usable instruction set, `isa` is None and `isa_problem` says why.
+    """
     return dict(_core.build_info())
 
 
@@ -61,7 +65,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        """`__version__`, when asked for: an impossible SPECFAST_ISA must not keep the package from being imported."""
+        """`__version__`, when asked for: it comes with the number of usable cores, which an import must not settle."""
         if name == "__version__":
             return str(_core.build_info()["version"])
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

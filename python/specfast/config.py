@@ -15,6 +15,7 @@ Gamma = int | Literal["auto"]
 Source = Literal["request", "typed", "host", "family", "default"]
 ENGINES = ("mlx", "tinygrad", "native")
 RULES = ("token", "block", "coupled")
+NO_DRAFT: Final = "none"
 
 
 class _Unset:
@@ -84,6 +85,11 @@ def _name(value: Any) -> str | None:
     return value
 
 
+def _draft_name(value: Any) -> str | None:
+    name = _name(value)
+    return NO_DRAFT if name is not None and name.lower() == NO_DRAFT else name
+
+
 def _flag(name: str) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         if not isinstance(value, bool):
@@ -95,7 +101,7 @@ def _flag(name: str) -> Callable[[Any], bool]:
 
 _CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "target_model": _name,
-    "draft_model": _name,
+    "draft_model": _draft_name,
     "auto_config": _flag("auto_config"),
     "target_engine": _choice("target_engine", ENGINES),
     "draft_engine": _choice("draft_engine", ENGINES),
@@ -124,7 +130,8 @@ class SpeculativeConfig:
 
     Attributes:
         target_model: directory, repo id or short name; None is the embedded pair's target.
-        draft_model: the same for the draft; None means a suggestion (auto_config) or plain decoding.
+        draft_model: the same for the draft; "none" is no draft, whatever else is given. None means the embedded draft for
+            the embedded target, else a suggestion (auto_config) or plain decoding.
         auto_config: take draft and options from the target's family.
         target_engine, draft_engine: "mlx", "tinygrad" or "native"; None chooses (draft: as the target).
         gamma: tokens drafted per round, 1 to 20, or "auto".
@@ -133,7 +140,8 @@ class SpeculativeConfig:
         lenience: 0.5 to 2.0; a drafted token is accepted with min(1, lenience p / q). Above 1 the law changes.
         early_exit: draft with the target's first layers, up to this one.
         disabled: plain decoding; no draft is fetched or loaded.
-        rule: how drafted tokens are accepted, "token", "block" or "coupled"; None is the best one there is.
+        rule: how drafted tokens are accepted, "token", "block" or "coupled" (see docs/lossless.md); None is block, or token
+            where lenience is not 1. Block and coupled need lenience 1, unless greedy.
 
     Raises:
         ConfigurationError: a value outside its range, with the limit and the remedy.
@@ -155,11 +163,22 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(getattr(self, name)))
+        if self.rule in ("block", "coupled") and self.lenience != 1.0 and not self.greedy:
+            raise ConfigurationError(
+                f"the {self.rule} rule takes lenience 1, not {self.lenience:g}; give lenience 1, or the token rule"
+            )
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token always follows."""
         return self.temperature == 0.0 or self.top_k_threshold == 1.0
+
+    @property
+    def effective_rule(self) -> str:
+        """The rule that accepts drafted tokens: "greedy", or the one asked for, or the one chosen."""
+        if self.greedy:
+            return "greedy"
+        return self.rule or ("block" if self.lenience == 1.0 else "token")
 
     @property
     def lossless(self) -> bool:
@@ -181,10 +200,6 @@ class SpeculativeConfig:
         if self.early_exit is not None:
             raise ConfigurationError(
                 f"early_exit {self.early_exit}: drafting by early exit is not available in this version; give a draft model"
-            )
-        if self.rule not in (None, "token"):
-            raise ConfigurationError(
-                f"the {self.rule} rule is not available in this version; leave it out or use 'token'"
             )
 
 

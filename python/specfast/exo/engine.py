@@ -79,7 +79,7 @@ class SpeculativeEngine:
             target_model=config.target_model or "the model asked for",
             draft_model=config.draft_model or automatic,
             target_engine=engine,
-            rule="greedy" if config.greedy else "token",
+            rule=config.effective_rule,
         )
 
     # What exo's base class declares.
@@ -227,7 +227,6 @@ class SpeculativeEngine:
         Raises:
             ConfigurationError: a model nobody knows.
         """
-        draft = None if draft is not None and draft.lower() == "none" else draft
         if wrong := unknown_model(model_cards(), target, draft):
             raise ConfigurationError(wrong)
         self.resolved = self.resolved.with_models(target, draft)
