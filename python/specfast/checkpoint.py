@@ -131,9 +131,7 @@ class _Weights:
             )
         values = tensor.as_float32()
         if not np.isfinite(values).all():
-            raise ModelFormatError(
-                f"{self.source}: tensor {name!r} holds NaN or infinite values; the file is damaged"
-            )
+            raise ModelFormatError(f"{self.source}: tensor {name!r} holds NaN or infinite values; the file is damaged")
         return values
 
     def matrix(self, module: str, N: int, K: int) -> _core.Matrix:

@@ -18,5 +18,6 @@ except ImportError as error:
 
 from .accelerate import Report, accelerate, report, restore
 from .cache import KVCache
+from .generate import GenerationResponse, stream_generate
 
-__all__ = ["KVCache", "Report", "accelerate", "report", "restore"]
+__all__ = ["GenerationResponse", "KVCache", "Report", "accelerate", "report", "restore", "stream_generate"]

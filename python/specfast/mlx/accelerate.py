@@ -95,6 +95,13 @@ def report(model: nn.Module) -> Report:
     return accelerator.report() if accelerator else Report("stock", "specfast.mlx.accelerate has not been called")
 
 
+def native_model_of(model: nn.Module) -> _core.Model | None:
+    """The native model behind an accelerated one; None where mlx-lm's layers would run."""
+    accelerator = vars(model).get("_specfast")
+    path = accelerator.path if accelerator else None
+    return path.native if path and path.watch.unchanged(model) else None
+
+
 class _Accelerated:
     """What comes before a model's own class while it is accelerated."""
 
