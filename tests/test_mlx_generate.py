@@ -32,18 +32,30 @@ def seen(responses):
     return [(r.text, r.token, r.prompt_tokens, r.generation_tokens, r.finish_reason) for r in responses]
 
 
+def theirs(target, tokenizer):
+    """mlx-lm's own responses. Those of 2025 and before say the end in a response of its own; the first ones need Metal."""
+    try:
+        responses = seen(mlx_lm.stream_generate(target, tokenizer, PROMPT, max_tokens=64))
+    except RuntimeError as error:
+        pytest.skip(f"this mlx-lm cannot generate here: {error}")
+    if responses[-1][3] == responses[-2][3]:
+        (text, *_), (rest, *values) = responses.pop(-2), responses.pop()
+        responses.append((text + rest, *values))
+    return responses
+
+
 @pytest.mark.parametrize("num_draft_tokens", [1, 4, 20, None])
 def test_greedy_responses_are_mlx_lms(pair, num_draft_tokens):
     target, tokenizer, _ = pair
-    theirs = seen(mlx_lm.stream_generate(target, tokenizer, PROMPT, max_tokens=64))
-    assert seen(run(pair, max_tokens=64)) == theirs
+    expected = theirs(target, tokenizer)
+    assert seen(run(pair, max_tokens=64)) == expected
     ours = run(pair, draft=True, max_tokens=64, num_draft_tokens=num_draft_tokens)
-    assert seen(ours) == theirs
+    assert seen(ours) == expected
     if num_draft_tokens:
         assert any(r.from_draft for r in ours)
     prompt = mx.array(tokenizer.encode(PROMPT))
     again = stream_generate(target, tokenizer, prompt, max_tokens=64)
-    assert [r.token for r in again] == [t[1] for t in theirs]
+    assert [r.token for r in again] == [t[1] for t in expected]
 
 
 def test_an_end_token_stops(pair):
@@ -52,12 +64,12 @@ def test_an_end_token_stops(pair):
     before = set(tokenizer.eos_token_ids)
     tokenizer.eos_token_ids = {token}
     try:
-        theirs = seen(mlx_lm.stream_generate(target, tokenizer, PROMPT, max_tokens=64))
-        assert theirs[-1][-1] == "stop"
-        assert len(theirs) <= 18
+        expected = theirs(target, tokenizer)
+        assert expected[-1][-1] == "stop"
+        assert len(expected) <= 18
         for options in ({}, {"draft": True, "num_draft_tokens": 4}):
-            assert seen(run(pair, max_tokens=64, **options)) == theirs
-            assert seen(run(pair, max_tokens=-1, **options)) == theirs
+            assert seen(run(pair, max_tokens=64, **options)) == expected
+            assert seen(run(pair, max_tokens=-1, **options)) == expected
     finally:
         tokenizer.eos_token_ids = before
 
