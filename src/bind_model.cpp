@@ -182,8 +182,9 @@ void assign(BoundCache& self, const nb::list& keys, const nb::list& values) {
   std::vector<const float*> k, v;
   for (const auto& [list, pointers] : {std::pair{&keys, &k}, std::pair{&values, &v}}) {
     for (nb::handle item : *list) {
-      owners.push_back(nb::cast<Floats>(item));
-      const Floats& rows = owners.back();
+      owners.emplace_back();
+      Floats& rows = owners.back();
+      if (!nb::try_cast<Floats>(item, rows)) throw ShapeError("keys and values are not all float32 arrays");
       if (rows.ndim() != 3 || rows.shape(0) != static_cast<size_t>(shape.kv_heads) ||
           rows.shape(1) != owners.front().shape(1) || rows.shape(2) != static_cast<size_t>(shape.head_dim))
         throw ShapeError("keys and values must be (" + std::to_string(shape.kv_heads) + ", rows, " +
