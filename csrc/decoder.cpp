@@ -16,14 +16,14 @@ Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
     : model_(std::move(model)),
       cache_({static_cast<int32_t>(model_->layers.size()), model_->kv_heads, model_->head_dim,
               model_->precision != Precision::f32},
-             model_->rope_inv_freq, capacity),
+             model_->windows(), capacity),
       work_(*model_),
       small_(model_->pass_bytes() < (size_t{16} << 20)) {}
 
 void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best) {
   const Model& model = *model_;
   ThreadPool& pool = ThreadPool::instance();
-  const size_t partial = Attention::partial_floats(cache_.shape(), model.heads, tile.M, tile.position + tile.M);
+  const size_t partial = Attention::partial_floats(cache_, model.heads, tile.M, tile.position);
   if (work_.partial.size() < partial) work_.partial.resize(partial);
   const auto prepare = [&](int threads) {
     const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
@@ -34,6 +34,7 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   const bool alone = small_ && !pool.size_was_set();
   pool.run(alone, prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
+    rope_angles(pass);
     embed_rows(pass);
     for (int layer = 0; layer < static_cast<int>(model.layers.size()); layer++) {
       const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
@@ -109,13 +110,11 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
   if (needed > cache_.capacity())
     throw ContextFullError("the draft's context holds " + std::to_string(cache_.capacity()) +
                            " tokens and this round needs " + std::to_string(needed));
-  const int64_t length = cache_.length();
   proposal.tokens.assign(static_cast<size_t>(gamma), -1);
   proposal.vocab = model_->vocab;
   proposal.q.resize(law.greedy() ? 0 : static_cast<size_t>(gamma) * vocab);
   try {
     forward(pending, count, gamma > 0 ? 1 : 0, limit);
-    cache_.commit(count);
     for (int32_t i = 0; i < gamma; i++) {
       if (i > 0) forward(&proposal.tokens[static_cast<size_t>(i - 1)], 1, 1, limit);
       require_finite(1);
@@ -127,10 +126,11 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
       proposal.tokens[static_cast<size_t>(i)] = token;
     }
   } catch (...) {
-    cache_.truncate(length);
+    cache_.drop_to(0);
     proposal.tokens.clear();
     throw;
   }
+  cache_.commit_first(count);
 }
 
 Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law,

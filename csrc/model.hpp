@@ -15,6 +15,7 @@ struct LayerWeights {
   std::vector<float> input_norm, post_norm;   // (hidden,)
   std::vector<float> q_bias, k_bias, v_bias;  // (N,) or empty
   std::vector<float> q_norm, k_norm;          // (head_dim,) or empty
+  int64_t window = 0;                         // positions a row attends to, its own included; 0: all
 };
 
 struct Model {
@@ -33,6 +34,8 @@ struct Model {
   int32_t kv_columns() const { return kv_heads * head_dim; }
   int32_t qkv_columns() const { return q_columns() + 2 * kv_columns(); }
   float attention_scale() const;
+  /// Of each layer.
+  std::vector<int64_t> windows() const;
   /// Bytes of weights one forward pass streams, the head included.
   size_t pass_bytes() const;
   /// Multiply-adds of the matmuls of one row.

@@ -121,12 +121,13 @@ struct AttendPage {
   int64_t q_stride = 0;
   float* partial = nullptr;  // row m, head g at partial + m * partial_stride + g * (padded_dim + 2): max, sum, acc
   int64_t partial_stride = 0;
-  bool first_page = true;  // of its span: `partial` holds nothing yet
+  bool first_page = true;  // of its span: `partial` holds nothing yet (nor where the window of a row begins)
   int32_t M = 0;
   int32_t group = 0;
   int32_t head_dim = 0;
   int32_t padded_dim = 0;
-  int32_t first_valid = 0;  // keys of this page that row 0 sees; row m sees m more, up to the page's end; may be <= 0
+  int32_t first_valid = 0;  // row 0 sees keys of this page below it, if any; row m below first_valid + m
+  int32_t window = 0;       // and not those `window` and more positions before that bound; 0: all
   float scale = 0;
 };
 

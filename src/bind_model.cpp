@@ -83,6 +83,8 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
     w.v_bias = optional_floats(layer, "v_bias");
     w.q_norm = optional_floats(layer, "q_norm");
     w.k_norm = optional_floats(layer, "k_norm");
+    if (layer.contains("window") && !nb::object(layer["window"]).is_none())
+      w.window = nb::cast<int64_t>(layer["window"]);
     model->layers.push_back(std::move(w));
   }
   model->check();
@@ -175,7 +177,9 @@ void bind_model(nb::module_& m) {
       "AVX-512);\n"
       "False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, "
       "whose\nmemory is given back once packed. Results of a row are the same bits for any\n"
-      "number of rows and threads, packed or not.")
+      "number of rows and threads, packed or not. A layer's \"window\" is how many positions up to its own a row "
+      "attends "
+      "to.")
       .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
            nb::arg("max_context"), nb::arg("embed"), nb::arg("head").none(), nb::arg("norm"), nb::arg("layers"),
@@ -215,7 +219,8 @@ void bind_model(nb::module_& m) {
   nb::class_<BoundCache>(m, "Cache",
                          "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
                          "committed or dropped.\n\n"
-                         "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed.")
+                         "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
+                         "layers with a\nwindow need no more of them than the window and the provisional rows.")
       .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::keep_alive<1, 2>())
       .def_prop_ro(
           "length", [](const BoundCache& self) { return self.sequence->cache().length(); }, "Committed positions.")
@@ -249,6 +254,11 @@ void bind_model(nb::module_& m) {
             if (length < 0 || length > self.sequence->cache().length())
               throw ShapeError("cannot truncate to " + std::to_string(length) + ": the cache holds " +
                                std::to_string(self.sequence->cache().length()));
+            const int64_t least = self.sequence->cache().least_length();
+            if (length > 0 && length < least)
+              throw ShapeError("cannot truncate to " + std::to_string(length) +
+                               ": the window has moved on, and the shortest possible length is " +
+                               std::to_string(least) + ", or 0");
             self.sequence->cache().truncate(length);
           },
           nb::arg("length"), "Drops committed positions from the end, and everything provisional.");

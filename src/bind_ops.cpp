@@ -41,12 +41,12 @@ nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bo
 }
 
 nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k, const Floats& v, bool half,
-                                                const std::optional<std::string>& isa) {
+                                                const std::optional<std::string>& isa, int64_t window) {
   if (q.ndim() != 3 || k.ndim() != 3 || v.ndim() != 3)
     throw ShapeError("q must be (M, heads, head_dim), k and v (S, kv_heads, head_dim)");
   const size_t M = q.shape(0), heads = q.shape(1), dim = q.shape(2), S = k.shape(0), kv_heads = k.shape(1);
   if (k.shape(2) != dim || v.shape(0) != S || v.shape(1) != kv_heads || v.shape(2) != dim || kv_heads == 0 ||
-      heads % kv_heads || S < M || M < 1 || dim % 2 || dim > kMaxHeadDim)
+      heads % kv_heads || S < M || M < 1 || window < 0 || dim % 2 || dim > kMaxHeadDim)
     throw ShapeError("q, k and v do not fit: (" + std::to_string(M) + ", " + std::to_string(heads) + ", " +
                      std::to_string(dim) + ") against (" + std::to_string(S) + ", " + std::to_string(kv_heads) + ", " +
                      std::to_string(k.shape(2)) + ")");
@@ -54,7 +54,7 @@ nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k
   float* out_data;
   auto out = make_array(&out_data, {M, heads, dim});
   const KvShape shape{1, static_cast<int32_t>(kv_heads), static_cast<int32_t>(dim), half};
-  KvCache cache(shape, std::vector<float>(dim / 2), static_cast<int64_t>(S));
+  KvCache cache(shape, {window}, static_cast<int64_t>(S));
   cache.append(static_cast<int64_t>(S));
   for (size_t i = 0; i < S; i++) {
     for (size_t h = 0; h < kv_heads; h++)
@@ -67,7 +67,7 @@ nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k
   a.M = static_cast<int32_t>(M);
   a.position = static_cast<int64_t>(S - M);
   a.scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  std::vector<float> partial(Attention::partial_floats(shape, a.heads, a.M, static_cast<int64_t>(S)));
+  std::vector<float> partial(Attention::partial_floats(cache, a.heads, a.M, a.position));
   a.q = q.data();
   a.q_stride = a.out_stride = static_cast<int64_t>(heads * dim);
   a.partial = partial.data();
@@ -82,8 +82,9 @@ void bind_ops(nb::module_& m) {
   m.def("matmul_rows", &matmul_rows, nb::arg("x"), nb::arg("matrix"), nb::arg("precision") = "int8",
         nb::arg("isa") = nb::none(), "x (M, K) float32 times matrix (N, K) transposed: (M, N) float32.");
   m.def("attend_rows", &bound_attend_rows, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("half") = true,
-        nb::arg("isa") = nb::none(),
+        nb::arg("isa") = nb::none(), nb::arg("window") = 0,
         "Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all "
         "float32.\n\n"
-        "half stores keys and values as bf16, as the cache does unless the precision is f32.");
+        "half stores keys and values as bf16, as the cache does unless the precision is f32. A row sees itself and the "
+        "window - 1 positions before it; window 0 is all.");
 }

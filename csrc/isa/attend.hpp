@@ -7,6 +7,7 @@ namespace {
 constexpr int kQueries = 4;                      // queries that share each key and value load
 constexpr int kBatch = 16;                       // queries that share a page in the first-level cache
 constexpr int kHeldVecs = kLanes >= 16 ? 4 : 2;  // vectors of scores, or of values, held per query
+constexpr int kWhole = kLanes > 2 ? kLanes : 2;  // positions whose weights are made together
 
 #if !defined(SPECFAST_BF16_DOT)
 inline Pairs broadcast_pair(const uint16_t* two) {
@@ -115,17 +116,22 @@ inline void score_keys(const typename Kv::Element* q, const typename Kv::Element
 }
 
 /// Turns scores into weights exp(s - max), as they are multiplied, where max is that of this page and those before it,
-/// stats[0]; adds their sum to stats[1]. Returns what the sums of the pages before count now. Positions from `valid` on
-/// weigh nothing.
+/// stats[0]; adds their sum to stats[1]. Returns what the sums of the pages before count now. Positions outside
+/// [begin, valid) weigh nothing; their scores are overwritten.
 template <class Kv>
-inline float softmax_page(const float* s, int valid, bool first_page, float* stats, typename Kv::Element* weights) {
-  Vec best = broadcast(first_page ? s[0] : stats[0]);
-  for (int i = 0; i < valid; i += kLanes) best = max(best, keep(load(s + i), valid - i, s[0]));
+inline float softmax_page(float* s, int begin, int valid, bool first_page, float* stats,
+                          typename Kv::Element* weights) {
+  const int first = begin / kWhole * kWhole;
+  for (int i = first; i < begin; i++) s[i] = s[begin];
+  Vec best = broadcast(first_page ? s[begin] : stats[0]);
+  for (int i = first; i < valid; i += kLanes) best = max(best, keep(load(s + i), valid - i, s[begin]));
   const float top = maximum(best);
   const Vec shift = broadcast(top);
   Vec total = zero();
-  for (int i = 0; i < (valid + 1) / 2 * 2; i += kLanes) {
-    total = add(total, Kv::weigh(keep(exp(sub(load(s + i), shift)), valid - i, 0.0f), weights + i));
+  for (int i = first; i < (valid + 1) / 2 * 2; i += kLanes) {
+    Vec e = keep(exp(sub(load(s + i), shift)), valid - i, 0.0f);
+    if (i < begin) e = sub(e, keep(e, begin - i, 0.0f));
+    total = add(total, Kv::weigh(e, weights + i));
   }
   alignas(64) float e[kLanes];
   store(e, exp(broadcast(first_page ? 0.0f : stats[0] - top)));
@@ -206,7 +212,8 @@ void attend_batch(const AttendPage& args, int first_query, int queries, Ahead& a
   alignas(64) Element weights[kBatch][kPagePositions];
   alignas(64) Element q[kBatch * kMaxHeadDim];
   float *stats[kBatch], *acc[kBatch];
-  int valid[kBatch], longest = 0;
+  int begin[kBatch], valid[kBatch], earliest = kPagePositions, longest = 0;  // keys [begin, valid) are seen
+  bool first_page[kBatch];
   for (int i = 0; i < queries; i++) {
     const int m = (first_query + i) / args.group, g = (first_query + i) % args.group;
     const float* from = args.q + m * args.q_stride + static_cast<int64_t>(g) * args.head_dim;
@@ -214,13 +221,18 @@ void attend_batch(const AttendPage& args, int first_query, int queries, Ahead& a
       Kv::round(from + d, q + i * args.head_dim + d, smaller(kLanes, args.head_dim - d));
     stats[i] = args.partial + m * args.partial_stride + static_cast<int64_t>(g) * (args.padded_dim + 2);
     acc[i] = stats[i] + 2;
-    const int seen = args.first_valid + m;
-    valid[i] = seen < 0 ? 0 : smaller(seen, kPagePositions);
+    const int end = args.first_valid + m, start = args.window ? end - args.window : -1;
+    first_page[i] = args.first_page || start >= 0;
+    begin[i] = start > 0 ? start : 0;
+    valid[i] = smaller(end, kPagePositions);
+    if (begin[i] >= valid[i]) begin[i] = valid[i] = 0;
     if (valid[i] > longest) longest = valid[i];
+    if (valid[i] > 0) earliest = smaller(earliest, begin[i]);
   }
 
-  const Element* tile = static_cast<const Element*>(args.kv.k);
-  for (int first = 0; first < longest; first += kKeyTile, tile += args.head_dim * kKeyTile) {
+  const int first_tile = earliest / kKeyTile * kKeyTile;
+  const Element* tile = static_cast<const Element*>(args.kv.k) + args.head_dim * first_tile;
+  for (int first = first_tile; first < longest; first += kKeyTile, tile += args.head_dim * kKeyTile) {
     for (int lane = 0; lane < kKeyTile && first + lane < longest; lane += kHeldVecs * kLanes) {
       in_groups(queries, [&]<int Q>(int i) {
         score_keys<Kv, Q>(q + i * args.head_dim, tile, lane, args.head_dim, args.scale, s[i] + first, ahead);
@@ -229,22 +241,29 @@ void attend_batch(const AttendPage& args, int first_query, int queries, Ahead& a
   }
   for (int i = 0; i < queries; i++) {
     if (valid[i] == 0) continue;
-    const Vec before = broadcast(softmax_page<Kv>(s[i], valid[i], args.first_page, stats[i], weights[i]));
+    const Vec before = broadcast(softmax_page<Kv>(s[i], begin[i], valid[i], first_page[i], stats[i], weights[i]));
     for (int d = 0; d < args.padded_dim; d += kLanes)
-      store(acc[i] + d, args.first_page ? zero() : mul(load(acc[i] + d), before));
+      store(acc[i] + d, first_page[i] ? zero() : mul(load(acc[i] + d), before));
   }
   const Element* slice = static_cast<const Element*>(args.kv.v);
   for (int d = 0; d < args.padded_dim; d += kValueSlice) {
     const int width = smaller(kValueSlice, args.padded_dim - d);
     in_groups(queries, [&]<int Q>(int i) {
-      int shared = valid[i];
-      for (int other = 1; other < Q; other++) shared = smaller(shared, valid[i + other]);
-      shared = shared / 2 * 2;
-      weigh_values<Kv, Q>(weights + i, slice, width, 0, shared, acc + i, ahead);
-      // Positions that only the later rows see are added to those alone, in the same order.
+      // Positions that only some rows see are added to those alone, in the same order.
+      int from = 0, to = kPagePositions;
       for (int other = i; other < i + Q; other++) {
-        if (valid[other] > shared)
-          weigh_values<Kv, 1>(weights + other, slice, width, shared, valid[other], acc + other, ahead);
+        from = larger(from, (begin[other] + 1) / 2 * 2);
+        to = smaller(to, valid[other] / 2 * 2);
+      }
+      to = larger(from, to);
+      for (int other = i; other < i + Q; other++) {
+        const int own = begin[other] / 2 * 2;
+        if (own < from)
+          weigh_values<Kv, 1>(weights + other, slice, width, own, smaller(from, valid[other]), acc + other, ahead);
+      }
+      weigh_values<Kv, Q>(weights + i, slice, width, from, to, acc + i, ahead);
+      for (int other = i; other < i + Q; other++) {
+        if (valid[other] > to) weigh_values<Kv, 1>(weights + other, slice, width, to, valid[other], acc + other, ahead);
         acc[other] += width;
       }
     });

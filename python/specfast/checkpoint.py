@@ -166,6 +166,7 @@ class _Weights:
         }  # fmt: skip
         at = f"{self.prefix}layers.{index}."
         layer: dict[str, Any] = {key: self.matrix(at + _PROJECTIONS[key], *size) for key, size in sizes.items()}
+        layer["window"] = c.windows[index]
         layer["input_norm"] = self.vector(at + "input_layernorm.weight", c.hidden)
         layer["post_norm"] = self.vector(at + "post_attention_layernorm.weight", c.hidden)
         if c.model_type == "qwen2":

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <random>
 
+#include "attend_rows.hpp"
 #include "decoder.hpp"
 #include "dispatch.hpp"
 #include "errors.hpp"
@@ -209,6 +210,74 @@ void check_matmuls(const KernelTable& kernels) {
   }
 }
 
+/// Attention of M rows at the end of S positions against float64 on what the cache rounds to.
+void check_attention(const KernelTable& kernels, bool half, int dim, int S, int M, int64_t window) {
+  const int heads = 6, kv_heads = 2;
+  KvCache cache({1, kv_heads, dim, half}, {window}, S);
+  cache.append(S);
+  const auto random_rows = [&](int rows, int columns) {
+    std::vector<float> x(static_cast<size_t>(rows) * columns);
+    for (float& value : x) value = half ? widen_bf16(cut_bf16(gaussian())) : gaussian();
+    return x;
+  };
+  const std::vector<float> q = random_rows(M, heads * dim), k = random_rows(S, kv_heads * dim),
+                           v = random_rows(S, kv_heads * dim);
+  for (int i = 0; i < S; i++) {
+    for (int h = 0; h < kv_heads; h++) {
+      const size_t at = static_cast<size_t>((i * kv_heads + h) * dim);
+      kernels.append_head(cache.page(i / kPagePositions, 0, h), &k[at], &v[at], dim, cache.shape().padded_dim(),
+                          i % kPagePositions);
+    }
+  }
+  Attention a;
+  a.heads = heads;
+  a.M = M;
+  a.position = S - M;
+  a.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  std::vector<float> partial(Attention::partial_floats(cache, heads, M, S - M)), out(q.size());
+  a.q = q.data();
+  a.q_stride = a.out_stride = heads * dim;
+  a.partial = partial.data();
+  a.out = out.data();
+  attend_rows(Team{}, kernels, cache, a);
+
+  double worst = 0;
+  for (int m = 0; m < M; m++) {
+    const int end = S - M + m + 1, begin = window ? std::max(0, end - static_cast<int>(window)) : 0;
+    for (int head = 0; head < heads; head++) {
+      const float* query = &q[static_cast<size_t>((m * heads + head) * dim)];
+      const size_t kv_head = static_cast<size_t>(head / (heads / kv_heads) * dim);
+      std::vector<double> exact(static_cast<size_t>(dim));
+      double total = 0;
+      for (int i = begin; i < end; i++) {
+        const size_t at = static_cast<size_t>(i * kv_heads * dim) + kv_head;
+        double score = 0;
+        for (int d = 0; d < dim; d++) score += static_cast<double>(query[d]) * k[at + static_cast<size_t>(d)];
+        const double weight = std::exp(score * a.scale);
+        total += weight;
+        for (int d = 0; d < dim; d++) exact[static_cast<size_t>(d)] += weight * v[at + static_cast<size_t>(d)];
+      }
+      for (int d = 0; d < dim; d++)
+        worst = std::max(worst, std::fabs(exact[static_cast<size_t>(d)] / total -
+                                          out[static_cast<size_t>((m * heads + head) * dim + d)]));
+    }
+  }
+  expect(worst < (half ? 0.01 : 3e-5), kernels.isa,
+         "attention of head " + std::to_string(dim) + ", " + std::to_string(S) + " positions, window " +
+             std::to_string(window) + ": error " + std::to_string(worst));
+}
+
+void check_attentions(const KernelTable& kernels) {
+  for (const bool half : {true, false}) {
+    for (const int dim : {6, 16, 80, 128}) {
+      for (const auto& [S, M] : {std::pair{3, 3}, std::pair{270, 16}, std::pair{1300, 6}}) {
+        if (!full && S == 1300 && dim != 16) continue;
+        for (const int64_t window : {0, 1, 5, 258, 700}) check_attention(kernels, half, dim, S, M, window);
+      }
+    }
+  }
+}
+
 /// A tiny model whose matrices are owned here.
 struct TinyModel {
   std::vector<OwnedMatrix> matrices;
@@ -248,6 +317,7 @@ TinyModel tiny_model(const KernelTable& kernels, Format format, Precision precis
     w.input_norm = w.post_norm = ones;
     if (i == 0) w.q_bias.assign(static_cast<size_t>(m.q_columns()), 0.1f);
     if (i == 1) w.q_norm.assign(static_cast<size_t>(m.head_dim), 1.0f);
+    if (i == 1) w.window = 100;
     m.layers.push_back(w);
   }
   m.check();
@@ -394,6 +464,7 @@ int main(int argc, char** argv) {
     const int before = checks;
     check_matmuls(*entry.table);
     check_special_values(*entry.table);
+    check_attentions(*entry.table);
     check_decoder(*entry.table);
     check_law_loops(*entry.table);
     std::printf("%s: %d checks\n", entry.table->isa, checks - before);

@@ -1,4 +1,4 @@
-"""A Llama, Qwen2 or Qwen3 decoder in float64: the whole text is recomputed, there is no cache."""
+"""A Llama, Mistral, Qwen2 or Qwen3 decoder in float64: the whole text is recomputed, there is no cache."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,10 @@ Array = NDArray[np.float64]
 
 @dataclass
 class Layer:
-    """Weights (outputs, inputs); biases only in Qwen2, q_norm and k_norm (head_dim,) only in Qwen3."""
+    """Weights (outputs, inputs); biases only in Qwen2, q_norm and k_norm (head_dim,) only in Qwen3.
+
+    window: positions up to its own that a row attends to; None is all.
+    """
 
     input_norm: Array
     q: Array
@@ -26,6 +29,7 @@ class Layer:
     v_bias: Array | None = None
     q_norm: Array | None = None
     k_norm: Array | None = None
+    window: int | None = None
 
 
 @dataclass
@@ -59,12 +63,17 @@ def rotate(x: Array, inv_freq: Array) -> Array:
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
 
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """Causal attention. q: (M, heads, d); k, v: (M, kv_heads, d), each shared by heads / kv_heads neighbours."""
+def attend(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
+    """Causal attention. q: (M, heads, d); k, v: (M, kv_heads, d), each shared by heads / kv_heads neighbours.
+
+    Row i sees key j if j <= i and, with a window, i - j < window (Jiang et al. 2023, Sec. 2, arXiv:2310.06825).
+    """
     share = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, share, 1), np.repeat(v, share, 1)
     scores = np.einsum("mhd,nhd->hmn", q, k) / np.sqrt(q.shape[-1])
     scores += np.triu(np.full(scores.shape[1:], -np.inf), 1)
+    if window is not None:
+        scores += np.tril(np.full(scores.shape[1:], -np.inf), -window)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hmn,nhd->mhd", weights / weights.sum(-1, keepdims=True), v)
 
@@ -102,7 +111,7 @@ def forward(model: Decoder, tokens: ArrayLike) -> Array:
         v = project(h, w.v, "v", w.v_bias).reshape(M, model.kv_heads, -1)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rmsnorm(q, w.q_norm, model.rms_eps), rmsnorm(k, w.k_norm, model.rms_eps)
-        attended = attend(rotate(q, model.inv_freq), rotate(k, model.inv_freq), v)
+        attended = attend(rotate(q, model.inv_freq), rotate(k, model.inv_freq), v, w.window)
         x = x + project(attended.reshape(M, -1), w.o, "o")
         h = rmsnorm(x, w.post_norm, model.rms_eps)
         gate = project(h, w.gate, "gate")
