@@ -138,7 +138,7 @@ class Model:
     pack gives quantised matrices a second copy in the order the kernels stream, where they have one (int8 on AVX-512);
     False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, whose
     memory is given back once packed. Results of a row are the same bits for any
-    number of rows and threads, packed or not.
+    number of rows and threads, packed or not. A layer's "window" is how many positions up to its own a row attends to.
     """
 
     def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False) -> None: ...
@@ -210,7 +210,8 @@ class Cache:
     """
     Keys and values of one sequence, as a transaction: rows are appended provisionally, then committed or dropped.
 
-    capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed.
+    capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; layers with a
+    window need no more of them than the window and the provisional rows.
     """
 
     def __init__(self, model: Model, capacity: int = 0) -> None: ...
@@ -259,9 +260,9 @@ def read_bandwidth(buffer: Annotated[NDArray[numpy.uint8], dict(order='C', devic
 def matmul_rows(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], matrix: Matrix, precision: str = 'int8', isa: str | None = None) -> NDArray[numpy.float32]:
     """x (M, K) float32 times matrix (N, K) transposed: (M, N) float32."""
 
-def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], half: bool = True, isa: str | None = None) -> NDArray[numpy.float32]:
+def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], half: bool = True, isa: str | None = None, window: int = 0) -> NDArray[numpy.float32]:
     """
     Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all float32.
 
-    half stores keys and values as bf16, as the cache does unless the precision is f32.
+    half stores keys and values as bf16, as the cache does unless the precision is f32. A row sees itself and the window - 1 positions before it; window 0 is all.
     """
