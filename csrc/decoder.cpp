@@ -14,9 +14,7 @@ namespace specfast {
 
 Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
     : model_(std::move(model)),
-      cache_({static_cast<int32_t>(model_->layers.size()), model_->kv_heads, model_->head_dim,
-              model_->precision != Precision::f32},
-             model_->windows(), capacity),
+      cache_(model_->kv_shape(), model_->windows(), capacity),
       work_(*model_),
       small_(model_->pass_bytes() < (size_t{16} << 20)) {}
 

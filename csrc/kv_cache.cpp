@@ -28,7 +28,7 @@ void KvCache::Free::operator()(uint8_t* p) const {
 
 size_t KvCache::page_bytes(const Store& store) const {
   const size_t heads = static_cast<size_t>(store.layers) * static_cast<size_t>(shape_.kv_heads);
-  return heads * (shape_.k_page_bytes() + shape_.v_page_bytes());
+  return heads * shape_.head_page_bytes();
 }
 
 size_t KvCache::bytes() const {
@@ -112,9 +112,12 @@ KvPage KvCache::page(int64_t page, int layer, int kv_head) const {
   const Place& place = places_[static_cast<size_t>(layer)];
   const size_t head =
       static_cast<size_t>(place.layer) * static_cast<size_t>(shape_.kv_heads) + static_cast<size_t>(kv_head);
-  uint8_t* base = stores_[static_cast<size_t>(place.store)].pages[static_cast<size_t>(page)].get() +
-                  head * (shape_.k_page_bytes() + shape_.v_page_bytes());
-  return {base, base + shape_.k_page_bytes(), shape_.half};
+  uint8_t* k = stores_[static_cast<size_t>(place.store)].pages[static_cast<size_t>(page)].get() +
+               head * shape_.head_page_bytes();
+  uint8_t* v = k + shape_.k_page_bytes();
+  if (shape_.format != KvFormat::int8) return {k, v, nullptr, nullptr, shape_.format};
+  float* scales = reinterpret_cast<float*>(v + shape_.v_page_bytes());
+  return {k, v, scales, scales + kPagePositions, shape_.format};
 }
 
 }  // namespace specfast

@@ -8,19 +8,6 @@
 
 namespace specfast {
 
-/// Shape of what one position stores.
-struct KvShape {
-  int32_t layers = 0;
-  int32_t kv_heads = 0;
-  int32_t head_dim = 0;
-  bool half = true;  // bf16 elements, else f32
-
-  int32_t padded_dim() const { return (head_dim + 15) / 16 * 16; }
-  size_t element_bytes() const { return half ? 2 : 4; }
-  size_t k_page_bytes() const { return element_bytes() * kPagePositions * static_cast<size_t>(head_dim); }
-  size_t v_page_bytes() const { return element_bytes() * kPagePositions * static_cast<size_t>(padded_dim()); }
-};
-
 /// Keys and values of one sequence in pages of 256 positions. Pages lie at fixed absolute positions, are taken when
 /// first needed and kept; lengths alone say what is valid.
 ///

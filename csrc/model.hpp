@@ -27,6 +27,7 @@ struct Model {
   std::vector<float> norm;           // (hidden,)
   std::vector<LayerWeights> layers;
   Precision precision = Precision::int8;
+  KvFormat kv_format = KvFormat::bf16;
   const KernelTable* kernels = nullptr;
 
   int32_t group() const { return heads / kv_heads; }
@@ -34,6 +35,7 @@ struct Model {
   int32_t kv_columns() const { return kv_heads * head_dim; }
   int32_t qkv_columns() const { return q_columns() + 2 * kv_columns(); }
   float attention_scale() const;
+  KvShape kv_shape() const { return {static_cast<int32_t>(layers.size()), kv_heads, head_dim, kv_format}; }
   /// Of each layer.
   std::vector<int64_t> windows() const;
   /// Bytes of weights one forward pass streams, the head included.

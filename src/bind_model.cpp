@@ -45,7 +45,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
                 int32_t intermediate, int32_t vocab, float rms_eps, const Floats& rope_inv_freq, int64_t max_context,
                 const BoundMatrix& embed, std::optional<const BoundMatrix*> head, const Floats& norm,
                 const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa, bool pack,
-                bool mapped) {
+                bool mapped, int32_t kv_bits) {
   auto model = std::make_shared<Model>();
   std::vector<BoundMatrix> owners{embed};
   model->hidden = hidden;
@@ -65,6 +65,11 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   }
   model->norm = floats_of(norm);
   model->precision = precision_named(precision);
+  if (kv_bits != 8 && kv_bits != 16)
+    throw ShapeError("keys and values of " + std::to_string(kv_bits) + " bits are not supported; supported: 8, 16");
+  model->kv_format = kv_bits == 8                         ? KvFormat::int8
+                     : model->precision == Precision::f32 ? KvFormat::f32
+                                                          : KvFormat::bf16;
   model->kernels = &kernels_named(isa);
   for (nb::handle item : layers) {
     const nb::dict layer = nb::cast<nb::dict>(item);
@@ -179,12 +184,13 @@ void bind_model(nb::module_& m) {
       "whose\nmemory is given back once packed. Results of a row are the same bits for any\n"
       "number of rows and threads, packed or not. A layer's \"window\" is how many positions up to its own a row "
       "attends "
-      "to.")
+      "to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as "
+      "float32\nwhen the precision is f32.")
       .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
            nb::arg("max_context"), nb::arg("embed"), nb::arg("head").none(), nb::arg("norm"), nb::arg("layers"),
            nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
-           nb::arg("mapped") = false)
+           nb::arg("mapped") = false, nb::arg("kv_bits") = 16)
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens"), nb::arg("logits_rows") = 1,
            "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
            "rows.\n\n"
@@ -208,6 +214,16 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("max_context", [](const BoundModel& self) { return self.model->max_context; })
       .def_prop_ro("precision", [](const BoundModel& self) { return precision_name(self.model->precision); })
       .def_prop_ro("isa", [](const BoundModel& self) { return self.model->kernels->isa; })
+      .def_prop_ro(
+          "kv_bits", [](const BoundModel& self) { return 8 * self.model->kv_shape().element_bytes(); },
+          "Bits of an element of a key or value.")
+      .def_prop_ro(
+          "kv_bytes_per_position",
+          [](const BoundModel& self) {
+            const KvShape shape = self.model->kv_shape();
+            return shape.head_page_bytes() / kPagePositions * static_cast<size_t>(shape.layers * shape.kv_heads);
+          },
+          "Bytes of keys, values and scales that one position takes in all layers.")
       .def_prop_ro(
           "weight_bytes", [](const BoundModel& self) { return self.model->pass_bytes(); },
           "Bytes of weights one pass streams.")

@@ -40,20 +40,24 @@ nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bo
   return out;
 }
 
-nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k, const Floats& v, bool half,
+nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k, const Floats& v, int32_t kv_bits,
                                                 const std::optional<std::string>& isa, int64_t window) {
   if (q.ndim() != 3 || k.ndim() != 3 || v.ndim() != 3)
     throw ShapeError("q must be (M, heads, head_dim), k and v (S, kv_heads, head_dim)");
   const size_t M = q.shape(0), heads = q.shape(1), dim = q.shape(2), S = k.shape(0), kv_heads = k.shape(1);
   if (k.shape(2) != dim || v.shape(0) != S || v.shape(1) != kv_heads || v.shape(2) != dim || kv_heads == 0 ||
-      heads % kv_heads || S < M || M < 1 || window < 0 || dim % 2 || dim > kMaxHeadDim)
+      heads % kv_heads || S < M || M < 1 || (kv_bits != 8 && kv_bits != 16 && kv_bits != 32) || window < 0 || dim % 2 ||
+      dim > kMaxHeadDim)
     throw ShapeError("q, k and v do not fit: (" + std::to_string(M) + ", " + std::to_string(heads) + ", " +
                      std::to_string(dim) + ") against (" + std::to_string(S) + ", " + std::to_string(kv_heads) + ", " +
                      std::to_string(k.shape(2)) + ")");
   const KernelTable& kernels = kernels_named(isa);
   float* out_data;
   auto out = make_array(&out_data, {M, heads, dim});
-  const KvShape shape{1, static_cast<int32_t>(kv_heads), static_cast<int32_t>(dim), half};
+  const KvShape shape{1, static_cast<int32_t>(kv_heads), static_cast<int32_t>(dim),
+                      kv_bits == 8    ? KvFormat::int8
+                      : kv_bits == 16 ? KvFormat::bf16
+                                      : KvFormat::f32};
   KvCache cache(shape, {window}, static_cast<int64_t>(S));
   cache.append(static_cast<int64_t>(S));
   for (size_t i = 0; i < S; i++) {
@@ -81,10 +85,11 @@ nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k
 void bind_ops(nb::module_& m) {
   m.def("matmul_rows", &matmul_rows, nb::arg("x"), nb::arg("matrix"), nb::arg("precision") = "int8",
         nb::arg("isa") = nb::none(), "x (M, K) float32 times matrix (N, K) transposed: (M, N) float32.");
-  m.def("attend_rows", &bound_attend_rows, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("half") = true,
+  m.def("attend_rows", &bound_attend_rows, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("kv_bits") = 16,
         nb::arg("isa") = nb::none(), nb::arg("window") = 0,
         "Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all "
         "float32.\n\n"
-        "half stores keys and values as bf16, as the cache does unless the precision is f32. A row sees itself and the "
+        "kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A "
+        "row sees itself and the "
         "window - 1 positions before it; window 0 is all.");
 }
