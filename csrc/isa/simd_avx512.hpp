@@ -164,7 +164,8 @@ inline IntPairs broadcast_int_pair(const int16_t* two) {
   return _mm512_set1_epi32(both);
 }
 inline Ints dot_int_pairs(Ints acc, IntPairs a, IntPairs b) {
-  return _mm512_dpwssd_epi32(acc, a, b);
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));  // GCC copies sums around the intrinsic
+  return acc;
 }
 inline Vec to_floats(Ints a) {
   return _mm512_cvtepi32_ps(a);
