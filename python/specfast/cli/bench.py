@@ -55,6 +55,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timed passes per row count (9)")
     parser.add_argument("--threads", type=int, metavar="N", help="of native calls (all cores)")
     parser.add_argument("--isa", help="kernel table (the best this CPU runs)")
+    parser.add_argument("--kv-bits", type=int, default=16, choices=(8, 16), help="of keys and values (16)")
     parser.add_argument("--in-place", action="store_true", help="no packed copy of the weights")
     parser.add_argument(
         "--speculate", action="store_true", help="plain against speculative decoding with a set acceptance"
@@ -124,17 +125,20 @@ def run(options: argparse.Namespace) -> int:
             max_context=max(8192, context + 64),
             isa=options.isa,
             pack=not options.in_place,
+            kv_bits=options.kv_bits,
             progress=progress,
         )
     record: dict[str, Any] = {
         "shape": shape.name,
         "quant": options.quant,
         "precision": target.precision,
+        "kv_bits": target.kv_bits,
         "isa": target.isa,
         **environment(),
     }
     out = sys.stderr if str(options.json) == "-" else sys.stdout
     print(f"{shape.name} {options.quant}, {target.weight_bytes / 1e6:.0f} MB a pass, {target.precision} activations, "
+          f"{target.kv_bits} bit keys and values, "
           f"{target.isa}, {_core.num_threads()} threads, random weights", file=out)  # fmt: skip
     if target.weight_bytes < 64 << 20:
         print(
@@ -142,7 +146,14 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.speculate:
         draft_shape = find_shape(options.draft_shape)
-        draft = random_model(draft_shape, options.quant, max_context=max(8192, context + 64), seed=1, isa=options.isa)
+        draft = random_model(
+            draft_shape,
+            options.quant,
+            max_context=max(8192, context + 64),
+            seed=1,
+            isa=options.isa,
+            kv_bits=options.kv_bits,
+        )
         with _bar("decoding") as progress:
             result = measure_speculation(
                 target, draft, gamma=options.gamma, acceptance=options.acceptance, tokens=options.tokens, context=context, progress=progress,

@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generates; with --compare twice."""
-    engine = Engine(resolve_config(typed_options(options)), options.precision, options.context)
+    engine = Engine(resolve_config(typed_options(options)), options.precision, options.context, kv_bits=options.kv_bits)
     set_threads(options.threads)
     prompt = _read_prompt(options)
     if not options.quiet:
