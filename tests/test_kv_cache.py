@@ -10,15 +10,24 @@ from tiny_models import native, random_decoder
 
 CONTEXT = 1400
 SEQUENCES = 10_000 if os.environ.get("SPECFAST_FULL") else 200
-WINDOWS = {"full": (None,), "window": (70,), "wide window": (300,), "some layers": (None, 9, 260)}
+KINDS = {
+    "full": {},
+    "full in bf16": {"precision": "bf16"},
+    "full in 8 bits": {"kv_bits": 8},
+    "window": {"windows": (70,)},
+    "wide window in bf16": {"windows": (300,), "precision": "bf16"},
+    "window in 8 bits": {"windows": (70,), "kv_bits": 8},
+    "windows of some layers": {"windows": (None, 9, 260)},
+    "windows of some layers in 8 bits": {"windows": (None, 9, 260), "kv_bits": 8},
+}
 
 
-def model_of(windows):
+def model_of(windows=(None,), **options):
     decoder = random_decoder(3, V=40, hidden=32, architecture="qwen3", layers=max(2, len(windows)), windows=windows)
-    return native(decoder, max_context=CONTEXT)
+    return native(decoder, max_context=CONTEXT, **options)
 
 
-MODELS = {name: model_of(windows) for name, windows in WINDOWS.items()}
+MODELS = {kind: model_of(**options) for kind, options in KINDS.items()}
 MODEL = MODELS["full"]
 ACTIONS = ("append", "append", "append", "commit", "commit", "rollback", "truncate", "end", "fail")
 
@@ -111,6 +120,21 @@ def test_memory_is_that_of_the_window():
     full = _core.Cache(MODEL)
     MODEL.prefill(full, np.zeros(CONTEXT, dtype=np.int32))
     assert full.nbytes == 6 * one.nbytes
+
+
+def test_8_bits_are_a_quarter_of_32_and_half_of_16():
+    decoder = random_decoder(3, head_dim=64)
+    position = {
+        (precision, bits): native(decoder, precision=precision, kv_bits=bits).kv_bytes_per_position
+        for precision in ("f32", "bf16")
+        for bits in (8, 16)
+    }
+    vectors = 2 * 2 * 2  # keys and values, layers, heads
+    assert position["f32", 16] == vectors * 64 * 4
+    assert position["bf16", 16] == vectors * 64 * 2
+    assert position["f32", 8] == position["bf16", 8] == vectors * (64 + 4)
+    with pytest.raises(_core.ShapeError, match="4 bits are not supported"):
+        native(decoder, kv_bits=4)
 
 
 def test_what_a_window_gave_up_cannot_come_back():

@@ -85,8 +85,9 @@ def test_a_mistral_directory_is_the_oracle(pair):
     assert np.abs(logits - forward(decoder, tokens)).max() > 0.01 * np.abs(exact).max()
 
 
-def test_text_far_beyond_the_window(pair):
-    engine = specfast.load(*pair)
+@pytest.mark.parametrize("kv_bits", [8, 16])
+def test_text_far_beyond_the_window(pair, kv_bits):
+    engine = specfast.load(*pair, kv_bits=kv_bits)
     plain = engine.generate("hello", max_tokens=600, temperature=0.0, disabled=True, ignore_eos=True)
     for gamma in (1, 5, 20):
         run = engine.generate("hello", max_tokens=600, temperature=0.0, gamma=gamma, ignore_eos=True)

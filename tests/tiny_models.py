@@ -66,7 +66,7 @@ def random_decoder(
     )
 
 
-def native(decoder, *, precision="f32", isa=None, max_context=512, packs=None):
+def native(decoder, *, precision="f32", isa=None, max_context=512, packs=None, kv_bits=16):
     """The same weights as a `_core.Model`: in float32, or as the matrices that `packs` has for the ids of arrays."""
 
     def floats(x):
@@ -98,6 +98,7 @@ def native(decoder, *, precision="f32", isa=None, max_context=512, packs=None):
         layers=[layer(w) for w in decoder.layers],
         precision=precision,
         isa=isa,
+        kv_bits=kv_bits,
     )
 
 

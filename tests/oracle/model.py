@@ -38,6 +38,7 @@ class Decoder:
 
     group_of: name of a matrix ("q", ..., "down", "head") to the size of its quantisation groups. The inputs of these
     matrices are rounded as int8 kernels round them; empty means exact activations.
+    int8_kv: keys and values are rounded as an 8-bit cache rounds them.
     """
 
     heads: int
@@ -49,6 +50,7 @@ class Decoder:
     layers: list[Layer]
     head: Array | None = None
     group_of: dict[str, int] = field(default_factory=dict)
+    int8_kv: bool = False
 
 
 def rmsnorm(x: Array, weight: Array, eps: float) -> Array:
@@ -78,12 +80,17 @@ def attend(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
     return np.einsum("hmn,nhd->mhd", weights / weights.sum(-1, keepdims=True), v)
 
 
-def round_to_int8(x: Array, group: int) -> Array:
-    """x (M, K) as int8 activations see it: per row and block of min(group, 64), scale max|x| / 127, ties to even."""
-    block = min(group, 64)
+def round_to_int8(x: Array, group: int, most: int = 64) -> Array:
+    """x (M, K) as int8 activations see it: per row and block of min(group, most), scale max|x| / 127, ties to even."""
+    block = min(group, most)
     blocks = x.reshape(len(x), -1, block)
     scale = np.abs(blocks).max(-1, keepdims=True) / 127
     return (np.rint(blocks / np.where(scale > 0, scale, 1)) * scale).reshape(x.shape)
+
+
+def round_vectors(x: Array) -> Array:
+    """x (M, heads, d) as an 8-bit cache keeps it: per vector, scale max|x| / 127, ties to even."""
+    return round_to_int8(x.reshape(len(x), -1), x.shape[-1], x.shape[-1]).reshape(x.shape)
 
 
 def dequantise(packed: ArrayLike, scales: ArrayLike, biases: ArrayLike, bits: int, group: int) -> Array:
@@ -111,7 +118,10 @@ def forward(model: Decoder, tokens: ArrayLike) -> Array:
         v = project(h, w.v, "v", w.v_bias).reshape(M, model.kv_heads, -1)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rmsnorm(q, w.q_norm, model.rms_eps), rmsnorm(k, w.k_norm, model.rms_eps)
-        attended = attend(rotate(q, model.inv_freq), rotate(k, model.inv_freq), v, w.window)
+        q, k = rotate(q, model.inv_freq), rotate(k, model.inv_freq)
+        if model.int8_kv:
+            k, v = round_vectors(k), round_vectors(v)
+        attended = attend(q, k, v, w.window)
         x = x + project(attended.reshape(M, -1), w.o, "o")
         h = rmsnorm(x, w.post_norm, model.rms_eps)
         gate = project(h, w.gate, "gate")
