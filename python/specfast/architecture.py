@@ -42,6 +42,7 @@ class ModelConfig:
     """A decoder's sizes. Everything is checked; the weights are still to be compared with it.
 
     `windows` has, for each layer, how many positions up to its own a row attends to; 0 is all.
+    `tied` says whether the embedding is the head too; None means that config.json leaves it to the weights.
     """
 
     model_type: str
@@ -54,7 +55,7 @@ class ModelConfig:
     vocab: int
     rms_eps: float
     max_context: int
-    tied: bool
+    tied: bool | None
     rope_inv_freq: tuple[float, ...]
     windows: tuple[int, ...]
     quantisation: Quantisation | None
@@ -194,14 +195,17 @@ def _quantisation(reader: _Reader) -> Quantisation | None:
     return Quantisation(bits, group, overrides)
 
 
-def _eos_ids(directory: Path, values: dict[str, Any]) -> tuple[int, ...]:
-    generation = directory / "generation_config.json"
-    found = read_json(generation).get("eos_token_id") if generation.is_file() else None
+def _eos_ids(directory: Path, values: dict[str, Any], vocab: int) -> tuple[int, ...]:
+    path = directory / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
     if found is None:
-        found = values.get("eos_token_id")
+        path, found = directory / "config.json", values.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ModelFormatError(f"{directory}: 'eos_token_id' is {found!r}, but must be token ids")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab for i in ids):
+        raise ModelFormatError(
+            f"{path}: 'eos_token_id' is {found!r}, but must be token ids from 0 to {vocab - 1} (vocab_size {vocab}), or no "
+            "text would end there; correct it, or take the file that belongs to the weights"
+        )
     return tuple(ids)
 
 
@@ -239,6 +243,10 @@ def read_config(directory: Path) -> ModelConfig:
         raise ModelFormatError(f"{path}: 'head_dim' is {head_dim}, but RoPE needs an even number")
     layers = reader.integer("num_hidden_layers", 1, 1024)
     max_context = reader.integer("max_position_embeddings", 1, 1 << 28, 2048)
+    tied = values.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise ModelFormatError(f"{path}: 'tie_word_embeddings' is {tied!r}, but must be true or false")
+    vocab = reader.integer("vocab_size", 1, 1 << 21)
     return ModelConfig(
         model_type=str(model_type),
         hidden=hidden,
@@ -247,12 +255,12 @@ def read_config(directory: Path) -> ModelConfig:
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=reader.integer("intermediate_size", 1, 1 << 20),
-        vocab=reader.integer("vocab_size", 1, 1 << 21),
+        vocab=vocab,
         rms_eps=reader.number(values, "rms_norm_eps", 0.0, 1.0, 1e-6),
         max_context=max_context,
-        tied=values.get("tie_word_embeddings") is True,
+        tied=tied,
         rope_inv_freq=tuple(_rope_inv_freq(reader, head_dim).tolist()),
         windows=_windows(reader, str(model_type), layers, max_context),
         quantisation=_quantisation(reader),
-        eos_ids=_eos_ids(directory, values),
+        eos_ids=_eos_ids(directory, values, vocab),
     )
