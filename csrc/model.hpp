@@ -34,7 +34,9 @@ struct Model {
   int32_t qkv_columns() const { return q_columns() + 2 * kv_columns(); }
   float attention_scale() const;
   /// Bytes of weights one forward pass streams, the head included.
-  size_t pass_bytes() const;
+  size_t pass_bytes() const { return pass_bytes(static_cast<int>(layers.size())); }
+  /// The same for a pass over the first `first_layers` layers.
+  size_t pass_bytes(int first_layers) const;
   /// Multiply-adds of the matmuls of one row.
   double row_macs() const;
   /// Throws ShapeError when a matrix or vector does not fit the sizes above.

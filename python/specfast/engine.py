@@ -6,11 +6,12 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from . import hub
+from . import _core, hub
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
-from .drafters import Drafter, ModelDrafter, NoDrafter
+from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter
+from .early_exit import Exit
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
 from .models import ModelPair, Notify, Resolve, print_notice
@@ -109,7 +110,7 @@ class Engine:
         pair, config = self._pair, self.config
         return {
             "model_family_compatibility": pair.compatibility if pair else "unknown",
-            "lossless": config.lossless or (pair is not None and pair.draft is None),
+            "lossless": config.lossless or (pair is not None and not pair.drafts),
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else (self._precision or "unknown"),
             "target_model": config.target_model,
@@ -161,7 +162,8 @@ class Engine:
             ContextFullError: a prompt that leaves no room in the context.
             NumericalError: logits that are not finite.
         """
-        models = sorted(set(request) & {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine"})
+        fixed = {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine", "early_exit"}
+        models = sorted(set(request) & fixed)
         if models:
             raise ConfigurationError(
                 f"{models[0]} cannot change with a request; use set_models or build another engine"
@@ -190,25 +192,48 @@ class Engine:
             frozenset() if ignore_eos else frozenset(pair.eos_ids),
             TextStream(StreamDecoder(pair.tokenizer, continues=True), stops),
         )
-        speculating = pair.draft is not None and not config.disabled
+        speculating = pair.drafts and not config.disabled
         exact = config.lenience <= 1 or law.temperature == 0 or not speculating
         if not exact:
             self._say_once(
                 f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
+        timed = seed is None or law.temperature == 0
+        target = NativeTarget(pair.target.model, law, config.lenience, sampling.seed, capacity)
         drafter: Drafter = NoDrafter()
         if pair.draft and speculating:
             drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity)
+        elif speculating:
+            drafter = self._early_exit(resolved, pair, target.cache, law, sampling.seed, timed=timed)
         return Generation(
             context,
-            NativeTarget(pair.target.model, law, config.lenience, sampling.seed, capacity),
+            target,
             drafter,
-            self._controller(resolved, timed=seed is None or law.temperature == 0),
+            self._controller(resolved, timed=timed),
             progress=progress,
             terms=Terms(sampling.seed, self._gamma(resolved)[0] if speculating else 0, exact, pair.target.precision),
             on_draft_failure=self._draft_failed,
             on_end=self.stats.add,
+        )
+
+    def _early_exit(
+        self, resolved: ResolvedConfig, pair: ModelPair, cache: _core.Cache, law: _core.Law, seed: int, *, timed: bool
+    ) -> Drafter:
+        said, ceiling = self._gamma(resolved)
+        adapts = said == "auto" and timed
+        gammas: Sequence[int] = (ceiling,)
+        if said == "auto":
+            gammas = range(1, ceiling + 1) if adapts else range(min(ceiling, 5) + 1)
+
+        def chosen(found: Exit) -> None:
+            where = f"after layer {found.layers} of {pair.target.model.layers}"
+            self._say_once(f"early exit {where}" if found.gamma else "no early exit pays here: plain decoding")
+
+        assert pair.early_exit is not None
+        model, layers = pair.target.model, pair.early_exit
+        return EarlyExitDrafter(
+            model, cache, law, seed, layers, gammas=gammas, adapts=adapts or layers != "auto", on_choice=chosen
         )
 
     def _draft_failed(self, error: Exception) -> None:
@@ -228,9 +253,11 @@ class Engine:
 
     @staticmethod
     def _gamma(resolved: ResolvedConfig) -> tuple[int | Literal["auto"], int]:
-        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling."""
+        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling, and
+        an automatic exit chooses it too."""
         gamma = resolved.config.gamma
-        if gamma == "auto":
+        unset = resolved.config.early_exit == "auto" and resolved.sources["gamma"] == "default"
+        if gamma == "auto" or unset:
             return "auto", 20
         return ("auto" if resolved.sources["gamma"] == "family" else gamma), gamma
 

@@ -13,7 +13,8 @@ from . import embedded
 from .chat import chat_template, render_chat
 from .checkpoint import LoadedModel, load_model
 from .compatibility import Status, compare_models
-from .config import SpeculativeConfig
+from .config import EarlyExit, SpeculativeConfig
+from .early_exit import require_exit
 from .errors import ConfigurationError, SpecfastError
 from .families import explain_suggestion, parameters, ranked_drafts, suggested_drafts
 from .tokenizer import Tokenizer
@@ -47,7 +48,8 @@ class ModelPair:
     """A target, its draft if there is one that fits, and their tokenizer.
 
     Attributes:
-        target, draft: the native models; no draft means plain decoding.
+        target, draft: the native models.
+        early_exit: how many of the target's first layers draft, or "auto"; there is no draft then.
         target_name, draft_name: what people call them.
         template: the target's chat template, if any.
         compatibility: "compatible", "incompatible" (then there is no draft) or "unknown" (nothing to compare).
@@ -57,6 +59,7 @@ class ModelPair:
 
     target: LoadedModel
     draft: LoadedModel | None
+    early_exit: EarlyExit
     target_name: str
     draft_name: str | None
     tokenizer: Tokenizer
@@ -64,6 +67,11 @@ class ModelPair:
     compatibility: Status
     vocab: int
     eos_ids: tuple[int, ...]
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is something to draft with; else decoding is plain."""
+        return self.draft is not None or self.early_exit is not None
 
     @classmethod
     def load(
@@ -81,9 +89,12 @@ class ModelPair:
 
         Raises:
             ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
+            ConfigurationError: an early exit the target does not have.
         """
         directory = embedded.path("target") if config.target_model is None else resolve(config.target_model)
         target = load_model(directory, precision=precision, isa=isa, max_context=max_context)
+        early_exit = None if config.disabled else config.early_exit
+        require_exit(early_exit, target.model.layers, _target_name(config))
         tokenizer = Tokenizer(directory)
         choice = choose_draft(config, directory, notify, resolve)
         draft = None
@@ -98,6 +109,7 @@ class ModelPair:
         return cls(
             target=target,
             draft=draft,
+            early_exit=early_exit,
             target_name=_target_name(config),
             draft_name=choice.name,
             tokenizer=tokenizer,
@@ -160,6 +172,9 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
     """The draft a configuration names or its family suggests, compared with the target's directory; says why there is none."""
     if config.disabled:
         return DraftChoice()
+    if config.early_exit is not None:
+        after = "a measured layer" if config.early_exit == "auto" else f"layer {config.early_exit}"
+        return DraftChoice("compatible", None, f"early exit after {after}")
     if config.target_model is None and config.draft_model is None:
         return DraftChoice("compatible", embedded.path("draft"), "embedded")
     name = _target_name(config)

@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(engine: Engine, prompt: str, options: argparse.Namespace) -> int:
-    if engine.pair.draft is None or engine.config.disabled:
-        raise ConfigurationError("--compare needs a draft that fits; give --draft-model or --auto-config")
+    if not engine.pair.drafts or engine.config.disabled:
+        raise ConfigurationError("--compare needs a draft that fits; give --draft-model, --auto-config or --early-exit")
     options.seed = secrets.randbits(32) if options.seed is None else options.seed
     runs: list[Result] = []
     cold = {"max_tokens": min(8, options.max_tokens)}  # the first run pays for cold weights
