@@ -19,7 +19,9 @@ DECODER = random_decoder(4, architecture="qwen3", **SIZES)
 
 
 def int8(architecture="qwen2"):
-    decoder, build = quantised(random_decoder(5, architecture=architecture, tied=False, **SIZES | {"hidden": 128}), 4, 64)
+    decoder, build = quantised(
+        random_decoder(5, architecture=architecture, tied=False, **SIZES | {"hidden": 128}), 4, 64
+    )
     return decoder, build("int8")
 
 

@@ -198,6 +198,7 @@ def test_a_draft_that_is_not_smaller_is_told(directories):
         ("x", {"stop": [""]}),
         ("x", {"rule": "block"}),
         ("x", {"draft_model": "other"}),
+        ("x", {"early_exit": 1}),
         ("x", {"gama": 3}),
         ([{"role": "user", "content": "x"}], {}),
     ],
@@ -351,7 +352,7 @@ def test_progress_may_interrupt_reading(engine):
 
 
 def test_unavailable_options_are_refused_when_the_engine_is_built():
-    for options in ({"target_engine": "mlx"}, {"rule": "coupled"}, {"early_exit": 2}):
+    for options in ({"target_engine": "mlx"}, {"rule": "coupled"}):
         with pytest.raises(ConfigurationError, match="not available"):
             specfast.load(**options)
     with pytest.raises(ConfigurationError, match="'speculative'"):

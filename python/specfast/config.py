@@ -231,7 +231,8 @@ class ResolvedConfig:
         for name, label in _SHOWN.items():
             value = values.get(name, getattr(self.config, name))
             text = f"{value:g}" if isinstance(value, float) else str(value)
-            shown.append(f"{label} {text} ({self.sources[name]})")
+            drafting = name == "draft_model" and self.config.early_exit is not None
+            shown.append(f"{label} {text} ({self.sources['early_exit' if drafting else name]})")
         shown += [
             f"{name} ({self.sources[name]})" for name in ("auto_config", "disabled") if getattr(self.config, name)
         ]

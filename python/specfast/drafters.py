@@ -97,6 +97,7 @@ class EarlyExitDrafter:
         self._proposal = _core.Proposal()
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
+        del progress  # nothing is read into the cache
         if self._layers is None and tokens:
             self._layers = self._choose(tokens)
 

@@ -41,7 +41,9 @@ def require_exit(early_exit: int | str | None, layers: int, name: str) -> None:
     if early_exit is None:
         return
     if layers < 2:
-        raise ConfigurationError(f"early_exit {early_exit}: {name} has 1 layer and no exit before it; give a draft model")
+        raise ConfigurationError(
+            f"early_exit {early_exit}: {name} has 1 layer and no exit before it; give a draft model"
+        )
     if early_exit != "auto" and not 1 <= int(early_exit) < layers:
         raise ConfigurationError(
             f"early_exit is {early_exit}, outside 1 to {layers - 1}: {name} has {layers} layers, and the last must verify; "

@@ -111,10 +111,10 @@ class ModelPair:
             draft=draft,
             early_exit=early_exit,
             target_name=_target_name(config),
-            draft_name=choice.name,
+            draft_name=choice.name if early_exit is None else f"early exit {early_exit}",
             tokenizer=tokenizer,
             template=chat_template(directory, tokenizer),
-            compatibility=choice.status,
+            compatibility=choice.status if early_exit is None else "compatible",
             vocab=min(tokenizer.vocab, target.config.vocab),
             eos_ids=tuple(sorted({*target.config.eos_ids, *(() if end is None else (end,))})),
         )
@@ -170,11 +170,8 @@ def _draft_precision(precision: str | None) -> str | None:
 
 def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolve: Resolve) -> DraftChoice:
     """The draft a configuration names or its family suggests, compared with the target's directory; says why there is none."""
-    if config.disabled:
+    if config.disabled or config.early_exit is not None:
         return DraftChoice()
-    if config.early_exit is not None:
-        after = "a measured layer" if config.early_exit == "auto" else f"layer {config.early_exit}"
-        return DraftChoice("compatible", None, f"early exit after {after}")
     if config.target_model is None and config.draft_model is None:
         return DraftChoice("compatible", embedded.path("draft"), "embedded")
     name = _target_name(config)
