@@ -35,8 +35,8 @@ def acceptance() -> None:
     for name in HELD_OUT.read_text().split():
         tokens = tokenizer.encode((library / name).read_text(encoding="utf-8", errors="replace"))
         window = np.asarray(tokens[:WINDOW], dtype=np.int32)
-        for total, law in zip(totals, (GREEDY, _core.Law()), strict=True):
-            total += len(window) * model.exit_acceptance(_core.Cache(model), window, exits, law)
+        for i, law in enumerate((GREEDY, _core.Law())):
+            totals[i] += len(window) * model.exit_acceptance(_core.Cache(model), window, exits, law)
         rows += len(window)
     print(f"{rows} rows of held-out text")
     for layers, greedy, sampled in zip(exits.tolist(), *totals / rows, strict=True):

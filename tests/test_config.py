@@ -102,6 +102,7 @@ def test_early_exit_takes_a_layer_or_auto_and_no_draft_besides():
     assert [SpeculativeConfig(early_exit=value).early_exit for value in (None, 1, 90, "auto")] == [None, 1, 90, "auto"]
     with pytest.raises(ConfigurationError, match=r"early_exit 3 and draft_model llama-3.2-1b are two ways"):
         SpeculativeConfig(target_model="llama-3.1-8b", draft_model="llama-3.2-1b", early_exit=3)
+    assert SpeculativeConfig(draft_model="none", early_exit=3).early_exit == 3
     typed = {"target_model": "llama-3.1-8b", "auto_config": True, "early_exit": "auto"}
     line = resolve_config(typed).describe(draft_model="early exit auto")
     assert "draft early exit auto (typed)" in line

@@ -269,13 +269,27 @@ class Cache:
 
 def build_info() -> dict[str, object]:
     """
-    Version, compiled and supported instruction sets, kernels by name, the selected ones, threads.
+    Version, compiled and supported instruction sets, kernels by name, the selected ones, threads. Where SPECFAST_ISA names no usable table, `isa` is None and `isa_problem` says why.
     """
 
 def set_num_threads(threads: int) -> None:
-    """Threads of every native call; results do not depend on it."""
+    """
+    Threads of every native call, 1 to 256; results do not depend on it. More than usable_cpus() makes calls slow.
+    """
 
-def num_threads() -> int: ...
+def num_threads() -> int:
+    """Threads asked for: set, else one per core."""
+
+def start_threads() -> int:
+    """
+    Starts the threads if they are not there yet; how many there are, which is fewer than num_threads() where the system
+    starts no more. Calls run on those, with the same results.
+    """
+
+def usable_cpus() -> int:
+    """
+    Hardware threads this process may use: its affinity, cut by the cgroup's quota.
+    """
 
 def peak_dot(kind: str, isa: str | None = None, milliseconds: float = 50.0) -> float:
     """

@@ -16,6 +16,7 @@ EarlyExit = int | Literal["auto"] | None
 Source = Literal["request", "typed", "host", "family", "default"]
 ENGINES = ("mlx", "tinygrad", "native")
 RULES = ("token", "block", "coupled")
+NO_DRAFT: Final = "none"
 
 
 class _Unset:
@@ -87,6 +88,11 @@ def _name(value: Any) -> str | None:
     return value
 
 
+def _draft_name(value: Any) -> str | None:
+    name = _name(value)
+    return NO_DRAFT if name is not None and name.lower() == NO_DRAFT else name
+
+
 def _flag(name: str) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         if not isinstance(value, bool):
@@ -98,7 +104,7 @@ def _flag(name: str) -> Callable[[Any], bool]:
 
 _CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "target_model": _name,
-    "draft_model": _name,
+    "draft_model": _draft_name,
     "auto_config": _flag("auto_config"),
     "target_engine": _choice("target_engine", ENGINES),
     "draft_engine": _choice("draft_engine", ENGINES),
@@ -127,7 +133,8 @@ class SpeculativeConfig:
 
     Attributes:
         target_model: directory, repo id or short name; None is the embedded pair's target.
-        draft_model: the same for the draft; None means a suggestion (auto_config) or plain decoding.
+        draft_model: the same for the draft; "none" is no draft, whatever else is given. None means the embedded draft for
+            the embedded target, else a suggestion (auto_config) or plain decoding.
         auto_config: take draft and options from the target's family.
         target_engine, draft_engine: "mlx", "tinygrad" or "native"; None chooses (draft: as the target).
         gamma: tokens drafted per round, 1 to 20, or "auto".
@@ -158,7 +165,7 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(getattr(self, name)))
-        if self.early_exit is not None and self.draft_model is not None:
+        if self.early_exit is not None and self.draft_model not in (None, NO_DRAFT):
             raise ConfigurationError(
                 f"early_exit {self.early_exit} and draft_model {self.draft_model} are two ways to draft; give one of them"
             )

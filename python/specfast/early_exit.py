@@ -32,14 +32,12 @@ class Exit(NamedTuple):
     speedup: float
 
 
-def require_exit(early_exit: int | str | None, layers: int, name: str) -> None:
+def require_exit(early_exit: int | str, layers: int, name: str) -> None:
     """Checks that a target has such an exit.
 
     Raises:
         ConfigurationError: it has not; names the layers there are.
     """
-    if early_exit is None:
-        return
     if layers < 2:
         raise ConfigurationError(
             f"early_exit {early_exit}: {name} has 1 layer and no exit before it; give a draft model"

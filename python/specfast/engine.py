@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from . import _core, hub
+from .checkpoint import check_isa
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
@@ -14,7 +15,7 @@ from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter
 from .early_exit import Exit
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
-from .models import ModelPair, Notify, Resolve, print_notice
+from .models import EMPTY_PROMPT, ModelPair, Notify, Resolve, print_notice
 from .sampling import SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
@@ -37,7 +38,7 @@ class Engine:
         resolve: finds a model's directory by its name; None is `hub.resolve`.
 
     Raises:
-        ConfigurationError: something this version cannot do.
+        ConfigurationError: something this version cannot do, a context below 1, or a kernel table that cannot be used.
     """
 
     def __init__(
@@ -51,6 +52,11 @@ class Engine:
     ) -> None:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
+        check_isa(isa)
+        if max_context is not None and max_context < 1:
+            raise ConfigurationError(
+                f"a context of {max_context} is too small; give at least 1, or none for the model's"
+            )
         self.stats = SpeculationStats()
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
         self._resolve = resolve or hub.resolve
@@ -74,7 +80,14 @@ class Engine:
         return self._pair
 
     def _load(self, config: SpeculativeConfig) -> ModelPair:
-        return ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        pair = ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        asked, started = _core.num_threads(), _core.start_threads()
+        if started < asked:
+            self._say_once(
+                f"the system started {started} of {asked} threads, which do all the work: the same results, more slowly. "
+                "Raise its limits on processes and memory (ulimit -u, ulimit -v), or ask for fewer threads"
+            )
+        return pair
 
     def describe(self) -> str:
         """One line with every effective value and where it came from; loads the models."""
@@ -160,6 +173,7 @@ class Engine:
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
             ContextFullError: a prompt that leaves no room in the context.
+            ModelFormatError: a file of the models was written in place since they were loaded.
             NumericalError: logits that are not finite.
         """
         fixed = {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine", "early_exit"}
@@ -175,8 +189,15 @@ class Engine:
             raise ConfigurationError(f"max_tokens is {max_tokens!r}, but must be a whole number, at least 1")
         sampling = self._sampling(resolved, top_k, top_p, min_p, secrets.randbits(53) if seed is None else seed)
         stops = StopStrings(stop)
+        if len(prompt) == 0:
+            raise ConfigurationError(EMPTY_PROMPT)
+        if system and (raw or not isinstance(prompt, str)):
+            raise ConfigurationError(
+                "a system message needs a text prompt, and a chat template to put both in; leave raw out"
+            )
 
         pair = self.pair
+        pair.require_unchanged()
         tokens = pair.encode(prompt, raw=raw, system=system)
         capacity = pair.target.model.max_context
         if len(tokens) >= capacity:

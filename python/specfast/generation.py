@@ -20,10 +20,13 @@ def rounds(
     """Speculative decoding (Leviathan et al. 2022, Alg. 1, arXiv:2211.17192): yields what each round keeps.
 
     The context is the truth, the caches follow it: whatever of its tokens a cache lacks is read in the next round.
+
+    A round drafts up to `room` tokens, one more than its own last token leaves room for: cut to room - 1, the last round would
+    draw that token where a longer text checks a drafted one, and a seed's text would depend on max_tokens.
     """
     while not context.done:
         start = time.perf_counter()
-        proposal = drafter.propose(context, min(controller.gamma, context.room - 1))
+        proposal = drafter.propose(context, min(controller.gamma, context.room))
         drafted = time.perf_counter()
         verdict = target.verify(context, proposal)
         verified = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import hub
 from ..cli.options import add_speculation, typed_options
-from ..config import UNSET, ResolvedConfig, resolve_config
+from ..config import NO_DRAFT, UNSET, ResolvedConfig, resolve_config
 from ..early_exit import require_exit
 from ..errors import ConfigurationError
 
@@ -126,7 +126,7 @@ def _check(parser: argparse.ArgumentParser, found: argparse.Namespace, registry:
     try:
         config = without_engines(_command_line.resolve()).config
         config.require_available()
-        if target is not None:
+        if target is not None and config.early_exit is not None and not config.disabled:
             require_exit(config.early_exit, registry[target]["layers"], target)
     except ConfigurationError as error:
         parser.error(str(error))
@@ -136,7 +136,13 @@ def unknown_model(registry: Registry, target: str | None, draft: str | None) -> 
     """What is wrong with the names of a pair: exo must know a target; a draft may also be a repo id or a directory."""
     if target is not None and target not in registry:
         return f"the target {_unknown(target, registry)}"
-    if draft is None or draft in registry or hub.repository(draft) is not None or Path(draft).is_dir():
+    if (
+        draft is None
+        or draft.lower() == NO_DRAFT
+        or draft in registry
+        or hub.repository(draft) is not None
+        or Path(draft).is_dir()
+    ):
         return None
     return f"the draft {_unknown(draft, registry)}, nor a repo id (org/name) or a directory"
 
