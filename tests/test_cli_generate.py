@@ -184,6 +184,16 @@ USAGE = {
 }
 
 
+def test_the_targets_first_layers_draft(run, pair):
+    for layers in ("1", "auto"):
+        arguments = ("--model", pair[0], "--early-exit", layers, "--temperature", "0", "--max-tokens", "20", "--json")
+        code, out, err = run("generate", "--prompt", "def main", "--compare", *arguments, models=False)
+        assert code == 0
+        assert "identical: yes" in out
+        assert f"draft early exit {layers} (typed)" in err
+        assert as_json(out)["config"]["early_exit"] == {"value": layers if layers == "auto" else 1, "source": "typed"}
+
+
 @pytest.mark.parametrize("arguments", USAGE.values(), ids=list(USAGE))
 def test_usage_errors_exit_with_2_on_stderr_before_anything_is_loaded(run, pair, monkeypatch, arguments):
     monkeypatch.setattr("specfast.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))

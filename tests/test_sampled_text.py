@@ -49,14 +49,15 @@ def text_law(target, options):
 
 
 class Writer:
-    """Writes texts round by round, as the engine does."""
+    """Writes texts round by round, as the engine does; with early_exit the target drafts with so many of its layers."""
 
-    def __init__(self, pair, options, *, gamma=2, lenience=1.0, with_q=True):
+    def __init__(self, pair, options, *, gamma=2, lenience=1.0, with_q=True, early_exit=0):
         self.target, self.draft = (native(decoder) for decoder in pair)
         self.caches = [_core.Cache(model) for model in (self.target, self.draft)]
         self.target.prefill(self.caches[0], PROMPT[:-1])
         self.draft.prefill(self.caches[1], PROMPT[:-1])
         self.law, self.gamma, self.lenience, self.with_q = _core.Law(**options), gamma, lenience, with_q
+        self.early_exit = early_exit
         self.kept = self.drafted = 0
 
     def text(self, seed, round_of=lambda number: number):
@@ -67,13 +68,16 @@ class Writer:
         text, proposal = [], _core.Proposal()
         for number in itertools.count():
             key = round_of(number)
-            self.draft.draft(draft_kv, draft_pending, self.gamma, self.law, seed, key, proposal)
+            if self.early_exit:
+                self.target.draft_early(kv, pending, self.gamma, self.early_exit, self.law, seed, key, proposal)
+            else:
+                self.draft.draft(draft_kv, draft_pending, self.gamma, self.law, seed, key, proposal)
             tokens = proposal.tokens
             if not self.with_q:
                 proposal.set_tokens(tokens)
             verdict = self.target.verify(kv, pending, proposal, self.law, self.lenience, seed, key)
             kv.commit(len(pending) + verdict.tau)
-            draft_kv.commit(min(verdict.tau, self.gamma - 1))
+            draft_kv.commit(min(verdict.tau, draft_kv.provisional))
             self.kept += verdict.tau
             self.drafted += self.gamma
             text += [*tokens[: verdict.tau].tolist(), verdict.next_token]
@@ -96,6 +100,13 @@ def test_sampled_text_follows_the_target(pair, options, gamma):
     writer = Writer(pair, options, gamma=gamma)
     assert excess(writer.counts(TEXTS), text_law(pair[0], options)) < 1
     assert 0.2 < writer.kept / writer.drafted < 0.99
+
+
+@pytest.mark.parametrize("options", LAWS.values(), ids=list(LAWS))
+def test_text_drafted_by_the_targets_first_layer_follows_the_target(pair, options):
+    writer = Writer(pair, options, early_exit=1)
+    assert excess(writer.counts(TEXTS), text_law(pair[0], options)) < 1
+    assert 0.05 < writer.kept / writer.drafted < 0.99
 
 
 def test_drafted_tokens_without_a_law_follow_the_target(pair):

@@ -135,7 +135,8 @@ class Model:
     """
     A decoder's weights, used in place, bound to the kernels of one instruction set and one precision.
 
-    pack gives quantised matrices a second copy in the order the kernels stream, where they have one (int8 on AVX-512);
+    pack gives quantised and bf16 matrices a second copy in the order the kernels stream, where they have one (AVX-512, at
+    precision int8 and bf16);
     False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, whose
     memory is given back once packed. Results of a row are the same bits for any
     number of rows and threads, packed or not.
