@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import specfast
 from specfast import ConfigurationError, _core
-from specfast.early_exit import MOST_EXITS, candidate_exits, choose_exit, measure_acceptance
+from specfast.early_exit import MOST_EXITS, MOST_ROWS, candidate_exits, choose_exit, measure_acceptance
 from specfast.errors import NumericalError
 from tiny_directories import byte_level, write_model, write_pair, write_tokenizer
 from tiny_models import native, random_decoder
@@ -99,7 +99,7 @@ def test_the_measured_exit_has_the_most_expected_tokens_per_cost():
     model = native(deep(5))
     text = list(range(100))
     acceptance = measure_acceptance(model, text, GREEDY, candidate_exits(4))
-    assert acceptance == measure_acceptance(model, text[-64:], GREEDY, candidate_exits(4))
+    assert acceptance == measure_acceptance(model, text[-MOST_ROWS:], GREEDY, candidate_exits(4))
     assert sorted(acceptance) == [1, 2, 3]
     assert choose_exit(model, {1: 0.5, 2: 0.5, 3: 0.5}, (5,)).layers == 1  # equal chances: the cheapest
     assert choose_exit(model, {1: 0.0, 2: 1.0, 3: 1.0}, (5,)).layers == 2

@@ -11,7 +11,7 @@ from . import _core
 from .errors import ConfigurationError
 from .stats import expected_tokens
 
-MOST_ROWS, FEWEST_ROWS = 64, 16  # whose acceptance is measured
+MOST_ROWS, FEWEST_ROWS = 32, 16  # whose acceptance is measured
 MOST_EXITS = 8
 ROW_COST = 0.05  # of one more checked row, in passes of the target
 
