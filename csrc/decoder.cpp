@@ -2,8 +2,10 @@
 #include "decoder.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "attend_rows.hpp"
+#include "couple_tokens.hpp"
 #include "errors.hpp"
 #include "random.hpp"
 #include "regions.hpp"
@@ -35,9 +37,7 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
     work_.scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
     work_.best.resize(static_cast<size_t>(threads) * kTileRows);
   };
-  // Barriers of a pass this short cost more on a busy machine than its threads gain.
-  const bool alone = small_ && !pool.size_was_set();
-  pool.run(alone, prepare, [&](const Team& team) {
+  pool.run(alone(), prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
     if (tile.tokens) embed_rows(pass);
     for (int layer = tile.first_layer; layer < tile.last_layer; layer++) {
@@ -51,6 +51,11 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
     if (first_logits_row < tile.M) logits_rows(pass, first_logits_row, limit, logits, best);
   });
   layer_rows_ += int64_t{tile.M} * (tile.last_layer - tile.first_layer);
+}
+
+bool Sequence::alone() const {
+  // Barriers of a pass this short cost more on a busy machine than its threads gain.
+  return small_ && !ThreadPool::instance().size_was_set();
 }
 
 void Sequence::run(const Stretch& s) {
@@ -122,15 +127,26 @@ void Sequence::require_finite(int32_t rows) const {
   }
 }
 
+void Sequence::adjust(Adjustments& adjustments, const Proposal& proposal, int32_t limit) {
+  adjustments.restart();
+  for (int32_t m = 0; m <= proposal.gamma(); m++) {
+    float* x = work_.logits.data() + static_cast<size_t>(m) * static_cast<size_t>(model_->vocab);
+    adjustments.edit(model_->kernels->law, x, limit, proposal.tokens.data(), m, &best_[static_cast<size_t>(m)]);
+    if (m == proposal.gamma()) return;
+    const int32_t drafted = proposal.tokens[static_cast<size_t>(m)];
+    // Rows after a token that may not follow decide nothing, and a mask need not know what comes after it.
+    if (drafted >= limit || x[drafted] == -std::numeric_limits<float>::infinity()) return;
+  }
+}
+
 int32_t Sequence::draw(const Law& law, double u, float* q) {
-  ThreadPool& pool = ThreadPool::instance();
   VerifyScratch& scratch = work_.verify;
   const auto prepare = [&](int threads) { scratch.reserve(threads, model_->vocab, law); };
   int32_t token = -1;
-  const bool alone = !law.plain(model_->vocab) || (small_ && !pool.size_was_set());
-  pool.run(alone, prepare, [&](const Team& team) {
+  const bool one_thread = !law.plain(model_->vocab) || alone();
+  ThreadPool::instance().run(one_thread, prepare, [&](const Team& team) {
     const int32_t drawn = draw_row(model_->kernels->law, team, work_.logits.data(), model_->vocab, best_[0].value, law,
-                                   u, q, scratch.threads[static_cast<size_t>(team.id)], scratch.shared);
+                                   u, q, scratch.laws[static_cast<size_t>(team.id)], scratch.shared);
     if (team.id == 0) token = drawn;
   });
   return token;
@@ -138,18 +154,34 @@ int32_t Sequence::draw(const Law& law, double u, float* q) {
 
 template <class Read>
 void Sequence::draft_with(const Read& read, const int32_t* pending, int64_t count, int32_t gamma, const Law& law,
-                          uint64_t seed, uint64_t round, Proposal& proposal) {
+                          uint64_t seed, uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
   const size_t vocab = static_cast<size_t>(model_->vocab);
+  const int32_t limit = law.limit(model_->vocab);
+  const int64_t length = cache_.length();
+  const bool coupled = rule == Rule::coupled;
   try {
     proposal.tokens.assign(static_cast<size_t>(gamma), -1);
     proposal.vocab = model_->vocab;
-    proposal.q.resize(law.greedy() ? 0 : static_cast<size_t>(gamma) * vocab);
+    proposal.q.resize(law.greedy() || coupled ? 0 : static_cast<size_t>(gamma) * vocab);
     read(pending, count, gamma > 0 ? 1 : 0);
+    if (adjustments) adjustments->restart();
     for (int32_t i = 0; i < gamma; i++) {
       if (i > 0) read(&proposal.tokens[static_cast<size_t>(i - 1)], 1, 1);
       require_finite(1);
+      if (adjustments) {
+        adjustments->edit(model_->kernels->law, work_.logits.data(), limit, proposal.tokens.data(), i, best_.data());
+        if (status_of(best_[0].value) != LawStatus::ok) {
+          proposal.tokens.resize(static_cast<size_t>(i));
+          break;
+        }
+      }
       int32_t token = best_[0].index;
-      if (!law.greedy()) {
+      if (!law.greedy() && coupled) {
+        const uint64_t position = static_cast<uint64_t>(length + count + i);
+        token = couple_logits(model_->kernels->law, alone(), work_.logits.data(), model_->vocab, best_.data(), law,
+                              nullptr, 0, seed, position, work_.verify)
+                    .next_token;
+      } else if (!law.greedy()) {
         const double u = uniform(seed, round, static_cast<uint32_t>(i), Purpose::draft);
         token = draw(law, u, proposal.q.data() + static_cast<size_t>(i) * vocab);
       }
@@ -162,7 +194,7 @@ void Sequence::draft_with(const Read& read, const int32_t* pending, int64_t coun
 }
 
 void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed,
-                     uint64_t round, Proposal& proposal) {
+                     uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
   const int32_t limit = law.limit(model_->vocab);
   const int64_t length = cache_.length();
   const int64_t needed = length + count + std::max(gamma - 1, 0);
@@ -174,7 +206,7 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
     if (cache_.length() == length) cache_.commit(n);
   };
   try {
-    draft_with(read, pending, count, gamma, law, seed, round, proposal);
+    draft_with(read, pending, count, gamma, law, seed, round, proposal, rule, adjustments);
   } catch (...) {
     cache_.truncate(length);
     throw;
@@ -182,7 +214,7 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
 }
 
 void Sequence::draft_early(const int32_t* pending, int64_t count, int32_t gamma, int32_t exit, const Law& law,
-                           uint64_t seed, uint64_t round, Proposal& proposal) {
+                           uint64_t seed, uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
   require_tokens(pending, count);
   const int32_t limit = law.limit(model_->vocab);
   const size_t hidden = static_cast<size_t>(model_->hidden);
@@ -200,7 +232,7 @@ void Sequence::draft_early(const int32_t* pending, int64_t count, int32_t gamma,
     early_.position = cache_.length();
     early_.tokens.clear();
     early_.x.resize(std::max(early_.x.size(), static_cast<size_t>(count + gamma) * hidden));
-    draft_with(read, pending, count, gamma, law, seed, round, proposal);
+    draft_with(read, pending, count, gamma, law, seed, round, proposal, rule, adjustments);
   } catch (...) {
     cache_.drop_to(0);
     throw;
@@ -210,27 +242,37 @@ void Sequence::draft_early(const int32_t* pending, int64_t count, int32_t gamma,
 }
 
 Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law,
-                         double lenience, uint64_t seed, uint64_t round) {
+                         double lenience, uint64_t seed, uint64_t round, Rule rule, Adjustments* adjustments) {
   const int32_t gamma = proposal.gamma();
-  const int64_t before = cache_.provisional();
+  const int64_t before = cache_.provisional(), position = cache_.length() + before + count;
   std::vector<int32_t> tokens(pending, pending + count);
   tokens.insert(tokens.end(), proposal.tokens.begin(), proposal.tokens.end());
   forward(tokens.data(), static_cast<int64_t>(tokens.size()), gamma + 1, law.limit(model_->vocab));
   try {
     require_finite(gamma + 1);
+    if (adjustments) adjust(*adjustments, proposal, law.limit(model_->vocab));
     if (law.greedy()) {
       std::vector<int32_t> best;
       for (const RowMax& row : best_) best.push_back(row.index);
-      return verify_greedy(best.data(), proposal.tokens.data(), gamma);
+      const Verdict verdict = verify_greedy(best.data(), proposal.tokens.data(), gamma);
+      require_ok(status_of(best_[static_cast<size_t>(verdict.tau)].value), verdict.tau);
+      return verdict;
     }
+    const LawLoops& loops = model_->kernels->law;
+    const float *logits = work_.logits.data(), *q = proposal.q.empty() ? nullptr : proposal.q.data();
+    const int32_t *drafted = proposal.tokens.data(), V = model_->vocab;
+    if (rule == Rule::coupled)
+      return couple_logits(loops, alone(), logits, V, best_.data(), law, drafted, gamma, seed,
+                           static_cast<uint64_t>(position), work_.verify);
     std::vector<double> u(static_cast<size_t>(gamma) + 1);
     for (int32_t i = 0; i < gamma; i++)
       u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
     u.back() = uniform(seed, round, 0, Purpose::residual);  // one a round, the same draw whatever gamma is
-    const bool alone = small_ && !ThreadPool::instance().size_was_set();
-    return verify_logits(model_->kernels->law, alone, work_.logits.data(), model_->vocab, best_.data(), law,
-                         proposal.q.empty() ? nullptr : proposal.q.data(), proposal.vocab, proposal.tokens.data(),
-                         gamma, u.data(), lenience, work_.verify);
+    if (rule == Rule::block && q)
+      return verify_logits_block(loops, alone(), logits, V, best_.data(), law, q, proposal.vocab, drafted, gamma,
+                                 u.data(), work_.verify);
+    return verify_logits(loops, alone(), logits, V, best_.data(), law, q, proposal.vocab, drafted, gamma, u.data(),
+                         lenience, work_.verify);
   } catch (...) {
     cache_.drop_to(before);
     throw;

@@ -90,7 +90,7 @@ def test_auto_without_a_typed_gamma_decodes_plainly_where_no_exit_pays(tmp_path)
     write_model(tmp_path, deep(3, matter=(9.0, 9.0, 9.0)))
     write_tokenizer(tmp_path, byte_level())
     told = []
-    run = generate(tmp_path, load={"early_exit": "auto"}, notify=told.append, temperature=0.9, top_k=0, seed=1)
+    run = generate(tmp_path, load={"early_exit": "auto"}, notify=told.append, temperature=0.9, top_k=0, seed=1, rule="token")
     assert run.stats.drafted == 0
     assert told[-1] == "no early exit pays here: plain decoding"
 

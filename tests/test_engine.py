@@ -68,7 +68,7 @@ def test_every_way_to_be_greedy_is_greedy(engine, options):
 
 def test_the_threshold_keeps_its_share_and_a_typed_count_replaces_it(directories):
     def law(options, **request):
-        return specfast.load(*directories, **options).stream("x", **request)._target._law
+        return specfast.load(*directories, **options).stream("x", **request)._target.law
 
     assert law({}).top_k == 32  # ceil(0.1 * 320)
     assert law({}, top_k=5).top_k == 5
@@ -76,8 +76,8 @@ def test_the_threshold_keeps_its_share_and_a_typed_count_replaces_it(directories
     assert law({"top_k_threshold": 0.5}, top_k=200).top_k == 160  # both given: both hold
     assert law({"top_k_threshold": 0.5}, top_k=7).top_k == 7
     stream = specfast.load(*directories).stream("x", top_p=0.5, min_p=0.1, temperature=0.5)
-    assert stream._drafter._drafter._law is stream._target._law  # one law for p and q
-    assert (stream._target._law.top_p, stream._target._law.temperature) == (0.5, 0.5)
+    assert stream._drafter._drafter._law is stream._target.law  # one law for p and q
+    assert (stream._target.law.top_p, stream._target.law.temperature) == (0.5, 0.5)
 
 
 def test_chunks_join_to_the_text_and_the_tokens(engine):
@@ -208,7 +208,8 @@ def test_a_draft_that_is_not_smaller_is_told(directories):
         ("x", {"top_p": float("nan")}),
         ("x", {"top_p": None}),
         ("x", {"stop": [""]}),
-        ("x", {"rule": "block"}),
+        ("x", {"rule": "block", "lenience": 1.1}),
+        ("x", {"rule": "coupled", "lenience": 0.9}),
         ("x", {"draft_model": "other"}),
         ("x", {"early_exit": 1}),
         ("x", {"gama": 3}),
@@ -303,10 +304,29 @@ def test_automatic_gamma_measures_and_with_a_seed_does_not(directories):
     assert greedy.terms.gamma == "auto"
     assert greedy.token_ids == tokens(engine, max_tokens=60, disabled=True, ignore_eos=True)
     assert told == []
-    texts = {tuple(engine.generate("def main", max_tokens=40, seed=3).token_ids) for _ in range(5)}
-    assert len(texts) == 1
-    assert len(told) == 1
-    assert "seed" in told[0]
+    for options in ({}, {"rule": "token"}, {"lenience": 0.9}):
+        runs = [engine.generate("def main", max_tokens=40, seed=3, **options) for _ in range(5)]
+        assert len({tuple(run.token_ids) for run in runs}) == 1
+        assert runs[0].terms.rule == ("token" if options else "coupled")
+        assert ["seed" in line for line in told] == ([True] if options else [])
+    assert engine.generate("def main", max_tokens=4).terms.rule == "block"
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_a_seeds_shorter_text_is_the_beginning_of_a_longer_one(directories, rule):
+    engine = specfast.load(*directories, gamma=5, rule=rule)
+    whole = tokens(engine, max_tokens=30, seed=2, ignore_eos=True)
+    for count in range(1, 30):
+        assert tokens(engine, max_tokens=count, seed=2, ignore_eos=True) == whole[:count]
+
+
+def test_the_coupled_rule_is_chosen_for_a_seed_whether_or_not_there_is_a_draft(directories):
+    engine = specfast.load(*directories, gamma="auto")
+    runs = [engine.generate("def main", max_tokens=40, seed=3, ignore_eos=True, **o) for o in ({}, {"disabled": True})]
+    assert runs[0].token_ids == runs[1].token_ids
+    assert "rule coupled" in engine.describe(seeded=True)
+    assert "rule block" in engine.describe()
+    assert engine.get_speculation_stats()["rule"] == "block"
 
 
 def test_new_models_apply_to_the_next_request(directories, tmp_path):
@@ -364,7 +384,7 @@ def test_progress_may_interrupt_reading(engine):
 
 
 def test_unavailable_options_are_refused_when_the_engine_is_built():
-    for options in ({"target_engine": "mlx"}, {"rule": "coupled"}):
+    for options in ({"target_engine": "mlx"}, {"draft_engine": "tinygrad"}):
         with pytest.raises(ConfigurationError, match="not available"):
             specfast.load(**options)
     with pytest.raises(ConfigurationError, match="'speculative'"):

@@ -115,7 +115,7 @@ def test_values_beside_the_range(start, value):
             ["--speculative-early-exit", "3", "--speculative-draft-model", DRAFT],
             ["early_exit 3", f"draft_model {DRAFT}", "two ways"],
         ),
-        (["--speculative-rule", "coupled"], ["coupled", "not available"]),
+        (["--speculative-rule", "coupled", "--speculative-lenience", "1.1"], ["coupled", "lenience 1"]),
         (["run", TARGET, "--speculative-target-model", OTHER], [TARGET, OTHER, "different models"]),
         (["--run-model", TARGET, "--speculative-target-model", OTHER], [TARGET, OTHER, "different models"]),
         (["--speculative-target-model", "llama-3.1-8"], ["--speculative-target-model", "'llama-3.1-8'", TARGET]),

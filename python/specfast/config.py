@@ -143,7 +143,8 @@ class SpeculativeConfig:
         lenience: 0.5 to 2.0; a drafted token is accepted with min(1, lenience p / q). Above 1 the law changes.
         early_exit: draft with this many of the target's first layers, or "auto"; None does not. There is no other draft then.
         disabled: plain decoding; no draft is fetched or loaded.
-        rule: how drafted tokens are accepted, "token", "block" or "coupled"; None is the best one there is.
+        rule: how drafted tokens are accepted, "token", "block" or "coupled" (see docs/lossless.md); None is block, or token
+            where lenience is not 1. Block and coupled need lenience 1, unless greedy.
 
     Raises:
         ConfigurationError: a value outside its range, with the limit and the remedy; early_exit and a draft_model.
@@ -169,11 +170,22 @@ class SpeculativeConfig:
             raise ConfigurationError(
                 f"early_exit {self.early_exit} and draft_model {self.draft_model} are two ways to draft; give one of them"
             )
+        if self.rule in ("block", "coupled") and self.lenience != 1.0 and not self.greedy:
+            raise ConfigurationError(
+                f"the {self.rule} rule takes lenience 1, not {self.lenience:g}; give lenience 1, or the token rule"
+            )
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token always follows."""
         return self.temperature == 0.0 or self.top_k_threshold == 1.0
+
+    @property
+    def effective_rule(self) -> str:
+        """The rule that accepts drafted tokens: "greedy", or the one asked for, or the one chosen."""
+        if self.greedy:
+            return "greedy"
+        return self.rule or ("block" if self.lenience == 1.0 else "token")
 
     @property
     def lossless(self) -> bool:
@@ -192,10 +204,6 @@ class SpeculativeConfig:
                     f"{name} {getattr(self, name)!r} is not available in this version; leave it out or use 'native', "
                     "which reads the same checkpoints"
                 )
-        if self.rule not in (None, "token"):
-            raise ConfigurationError(
-                f"the {self.rule} rule is not available in this version; leave it out or use 'token'"
-            )
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))

@@ -16,7 +16,7 @@ from .early_exit import Exit
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
 from .models import EMPTY_PROMPT, ModelPair, Notify, Resolve, print_notice
-from .sampling import SamplingParams
+from .sampling import Mask, SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
 from .text import StopStrings, StreamDecoder, TextStream
@@ -89,15 +89,19 @@ class Engine:
             )
         return pair
 
-    def describe(self) -> str:
-        """One line with every effective value and where it came from; loads the models."""
+    def describe(self, *, seeded: bool = False) -> str:
+        """One line with every effective value and where it came from; loads the models.
+
+        Args:
+            seeded: whether requests give a seed, which may choose the rule.
+        """
         pair = self.pair
         return self.resolved.describe(
             target_model=pair.target_name,
             draft_model=pair.draft_name or "none",
             target_engine=f"native {pair.target.precision}",
             gamma=self._gamma(self.resolved)[0],
-            rule="greedy" if self.config.greedy else "token",
+            rule=self._rule(self.resolved, seeded=seeded),
         )
 
     def set_models(self, target: str | None, draft: str | None = None) -> None:
@@ -117,13 +121,14 @@ class Engine:
 
         Returns:
             model_family_compatibility ("compatible", "incompatible" or "unknown"), acceptance_rate (a float),
-            lossless, lenience (no token gets more than max(1, lenience) times its probability), precision,
+            lossless, rule (of requests without a seed), lenience (no token gets more than max(1, lenience) times its probability), precision,
             target_model, draft_model, and the counters of SpeculationStats.
         """
         pair, config = self._pair, self.config
         return {
             "model_family_compatibility": pair.compatibility if pair else "unknown",
             "lossless": config.lossless or (pair is not None and not pair.drafts),
+            "rule": config.effective_rule,
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else (self._precision or "unknown"),
             "target_model": config.target_model,
@@ -148,6 +153,13 @@ class Engine:
         top_k: int | None = None,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        truncation: str = "hf",
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        penalty_window: int = 0,
+        logit_bias: Mapping[int, float] | None = None,
+        mask: Mask | None = None,
         raw: bool = False,
         system: str | None = None,
         ignore_eos: bool = False,
@@ -160,15 +172,18 @@ class Engine:
             prompt: text (put through the model's chat template if it has one, unless raw), messages with role and
                 content, or token ids taken as they are.
             max_tokens: most tokens to generate.
-            seed: of the random streams; None draws one.
+            seed: of the random streams; None draws one. With a seed, an automatic gamma and neither rule nor lenience given
+                the rule is coupled, so that timing cannot change the text.
             stop: strings that end the text and are not part of it.
             top_k: keeps this many tokens, 0 all. It replaces the threshold unless that was given too.
             top_p, min_p: further truncation of the law.
+            truncation, repetition_penalty, presence_penalty, frequency_penalty, penalty_window, logit_bias, mask: see
+                SamplingParams; target and draft are changed alike, at every position by the tokens before it.
             system: a system message put before a text prompt, through the chat template.
             ignore_eos: go on after end tokens (for measurements).
             progress: called with (done, total) while the prompt is read.
             **request: options of SpeculativeConfig for this request: gamma, temperature, top_k_threshold, lenience,
-                disabled.
+                rule, disabled.
 
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
@@ -187,7 +202,21 @@ class Engine:
         config.require_available()
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ConfigurationError(f"max_tokens is {max_tokens!r}, but must be a whole number, at least 1")
-        sampling = self._sampling(resolved, top_k, top_p, min_p, secrets.randbits(53) if seed is None else seed)
+        sampling = SamplingParams(
+            temperature=config.temperature,
+            top_k_threshold=self._threshold(resolved, top_k),
+            top_k=top_k or 0,
+            top_p=top_p,
+            min_p=min_p,
+            truncation=truncation,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            penalty_window=penalty_window,
+            logit_bias=logit_bias or {},
+            mask=mask,
+            seed=secrets.randbits(53) if seed is None else seed,
+        )
         stops = StopStrings(stop)
         if len(prompt) == 0:
             raise ConfigurationError(EMPTY_PROMPT)
@@ -206,12 +235,16 @@ class Engine:
                 "shorten the prompt"
             )
         law = sampling.law(pair.target.model.vocab, pair.vocab)
+        adjustments = sampling.adjustments(len(tokens), pair.vocab)
+        rule = "greedy" if law.temperature == 0 else self._rule(resolved, seeded=seed is not None)
+        native_rule = "token" if rule == "greedy" else rule
         context = Context(
             tokens,
             max_tokens,
             capacity,
             frozenset() if ignore_eos else frozenset(pair.eos_ids),
             TextStream(StreamDecoder(pair.tokenizer, continues=True), stops),
+            whole_rounds=seed is not None and rule == "block",
         )
         speculating = pair.drafts and not config.disabled
         exact = config.lenience <= 1 or law.temperature == 0 or not speculating
@@ -220,27 +253,28 @@ class Engine:
                 f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
-        timed = seed is None or law.temperature == 0
-        target = NativeTarget(pair.target.model, law, config.lenience, sampling.seed, capacity)
+        lenience = config.lenience if native_rule == "token" else 1.0
+        timed = seed is None or rule in ("greedy", "coupled")
+        target = NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule, adjustments)
         drafter: Drafter = NoDrafter()
         if pair.draft and speculating:
-            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity)
+            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity, native_rule, adjustments)
         elif speculating:
-            drafter = self._early_exit(resolved, pair, target.cache, law, sampling.seed, timed=timed)
+            drafter = self._early_exit(resolved, pair, target, timed=timed)
         return Generation(
             context,
             target,
             drafter,
             self._controller(resolved, timed=timed),
             progress=progress,
-            terms=Terms(sampling.seed, self._gamma(resolved)[0] if speculating else 0, exact, pair.target.precision),
+            terms=Terms(
+                sampling.seed, self._gamma(resolved)[0] if speculating else 0, exact, pair.target.precision, rule
+            ),
             on_draft_failure=self._draft_failed,
             on_end=self.stats.add,
         )
 
-    def _early_exit(
-        self, resolved: ResolvedConfig, pair: ModelPair, cache: _core.Cache, law: _core.Law, seed: int, *, timed: bool
-    ) -> Drafter:
+    def _early_exit(self, resolved: ResolvedConfig, pair: ModelPair, target: NativeTarget, *, timed: bool) -> Drafter:
         said, ceiling = self._gamma(resolved)
         adapts = said == "auto" and timed
         gammas: Sequence[int] = (ceiling,)
@@ -252,25 +286,17 @@ class Engine:
             self._say_once(f"early exit {where}" if found.gamma else "no early exit pays here: plain decoding")
 
         assert pair.early_exit is not None
-        model, layers = pair.target.model, pair.early_exit
-        return EarlyExitDrafter(
-            model, cache, law, seed, layers, gammas=gammas, adapts=adapts or layers != "auto", on_choice=chosen
-        )
+        layers = pair.early_exit
+        return EarlyExitDrafter(target, layers, gammas=gammas, adapts=adapts or layers != "auto", on_choice=chosen)
 
     def _draft_failed(self, error: Exception) -> None:
         self._say_once(f"drafting failed, and plain decoding goes on ({type(error).__name__}: {error})")
 
     @staticmethod
-    def _sampling(resolved: ResolvedConfig, top_k: int | None, top_p: float, min_p: float, seed: int) -> SamplingParams:
+    def _threshold(resolved: ResolvedConfig, top_k: int | None) -> float:
+        """The threshold, unless a typed top_k replaces an untyped one."""
         given = resolved.sources["top_k_threshold"] in ("request", "typed")
-        return SamplingParams(
-            temperature=resolved.config.temperature,
-            top_k_threshold=resolved.config.top_k_threshold if given or top_k is None else 0.0,
-            top_k=top_k or 0,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-        )
+        return resolved.config.top_k_threshold if given or top_k is None else 0.0
 
     @staticmethod
     def _gamma(resolved: ResolvedConfig) -> tuple[int | Literal["auto"], int]:
@@ -282,13 +308,22 @@ class Engine:
             return "auto", 20
         return ("auto" if resolved.sources["gamma"] == "family" else gamma), gamma
 
+    @classmethod
+    def _rule(cls, resolved: ResolvedConfig, *, seeded: bool) -> str:
+        """The rule of a request: coupled where a seed must give the same text whatever an automatic gamma does."""
+        config = resolved.config
+        automatic = cls._gamma(resolved)[0] == "auto" and config.rule is None and config.lenience == 1.0
+        return "coupled" if seeded and automatic and not config.greedy else config.effective_rule
+
     def _controller(self, resolved: ResolvedConfig, *, timed: bool) -> Controller:
         said, ceiling = self._gamma(resolved)
         if said == "auto" and timed:
             return AutoGamma(ceiling)
         if said == "auto":
             ceiling = min(ceiling, 5)
-            self._say_once(f"gamma is fixed at {ceiling}: with a seed, timing must not change the text")
+            self._say_once(
+                f"gamma is fixed at {ceiling}: with a seed, timing must not change the text; the coupled rule lets gamma vary"
+            )
         return FixedGamma(ceiling)
 
     def _say_once(self, message: str) -> None:

@@ -22,11 +22,12 @@ def rounds(
     The context is the truth, the caches follow it: whatever of its tokens a cache lacks is read in the next round.
 
     A round drafts up to `room` tokens, one more than its own last token leaves room for: cut to room - 1, the last round would
-    draw that token where a longer text checks a drafted one, and a seed's text would depend on max_tokens.
+    draw that token where a longer text checks a drafted one, and a seed's text would depend on max_tokens. Of a context
+    of whole rounds max_tokens cuts none.
     """
     while not context.done:
         start = time.perf_counter()
-        proposal = drafter.propose(context, min(controller.gamma, context.room))
+        proposal = drafter.propose(context, min(controller.gamma, context.draft_room))
         drafted = time.perf_counter()
         verdict = target.verify(context, proposal)
         verified = time.perf_counter()
@@ -52,12 +53,14 @@ class Terms:
         gamma: most tokens drafted a round, or "auto"; 0 is plain decoding.
         lossless: whether the tokens follow the target's law at this precision.
         precision: of the target's activations.
+        rule: how drafted tokens are accepted: "greedy", "token", "block" or "coupled".
     """
 
     seed: int = 0
     gamma: int | Literal["auto"] = 0
     lossless: bool = True
     precision: str = "unknown"
+    rule: str = "unknown"
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class SpeculativeEngine:
             target_model=config.target_model or "the model asked for",
             draft_model=config.draft_model or automatic,
             target_engine=engine,
-            rule="greedy" if config.greedy else "token",
+            rule=config.effective_rule,
         )
 
     # What exo's base class declares.
