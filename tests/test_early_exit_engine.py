@@ -90,7 +90,9 @@ def test_auto_without_a_typed_gamma_decodes_plainly_where_no_exit_pays(tmp_path)
     write_model(tmp_path, deep(3, matter=(9.0, 9.0, 9.0)))
     write_tokenizer(tmp_path, byte_level())
     told = []
-    run = generate(tmp_path, load={"early_exit": "auto"}, notify=told.append, temperature=0.9, top_k=0, seed=1, rule="token")
+    run = generate(
+        tmp_path, load={"early_exit": "auto"}, notify=told.append, temperature=0.9, top_k=0, seed=1, rule="token"
+    )
     assert run.stats.drafted == 0
     assert told[-1] == "no early exit pays here: plain decoding"
 
@@ -183,3 +185,22 @@ def test_a_damaged_target_raises_whoever_finds_it(tmp_path):
         for layers in (2, "auto"):
             with pytest.raises(NumericalError, match="not finite"):
                 generate(tmp_path, load={"early_exit": layers})
+
+
+def test_a_seeds_text_under_the_coupled_rule_is_the_plain_one(directory):
+    plain = generate(directory, temperature=0.9, seed=3, rule="coupled", disabled=True)
+    for layers in (1, 3, "auto"):
+        for gamma in (1, 4, "auto"):
+            run = generate(
+                directory, load={"early_exit": layers, "gamma": gamma, "rule": "coupled"}, temperature=0.9, seed=3
+            )
+            assert run.token_ids == plain.token_ids
+
+
+def test_penalties_come_before_the_exits_law_too(directory):
+    edits = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {17: 2.0}}
+    plain = generate(directory, **edits, disabled=True)
+    assert plain.token_ids != generate(directory, disabled=True).token_ids
+    run = generate(directory, load={"early_exit": 3, "gamma": 4}, **edits)
+    assert run.token_ids == plain.token_ids
+    assert run.stats.acceptance_rate > 0.2

@@ -78,7 +78,7 @@ class Adjustments:
     Edits of logits before the law, with the text they depend on; for target and draft of one request.
     """
 
-    def __init__(self, *, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, penalty_window: int = 0, prompt_length: int = 0, logit_bias: dict = {}, mask: object | None = None) -> None: ...
+    def __init__(self, *, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, penalty_window: int = 0, prompt_length: int = 0, logit_bias: dict[int, float] = {}, mask: object | None = None) -> None: ...
 
     @property
     def length(self) -> int:
