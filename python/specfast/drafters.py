@@ -10,7 +10,7 @@ import numpy as np
 from . import _core
 from .context import Context
 from .early_exit import Exit, candidate_exits, choose_exit, measure_acceptance
-from .targets import Progress, prefill
+from .targets import NativeTarget, Progress, prefill
 
 
 @runtime_checkable
@@ -67,10 +67,7 @@ class EarlyExitDrafter:
     It has the target's cache, which the target commits: what was drafted and kept is never read again.
 
     Args:
-        model: the target.
-        cache: the target's, for this request.
-        law: the target's law.
-        seed: of the random streams.
+        target: of this request.
         layers: how many draft, or "auto": chosen by the acceptance measured on the prompt, and by the bytes that drafting
             streams.
         gammas: what gamma is chosen from, with "auto".
@@ -80,17 +77,14 @@ class EarlyExitDrafter:
 
     def __init__(
         self,
-        model: _core.Model,
-        cache: _core.Cache,
-        law: _core.Law,
-        seed: int,
+        target: NativeTarget,
         layers: int | Literal["auto"],
         *,
         gammas: Sequence[int] = (5,),
         adapts: bool = False,
         on_choice: Callable[[Exit], None] | None = None,
     ) -> None:
-        self._model, self._cache, self._law, self._seed = model, cache, law, seed
+        self._target = target
         self._gammas, self._adapts, self._on_choice = gammas, adapts, on_choice
         self._layers = None if layers == "auto" else layers
         self._longest = max(gammas)
@@ -107,18 +101,16 @@ class EarlyExitDrafter:
         gamma = min(gamma, self._longest)
         if gamma < 1:
             return None
-        pending = np.asarray(context.tokens[self._cache.length :], dtype=np.int32)
-        self._model.draft_early(
-            self._cache, pending, gamma, self._layers, self._law, self._seed, context.round, self._proposal
-        )
+        self._target.draft_early(context, gamma, self._layers, self._proposal)
         return self._proposal
 
     def commit(self, kept: int) -> None:
         pass
 
     def _choose(self, tokens: Sequence[int]) -> int:
-        exits = candidate_exits(self._model.layers)
-        chosen = choose_exit(self._model, measure_acceptance(self._model, tokens, self._law, exits), self._gammas)
+        model = self._target.model
+        acceptance = measure_acceptance(model, tokens, self._target.law, candidate_exits(model.layers))
+        chosen = choose_exit(model, acceptance, self._gammas)
         if not self._adapts:
             self._longest = chosen.gamma
         if self._on_choice:

@@ -226,7 +226,7 @@ class Engine:
         if pair.draft and speculating:
             drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity)
         elif speculating:
-            drafter = self._early_exit(resolved, pair, target.cache, law, sampling.seed, timed=timed)
+            drafter = self._early_exit(resolved, pair, target, timed=timed)
         return Generation(
             context,
             target,
@@ -238,9 +238,7 @@ class Engine:
             on_end=self.stats.add,
         )
 
-    def _early_exit(
-        self, resolved: ResolvedConfig, pair: ModelPair, cache: _core.Cache, law: _core.Law, seed: int, *, timed: bool
-    ) -> Drafter:
+    def _early_exit(self, resolved: ResolvedConfig, pair: ModelPair, target: NativeTarget, *, timed: bool) -> Drafter:
         said, ceiling = self._gamma(resolved)
         adapts = said == "auto" and timed
         gammas: Sequence[int] = (ceiling,)
@@ -252,10 +250,8 @@ class Engine:
             self._say_once(f"early exit {where}" if found.gamma else "no early exit pays here: plain decoding")
 
         assert pair.early_exit is not None
-        model, layers = pair.target.model, pair.early_exit
-        return EarlyExitDrafter(
-            model, cache, law, seed, layers, gammas=gammas, adapts=adapts or layers != "auto", on_choice=chosen
-        )
+        layers = pair.early_exit
+        return EarlyExitDrafter(target, layers, gammas=gammas, adapts=adapts or layers != "auto", on_choice=chosen)
 
     def _draft_failed(self, error: Exception) -> None:
         self._say_once(f"drafting failed, and plain decoding goes on ({type(error).__name__}: {error})")

@@ -48,15 +48,20 @@ class NativeTarget:
     """
 
     def __init__(self, model: _core.Model, law: _core.Law, lenience: float, seed: int, capacity: int) -> None:
-        self._model, self._law, self._lenience, self._seed = model, law, lenience, seed
+        self.model, self.law, self._lenience, self._seed = model, law, lenience, seed
         self.cache = _core.Cache(model, capacity)
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
-        prefill(self._model, self.cache, tokens, progress)
+        prefill(self.model, self.cache, tokens, progress)
+
+    def draft_early(self, context: Context, gamma: int, layers: int, proposal: _core.Proposal) -> None:
+        """Drafts gamma tokens with the first layers; `verify` goes on from what these computed."""
+        pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
+        self.model.draft_early(self.cache, pending, gamma, layers, self.law, self._seed, context.round, proposal)
 
     def verify(self, context: Context, proposal: _core.Proposal | None) -> _core.Verdict:
         pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
-        return self._model.verify(self.cache, pending, proposal, self._law, self._lenience, self._seed, context.round)
+        return self.model.verify(self.cache, pending, proposal, self.law, self._lenience, self._seed, context.round)
 
     def commit(self, kept: int) -> None:
         self.cache.commit(kept)
