@@ -177,7 +177,10 @@ USAGE = {
     "mlx": ("--speculative-target-engine", "mlx"),
     "tinygrad": ("--speculative-draft-engine", "tinygrad"),
     "unknown engine": ("--speculative-draft-engine", "torch"),
-    "early exit": ("--speculative-early-exit", "2"),
+    "early exit": ("--speculative-early-exit", "0"),
+    "early exit word": ("--early-exit", "last"),
+    "early exit beyond": ("--early-exit", "99"),
+    "early exit and draft": ("--early-exit", "1", "--draft-model", "x"),
     "rule": ("--speculative-rule", "typical"),
     "rule and lenience": ("--speculative-rule", "block", "--lenience", "1.1"),
     "min-p": ("--min-p", "-0.1"),
@@ -193,6 +196,16 @@ USAGE = {
     "file": ("--precision", "int3"),
     "bits": ("--kv-bits", "4"),
 }
+
+
+def test_the_targets_first_layers_draft(run, pair):
+    for layers in ("1", "auto"):
+        arguments = ("--model", pair[0], "--early-exit", layers, "--temperature", "0", "--max-tokens", "20", "--json")
+        code, out, err = run("generate", "--prompt", "def main", "--compare", *arguments, models=False)
+        assert code == 0
+        assert "identical: yes" in out
+        assert f"draft early exit {layers} (typed)" in err
+        assert as_json(out)["config"]["early_exit"] == {"value": layers if layers == "auto" else 1, "source": "typed"}
 
 
 @pytest.mark.parametrize("arguments", USAGE.values(), ids=list(USAGE))

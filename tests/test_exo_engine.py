@@ -314,6 +314,24 @@ def test_the_family_gives_draft_and_options_with_auto_config_only(home):
         assert session.fetched == {OTHER}  # the draft was there
 
 
+@pytest.mark.parametrize("layers", [1, 2, "auto"])
+def test_the_targets_first_layers_can_draft(home, steps, layers):
+    session = Session({"target_model": TARGET, "auto_config": True, "early_exit": layers, "gamma": 4, **GREEDY})
+    assert asyncio.run(session.ask(TEXTS[0])) == reference(home)(TEXTS[0], **GREEDY, disabled=True)
+    stats = session.stats
+    assert (stats["draft_model"], stats["model_family_compatibility"]) == (f"early exit {layers}", "compatible")
+    assert (stats["lossless"], stats["fallback"], stats["fallbacks"]) == (True, None, 0)
+    assert stats["drafted"] > 0
+    assert session.fetched == {TARGET}  # and no draft
+
+
+def test_a_layer_typed_for_one_target_is_not_used_with_another(home):
+    for layers, drafts in ((1, False), ("auto", True)):
+        session = Session({"target_model": TARGET, "early_exit": layers, "gamma": 4, **GREEDY})
+        assert asyncio.run(session.ask("x", OTHER)) == reference(home, OTHER)("x", **GREEDY)
+        assert (session.stats["drafted"] > 0) == drafts
+
+
 @pytest.mark.parametrize("automatic", [False, True])
 @pytest.mark.parametrize(("other", "suggested"), [(OTHER, {OTHER_DRAFT, "qwen-2.5-0.5b"}), (SMALL, {None})])
 def test_another_model_than_the_target_never_gets_its_draft(home, automatic, other, suggested):

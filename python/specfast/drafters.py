@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from . import _core
 from .context import Context
+from .early_exit import Exit, candidate_exits, choose_exit, measure_acceptance
 from .sampling import follow
-from .targets import Progress, prefill
+from .targets import NativeTarget, Progress, prefill
 
 
 @runtime_checkable
@@ -72,6 +73,63 @@ class ModelDrafter:
 
     def commit(self, kept: int) -> None:
         self.cache.commit(min(kept - 1, self.cache.provisional))
+
+
+class EarlyExitDrafter:
+    """The target's own first layers, with its final norm and head. Verifying goes on from what they computed.
+
+    It has the target's cache, which the target commits: what was drafted and kept is never read again.
+
+    Args:
+        target: of this request.
+        layers: how many draft, or "auto": chosen by the acceptance measured on the prompt, and by the bytes that drafting
+            streams.
+        gammas: what gamma is chosen from, with "auto".
+        adapts: whether a controller chooses gamma by measuring, so that the one chosen here is no limit.
+        on_choice: told what "auto" chose.
+    """
+
+    def __init__(
+        self,
+        target: NativeTarget,
+        layers: int | Literal["auto"],
+        *,
+        gammas: Sequence[int] = (5,),
+        adapts: bool = False,
+        on_choice: Callable[[Exit], None] | None = None,
+    ) -> None:
+        self._target = target
+        self._gammas, self._adapts, self._on_choice = gammas, adapts, on_choice
+        self._layers = None if layers == "auto" else layers
+        self._longest = max(gammas)
+        self._proposal = _core.Proposal()
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
+        del progress  # nothing is read into the cache
+        if self._layers is None and tokens:
+            self._layers = self._choose(tokens)
+
+    def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
+        if self._layers is None:
+            self._layers = self._choose(context.tokens)
+        gamma = min(gamma, self._longest)
+        if gamma < 1:
+            return None
+        self._target.draft_early(context, gamma, self._layers, self._proposal)
+        return self._proposal
+
+    def commit(self, kept: int) -> None:
+        pass
+
+    def _choose(self, tokens: Sequence[int]) -> int:
+        model = self._target.model
+        acceptance = measure_acceptance(model, tokens, self._target.law, candidate_exits(model.layers))
+        chosen = choose_exit(model, acceptance, self._gammas)
+        if not self._adapts:
+            self._longest = chosen.gamma
+        if self._on_choice:
+            self._on_choice(chosen)
+        return chosen.layers
 
 
 class NoDrafter:

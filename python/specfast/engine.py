@@ -11,7 +11,8 @@ from .checkpoint import check_isa
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
-from .drafters import Drafter, ModelDrafter, NoDrafter
+from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter
+from .early_exit import Exit
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
 from .models import EMPTY_PROMPT, ModelPair, Notify, Resolve, print_notice
@@ -131,7 +132,7 @@ class Engine:
         pair, config = self._pair, self.config
         return {
             "model_family_compatibility": pair.compatibility if pair else "unknown",
-            "lossless": config.lossless or (pair is not None and pair.draft is None),
+            "lossless": config.lossless or (pair is not None and not pair.drafts),
             "rule": config.effective_rule,
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else (self._precision or "unknown"),
@@ -195,7 +196,8 @@ class Engine:
             ModelFormatError: a file of the models was written in place since they were loaded.
             NumericalError: logits that are not finite.
         """
-        models = sorted(set(request) & {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine"})
+        fixed = {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine", "early_exit"}
+        models = sorted(set(request) & fixed)
         if models:
             raise ConfigurationError(
                 f"{models[0]} cannot change with a request; use set_models or build another engine"
@@ -249,7 +251,7 @@ class Engine:
             TextStream(StreamDecoder(pair.tokenizer, continues=True), stops),
             whole_rounds=seed is not None and rule == "block",
         )
-        speculating = pair.draft is not None and not config.disabled
+        speculating = pair.drafts and not config.disabled
         exact = config.lenience <= 1 or law.temperature == 0 or not speculating
         if not exact:
             self._say_once(
@@ -257,14 +259,18 @@ class Engine:
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
         lenience = config.lenience if native_rule == "token" else 1.0
+        timed = seed is None or rule in ("greedy", "coupled")
+        target = NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule, adjustments)
         drafter: Drafter = NoDrafter()
         if pair.draft and speculating:
             drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity, native_rule, adjustments)
+        elif speculating:
+            drafter = self._early_exit(resolved, pair, target, timed=timed)
         return Generation(
             context,
-            NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule, adjustments),
+            target,
             drafter,
-            self._controller(resolved, timed=seed is None or rule in ("greedy", "coupled")),
+            self._controller(resolved, timed=timed),
             progress=progress,
             terms=Terms(
                 sampling.seed, self._gamma(resolved)[0] if speculating else 0, exact, pair.target.precision, rule
@@ -272,6 +278,21 @@ class Engine:
             on_draft_failure=self._draft_failed,
             on_end=self.stats.add,
         )
+
+    def _early_exit(self, resolved: ResolvedConfig, pair: ModelPair, target: NativeTarget, *, timed: bool) -> Drafter:
+        said, ceiling = self._gamma(resolved)
+        adapts = said == "auto" and timed
+        gammas: Sequence[int] = (ceiling,)
+        if said == "auto":
+            gammas = range(1, ceiling + 1) if adapts else range(min(ceiling, 5) + 1)
+
+        def chosen(found: Exit) -> None:
+            where = f"after layer {found.layers} of {pair.target.model.layers}"
+            self._say_once(f"early exit {where}" if found.gamma else "no early exit pays here: plain decoding")
+
+        assert pair.early_exit is not None
+        layers = pair.early_exit
+        return EarlyExitDrafter(target, layers, gammas=gammas, adapts=adapts or layers != "auto", on_choice=chosen)
 
     def _draft_failed(self, error: Exception) -> None:
         self._say_once(f"drafting failed, and plain decoding goes on ({type(error).__name__}: {error})")
@@ -284,9 +305,11 @@ class Engine:
 
     @staticmethod
     def _gamma(resolved: ResolvedConfig) -> tuple[int | Literal["auto"], int]:
-        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling."""
+        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling, and
+        an automatic exit chooses it too."""
         gamma = resolved.config.gamma
-        if gamma == "auto":
+        unset = resolved.config.early_exit == "auto" and resolved.sources["gamma"] == "default"
+        if gamma == "auto" or unset:
             return "auto", 20
         return ("auto" if resolved.sources["gamma"] == "family" else gamma), gamma
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import embedded
+from .architecture import read_config
 from .chat import chat_template, render_chat
 from .checkpoint import LoadedModel, load_model
 from .compatibility import Status, compare_models
-from .config import NO_DRAFT, SpeculativeConfig
+from .config import NO_DRAFT, EarlyExit, SpeculativeConfig
+from .early_exit import require_exit
 from .errors import ConfigurationError, ModelFormatError, SpecfastError
 from .families import explain_suggestion, parameters, ranked_drafts, suggested_drafts
 from .tokenizer import Tokenizer
@@ -48,7 +50,8 @@ class ModelPair:
     """A target, its draft if there is one that fits, and their tokenizer.
 
     Attributes:
-        target, draft: the native models; no draft means plain decoding.
+        target, draft: the native models.
+        early_exit: how many of the target's first layers draft, or "auto"; there is no draft then.
         target_name, draft_name: what people call them.
         template: the target's chat template, if any.
         compatibility: "compatible", "incompatible" (then there is no draft) or "unknown" (nothing to compare).
@@ -58,6 +61,7 @@ class ModelPair:
 
     target: LoadedModel
     draft: LoadedModel | None
+    early_exit: EarlyExit
     target_name: str
     draft_name: str | None
     tokenizer: Tokenizer
@@ -65,6 +69,11 @@ class ModelPair:
     compatibility: Status
     vocab: int
     eos_ids: tuple[int, ...]
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is something to draft with; else decoding is plain."""
+        return self.draft is not None or self.early_exit is not None
 
     @classmethod
     def load(
@@ -83,8 +92,12 @@ class ModelPair:
 
         Raises:
             ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
+            ConfigurationError: an early exit the target does not have.
         """
         directory = embedded.path("target") if config.target_model is None else resolve(config.target_model)
+        early_exit = None if config.disabled else config.early_exit
+        if early_exit is not None:
+            require_exit(early_exit, read_config(directory).layers, _target_name(config))
         target = load_model(directory, precision=precision, isa=isa, max_context=max_context, kv_bits=kv_bits)
         tokenizer = Tokenizer(directory)
         choice = choose_draft(config, directory, notify, resolve)
@@ -105,11 +118,12 @@ class ModelPair:
         return cls(
             target=target,
             draft=draft,
+            early_exit=early_exit,
             target_name=_target_name(config),
-            draft_name=choice.name,
+            draft_name=choice.name if early_exit is None else f"early exit {early_exit}",
             tokenizer=tokenizer,
             template=chat_template(directory, tokenizer),
-            compatibility=choice.status,
+            compatibility=choice.status if early_exit is None else "compatible",
             vocab=min(tokenizer.vocab, target.config.vocab),
             eos_ids=tuple(sorted({*target.config.eos_ids, *(() if end is None else (end,))})),
         )
@@ -173,7 +187,7 @@ def _draft_precision(precision: str | None) -> str | None:
 
 def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolve: Resolve) -> DraftChoice:
     """The draft a configuration names or its family suggests, compared with the target's directory; says why there is none."""
-    if config.disabled or config.draft_model == NO_DRAFT:
+    if config.disabled or config.early_exit is not None or config.draft_model == NO_DRAFT:
         return DraftChoice()
     if config.target_model is None and config.draft_model is None:
         return DraftChoice("compatible", embedded.path("draft"), "embedded")

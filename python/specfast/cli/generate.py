@@ -26,7 +26,7 @@ def count_lines(path):
     """Return the number of lines in the file at path."""
 '''
 LONG_PROMPT_CHARACTERS = 8000
-_NEEDS_DRAFT = "needs a draft that fits; give --draft-model or --auto-config"
+_NEEDS_DRAFT = "needs a draft that fits; give --draft-model, --auto-config or --early-exit"
 
 
 def add_parser(commands: Any) -> None:
@@ -67,7 +67,7 @@ def _require_draft_named(config: SpeculativeConfig) -> None:
     if config.disabled:
         raise ConfigurationError("--compare runs with and without the draft, and --plain has none; give one of them")
     named = config.target_model is None or config.draft_model is not None or config.auto_config
-    if config.draft_model == NO_DRAFT or not named:
+    if config.early_exit is None and (config.draft_model == NO_DRAFT or not named):
         raise ConfigurationError(f"--compare {_NEEDS_DRAFT}")
 
 
@@ -79,7 +79,7 @@ def _compare(engine: Engine, prompt: str, options: argparse.Namespace) -> int:
         runs.append(_generate(engine, prompt, options, announce=number == 0, show=number == 2, **request))
         if runs[-1].finish_reason == "interrupted":
             return 130
-        if engine.pair.draft is None:
+        if not engine.pair.drafts:
             raise ConfigurationError(f"--compare {_NEEDS_DRAFT}")
     _, plain, speculative = runs
     identical = plain.token_ids == speculative.token_ids

@@ -121,8 +121,8 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
     )
     add(
         *("--early-exit", "--speculative-early-exit"),
-        **{"dest": "early_exit", "type": int, "metavar": "LAYER"},
-        help="draft with the target's first layers; not in this version",
+        **{"dest": "early_exit", "type": _early_exit, "metavar": "LAYER|auto"},
+        help="draft with the target's first layers instead of a draft model; auto measures which",
     )
     add(
         *("--plain", "--disable-speculative"),
@@ -196,6 +196,14 @@ def _gamma(text: str) -> int | str:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer in 1 to 20 nor 'auto'") from None
     return value if value == "auto" else int(_in_range("gamma", value))
+
+
+def _early_exit(text: str) -> int | str:
+    try:
+        value = text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a layer nor 'auto'") from None
+    return value if value == "auto" else int(_in_range("early_exit", value))
 
 
 def _bias(text: str) -> tuple[int, float]:

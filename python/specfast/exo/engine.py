@@ -70,6 +70,8 @@ class SpeculativeEngine:
         if config.draft_engine not in (None, "native", config.target_engine):
             engine += f", drafts from {config.draft_engine}'s"
         automatic = "by auto-config" if config.auto_config and not config.disabled else "none"
+        if config.early_exit is not None and not config.disabled:
+            automatic = f"early exit {config.early_exit}"
         by_family = [name for name, source in self.resolved.sources.items() if source == "family"]
         values: dict[str, object] = {} if config.target_model else dict.fromkeys(by_family, "the model's")
         if config.target_model and "gamma" in by_family:
@@ -251,7 +253,7 @@ class SpeculativeEngine:
         pair = served.engine.pair if served and served.engine else None
         return {
             "model_family_compatibility": served.compatibility if served else "unknown",
-            "lossless": config.lossless or (pair is not None and pair.draft is None),
+            "lossless": config.lossless or (pair is not None and not pair.drafts),
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else "unknown",
             "target_model": name,

@@ -63,7 +63,7 @@ def why_plain(engine: Engine) -> str | None:
     """Why an engine decodes plainly; None when it has a draft and uses it."""
     if engine.config.disabled:
         return "disabled"
-    if engine.pair.draft is not None:
+    if engine.pair.drafts:
         return None
     return "incompatible draft" if engine.pair.compatibility == "incompatible" else "no draft"
 
