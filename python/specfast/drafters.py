@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,16 +11,42 @@ from . import _core
 from .context import Context
 from .targets import Progress, prefill
 
+LONGEST_COPY = 64
+SURE_MATCH = 4
+
+
+class Offer(NamedTuple):
+    """What a drafter could propose next, known from the context alone, before anything is drawn.
+
+    Attributes:
+        drafter: its name: "model", "suffix" or "prompt-lookup".
+        longest: most tokens it can draft.
+        match: how many tokens at the context's end a copying drafter saw before; 0 for others.
+        unread: tokens of the context the drafter reads before it drafts.
+    """
+
+    drafter: str
+    longest: int
+    match: int = 0
+    unread: int = 0
+
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes tokens after a context and follows what was kept. One per request, with its state."""
+    """Proposes tokens after a context and follows what was kept. One per request, with its state.
+
+    What is proposed must depend on the context, and on draws from the q that is proposed with it, and on nothing else.
+    Without q every token counts as certain (one-hot): it must then follow from the context alone.
+    """
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
         """Reads the prompt, all but its last token."""
 
-    def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
-        """Drafts up to gamma tokens after the context; None when it has nothing to offer, as with gamma 0."""
+    def offers(self, context: Context) -> Sequence[Offer]:
+        """What could be drafted now, the best first where nothing is measured; empty when there is nothing."""
+
+    def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
+        """Drafts up to gamma tokens, 1 to offer.longest, as one of the context's offers says."""
 
     def commit(self, kept: int) -> None:
         """Follows a round that kept `kept` tokens, of which the last is not yet in any cache."""
@@ -30,7 +56,7 @@ class ModelDrafter:
     """A smaller model that drafts from its own law, one native call per round.
 
     Its cache never holds the context's last token, lacks one more after a round in which everything was accepted, and
-    all of the rounds it sat out; what is missing is read at the start of its next round.
+    all of the rounds it sat out; what is missing is read, in tiles, at the start of its next round.
 
     Args:
         model: the draft, over the target's tokens.
@@ -48,10 +74,12 @@ class ModelDrafter:
         if len(tokens) < self.cache.capacity:
             prefill(self._model, self.cache, tokens, progress)
 
-    def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
-        gamma = min(gamma, self.cache.capacity - len(context.tokens) + 1)
-        if gamma < 1:
-            return None
+    def offers(self, context: Context) -> Sequence[Offer]:
+        length = len(context.tokens)
+        longest = self.cache.capacity - length + 1
+        return (Offer("model", longest, 0, length - self.cache.length),) if longest > 0 else ()
+
+    def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
         pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
         self._model.draft(self.cache, pending, gamma, self._law, self._seed, context.round, self._proposal)
         return self._proposal
@@ -60,13 +88,82 @@ class ModelDrafter:
         self.cache.commit(min(kept - 1, self.cache.provisional))
 
 
+class CopyDrafter:
+    """Proposes what followed the context's end when it was seen before, in the prompt or in what was generated.
+
+    Args:
+        name: "suffix", the longest suffix seen before (suffix decoding, Hu et al. 2024, arXiv:2411.08294), or
+            "prompt-lookup", the last 3 tokens, else 2, else 1 (Saxena 2023).
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._text = _core.SuffixAutomaton() if name == "suffix" else _core.PromptLookup()
+        self._read = 0
+        self._proposal = _core.Proposal()
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
+        self._follow(tokens)
+
+    def offers(self, context: Context) -> Sequence[Offer]:
+        self._follow(context.tokens)
+        match = self._text.match_length
+        return (Offer(self._name, LONGEST_COPY, match),) if match else ()
+
+    def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
+        return self._proposal if self._text.propose(gamma, 1, self._proposal) else None
+
+    def commit(self, kept: int) -> None:
+        pass
+
+    def _follow(self, tokens: Sequence[int]) -> None:
+        if len(tokens) > self._read:
+            self._text.append(np.array(tokens[self._read :], dtype=np.int32))
+            self._read = len(tokens)
+
+
+class CombinedDrafter:
+    """Several drafters; who drafts is chosen from their offers.
+
+    Where nothing is measured a copying drafter comes first if at least SURE_MATCH tokens match, and last otherwise.
+
+    Args:
+        parts: the drafters by the names in their offers, the copying ones first.
+    """
+
+    def __init__(self, parts: Mapping[str, Drafter]) -> None:
+        self._parts = dict(parts)
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
+        for part in self._parts.values():
+            part.prefill(tokens, progress)
+
+    def offers(self, context: Context) -> Sequence[Offer]:
+        sure: list[Offer] = []
+        unsure: list[Offer] = []
+        for part in self._parts.values():
+            for offer in part.offers(context):
+                (unsure if 0 < offer.match < SURE_MATCH else sure).append(offer)
+        return sure + unsure
+
+    def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
+        return self._parts[offer.drafter].propose(context, offer, gamma)
+
+    def commit(self, kept: int) -> None:
+        for part in self._parts.values():
+            part.commit(kept)
+
+
 class NoDrafter:
     """Plain decoding."""
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
         pass
 
-    def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
+    def offers(self, context: Context) -> Sequence[Offer]:
+        return ()
+
+    def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
         pass
 
     def commit(self, kept: int) -> None:
@@ -90,9 +187,16 @@ class FallbackDrafter:
         except Exception as error:
             self._give_up(error)
 
-    def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
+    def offers(self, context: Context) -> Sequence[Offer]:
         try:
-            return self._drafter.propose(context, gamma)
+            return self._drafter.offers(context)
+        except Exception as error:
+            self._give_up(error)
+            return ()
+
+    def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
+        try:
+            return self._drafter.propose(context, offer, gamma)
         except Exception as error:
             self._give_up(error)
             return None

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from . import hub
+from . import _core, hub
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, Controller, FixedGamma
-from .drafters import Drafter, ModelDrafter, NoDrafter
+from .drafters import CombinedDrafter, CopyDrafter, Drafter, ModelDrafter, NoDrafter
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
+from .measurements import Measurements
+from .measurements_file import load_measurements, measurements_path, save_measurements
 from .models import ModelPair, Notify, Resolve, print_notice
 from .sampling import SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
 from .text import StopStrings, StreamDecoder, TextStream
 
+WORTH_KEEPING = 32  # passes of a request from which measurements are written down
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
@@ -55,6 +59,7 @@ class Engine:
         self._resolve = resolve or hub.resolve
         self._pair: ModelPair | None = None
         self._said: set[str] = set()
+        self._measured: dict[Path | None, Measurements] = {}
 
     @property
     def config(self) -> SpeculativeConfig:
@@ -82,7 +87,8 @@ class Engine:
             target_model=pair.target_name,
             draft_model=pair.draft_name or "none",
             target_engine=f"native {pair.target.precision}",
-            gamma=self._gamma(self.resolved)[0],
+            drafter=self._drafter_name(self.resolved, pair),
+            gamma=self._gamma(self.resolved, pair)[0],
             rule="greedy" if self.config.greedy else "token",
         )
 
@@ -96,7 +102,7 @@ class Engine:
         """
         resolved = self.resolved.with_models(target, draft)
         pair = self._load(resolved.config) if self._pair else None
-        self.resolved, self._pair = resolved, pair
+        self.resolved, self._pair, self._measured = resolved, pair, {}
 
     def get_speculation_stats(self) -> dict[str, Any]:
         """Counters and rates since the engine was built; works before any model is loaded.
@@ -104,16 +110,18 @@ class Engine:
         Returns:
             model_family_compatibility ("compatible", "incompatible" or "unknown"), acceptance_rate (a float),
             lossless, lenience (no token gets more than max(1, lenience) times its probability), precision,
-            target_model, draft_model, and the counters of SpeculationStats.
+            target_model, draft_model, drafter (None before a model is loaded, unless typed), and the counters of
+            SpeculationStats.
         """
         pair, config = self._pair, self.config
         return {
             "model_family_compatibility": pair.compatibility if pair else "unknown",
-            "lossless": config.lossless or (pair is not None and pair.draft is None),
+            "lossless": config.lossless or (pair is not None and self._drafter_name(self.resolved, pair) == "none"),
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else (self._precision or "unknown"),
             "target_model": config.target_model,
             "draft_model": config.draft_model,
+            "drafter": self._drafter_name(self.resolved, pair) if pair else config.drafter,
             **self.stats.as_dict(),
         }
 
@@ -154,7 +162,7 @@ class Engine:
             ignore_eos: go on after end tokens (for measurements).
             progress: called with (done, total) while the prompt is read.
             **request: options of SpeculativeConfig for this request: gamma, temperature, top_k_threshold, lenience,
-                disabled.
+                drafter, disabled.
 
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
@@ -190,25 +198,33 @@ class Engine:
             frozenset() if ignore_eos else frozenset(pair.eos_ids),
             TextStream(StreamDecoder(pair.tokenizer, continues=True), stops),
         )
-        speculating = pair.draft is not None and not config.disabled
-        exact = config.lenience <= 1 or law.temperature == 0 or not speculating
+        timed = seed is None or law.temperature == 0
+        name = self._drafter_name(resolved, pair)
+        if name != "none" and not timed and not self._asked(resolved, pair):
+            name = "none"  # with a seed, the text is that of plain decoding unless someone asks for a drafter
+        exact = config.lenience <= 1 or law.temperature == 0 or name == "none"
         if not exact:
             self._say_once(
                 f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
-        drafter: Drafter = NoDrafter()
-        if pair.draft and speculating:
-            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity)
+        gamma, ceiling = self._gamma(resolved, pair) if name != "none" else (0, 0)
+        path = measurements_path(pair.target, pair.draft) if gamma == "auto" and timed else None
+
+        def ended(stats: SpeculationStats) -> None:
+            self.stats.add(stats)
+            if gamma == "auto" and timed and stats.target_passes >= WORTH_KEEPING:
+                save_measurements(path, self._measured[path])
+
         return Generation(
             context,
             NativeTarget(pair.target.model, law, config.lenience, sampling.seed, capacity),
-            drafter,
-            self._controller(resolved, timed=seed is None or law.temperature == 0),
+            _build_drafter(name, pair, law, sampling.seed, capacity),
+            self._controller(gamma, ceiling, path, timed=timed),
             progress=progress,
-            terms=Terms(sampling.seed, self._gamma(resolved)[0] if speculating else 0, exact, pair.target.precision),
+            terms=Terms(sampling.seed, gamma, name, exact, pair.target.precision),
             on_draft_failure=self._draft_failed,
-            on_end=self.stats.add,
+            on_end=ended,
         )
 
     def _draft_failed(self, error: Exception) -> None:
@@ -227,18 +243,47 @@ class Engine:
         )
 
     @staticmethod
-    def _gamma(resolved: ResolvedConfig) -> tuple[int | Literal["auto"], int]:
-        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling."""
+    def _drafter_name(resolved: ResolvedConfig, pair: ModelPair) -> str:
+        """Who drafts: the one typed, else both where there is a draft, else the suffix drafter.
+
+        A draft that was named and refused means plain decoding, as its warning says.
+
+        Raises:
+            ConfigurationError: a drafter that needs a draft where none was named.
+        """
+        config = resolved.config
+        if config.disabled:
+            return "none"
+        refused = pair.draft is None and config.draft_model is not None and not config.auto_config
+        if config.drafter in ("model", "combined") and pair.draft is None and not refused:
+            raise ConfigurationError(
+                f"the {config.drafter} drafter needs a draft model, and there is none; name one with "
+                "--speculative-draft-model, or use 'suffix', which needs none"
+            )
+        if config.drafter is not None:
+            return "none" if refused and config.drafter in ("model", "combined") else config.drafter
+        return "combined" if pair.draft else "none" if refused else "suffix"
+
+    @staticmethod
+    def _asked(resolved: ResolvedConfig, pair: ModelPair) -> bool:
+        """Whether someone asked for speculation: a drafter, a draft, a gamma, or the family's defaults."""
+        asked = (resolved.sources[name] != "default" for name in ("drafter", "gamma"))
+        return pair.draft is not None or resolved.config.auto_config or any(asked)
+
+    def _gamma(self, resolved: ResolvedConfig, pair: ModelPair) -> tuple[int | Literal["auto"], int]:
+        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling, and where
+        nobody asked for speculation it is automatic."""
         gamma = resolved.config.gamma
-        if gamma == "auto":
+        if gamma == "auto" or not self._asked(resolved, pair):
             return "auto", 20
         return ("auto" if resolved.sources["gamma"] == "family" else gamma), gamma
 
-    def _controller(self, resolved: ResolvedConfig, *, timed: bool) -> Controller:
-        said, ceiling = self._gamma(resolved)
-        if said == "auto" and timed:
-            return AutoGamma(ceiling)
-        if said == "auto":
+    def _controller(self, gamma: int | str, ceiling: int, path: Path | None, *, timed: bool) -> Controller:
+        if gamma == "auto" and timed:
+            if path not in self._measured:
+                self._measured[path] = load_measurements(path)
+            return AutoGamma(ceiling, self._measured[path])
+        if gamma == "auto":
             ceiling = min(ceiling, 5)
             self._say_once(f"gamma is fixed at {ceiling}: with a seed, timing must not change the text")
         return FixedGamma(ceiling)
@@ -247,3 +292,13 @@ class Engine:
         if message not in self._said:
             self._said.add(message)
             self._notify(message)
+
+
+def _build_drafter(name: str, pair: ModelPair, law: _core.Law, seed: int, capacity: int) -> Drafter:
+    if name == "none":
+        return NoDrafter()
+    if name in ("suffix", "prompt-lookup"):
+        return CopyDrafter(name)
+    assert pair.draft
+    model = ModelDrafter(pair.draft.model, law, seed, capacity)
+    return model if name == "model" else CombinedDrafter({"suffix": CopyDrafter("suffix"), "model": model})

@@ -21,12 +21,15 @@ def rounds(
 
     The context is the truth, the caches follow it: whatever of its tokens a cache lacks is read in the next round.
     """
+    clock = time.perf_counter
     while not context.done:
-        start = time.perf_counter()
-        proposal = drafter.propose(context, min(controller.gamma, context.room - 1))
-        drafted = time.perf_counter()
+        start, length = clock(), len(context.tokens)
+        gamma, offer = controller.plan(context, drafter)
+        planned = clock()
+        proposal = drafter.propose(context, offer, gamma) if offer else None
+        drafted = clock()
         verdict = target.verify(context, proposal)
-        verified = time.perf_counter()
+        verified = clock()
 
         tokens = proposal.tokens.tolist() if proposal else []
         chunk = context.keep([*tokens[: verdict.tau], verdict.next_token])
@@ -34,7 +37,8 @@ def rounds(
         target.commit(kept)
         drafter.commit(kept)
 
-        round_ = Round(len(tokens), verdict.tau, kept, drafted - start, verified - drafted)
+        times = (drafted - planned, verified - drafted, planned - start, clock() - verified)
+        round_ = Round(len(tokens), verdict.tau, kept, *times, length, offer if tokens else None)
         stats.count(round_)
         controller.update(round_)
         yield chunk
@@ -47,12 +51,14 @@ class Terms:
     Attributes:
         seed: of the random streams, given or drawn: with it the text can be had again.
         gamma: most tokens drafted a round, or "auto"; 0 is plain decoding.
+        drafter: who drafts: "model", "suffix", "prompt-lookup", "combined" (suffix and model), or "none".
         lossless: whether the tokens follow the target's law at this precision.
         precision: of the target's activations.
     """
 
     seed: int = 0
     gamma: int | Literal["auto"] = 0
+    drafter: str = "none"
     lossless: bool = True
     precision: str = "unknown"
 
@@ -152,6 +158,7 @@ class Generation:
 
     def _draft_failed(self, error: Exception) -> None:
         self.stats.fallbacks += 1
+        self.stats.fallback_reasons[f"{type(error).__name__}: {error}"] += 1
         if self._on_draft_failure:
             self._on_draft_failure(error)
 

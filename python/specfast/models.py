@@ -47,7 +47,7 @@ class ModelPair:
     """A target, its draft if there is one that fits, and their tokenizer.
 
     Attributes:
-        target, draft: the native models; no draft means plain decoding.
+        target, draft: the native models; without a draft, drafting is copying.
         target_name, draft_name: what people call them.
         template: the target's chat template, if any.
         compatibility: "compatible", "incompatible" (then there is no draft) or "unknown" (nothing to compare).
@@ -158,7 +158,7 @@ def _draft_precision(precision: str | None) -> str | None:
 
 def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolve: Resolve) -> DraftChoice:
     """The draft a configuration names or its family suggests, compared with the target's directory; says why there is none."""
-    if config.disabled:
+    if config.disabled or config.drafter in ("suffix", "prompt-lookup", "none"):
         return DraftChoice()
     if config.target_model is None and config.draft_model is None:
         return DraftChoice("compatible", embedded.path("draft"), "embedded")
@@ -175,7 +175,7 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
             if drafts
             else "name one with --speculative-draft-model"
         )
-        notify(f"{name} has no draft: plain decoding; {hint}")
+        notify(f"{name} has no draft: its own text so far is copied where that pays (the suffix drafter); {hint}")
         return typed
     free = _free_bytes()
     for candidate in ranked_drafts(name):
@@ -192,7 +192,7 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
             continue
         if choice.directory:
             return choice
-    notify(f"no draft is known to fit {name}: plain decoding" if ranked_drafts(name) else explain_suggestion(name))
+    notify(f"no draft is known to fit {name}: suffix drafter" if ranked_drafts(name) else explain_suggestion(name))
     return typed
 
 
