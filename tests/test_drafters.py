@@ -55,7 +55,7 @@ def test_a_text_that_repeats_itself_is_copied(directories):
         copying.append(np.array([*engine.pair.encode("x"), *text], dtype=np.int32))
         positions = made.stats.by_drafter()[drafter]["positions"]
         assert made.stats.accepted == sum(position["accepted"] for position in positions)
-        assert [position["tested"] for position in positions[1:]] == [p["accepted"] for p in positions[: len(positions) - 1]]
+        assert [p["tested"] for p in positions[1:]] <= [p["accepted"] for p in positions[:-1]]
         assert all(p["low"] <= p["acceptance_rate"] <= p["high"] for p in positions)
 
 

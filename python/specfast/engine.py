@@ -77,6 +77,11 @@ class Engine:
             self._pair = self._load(self.config)
         return self._pair
 
+    @property
+    def drafter(self) -> str:
+        """Who drafts: "model", "suffix", "prompt-lookup", "combined" or "none"; loads the models."""
+        return self._drafter_name(self.resolved, self.pair)
+
     def _load(self, config: SpeculativeConfig) -> ModelPair:
         return ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
 
@@ -87,7 +92,7 @@ class Engine:
             target_model=pair.target_name,
             draft_model=pair.draft_name or "none",
             target_engine=f"native {pair.target.precision}",
-            drafter=self._drafter_name(self.resolved, pair),
+            drafter=self.drafter,
             gamma=self._gamma(self.resolved, pair)[0],
             rule="greedy" if self.config.greedy else "token",
         )

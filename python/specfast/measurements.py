@@ -98,7 +98,9 @@ class Measurements:
     @staticmethod
     def kind(offer: Offer) -> str:
         """Offers that share an acceptance: a drafter's, by the length of the match in powers of two."""
-        return f"{offer.drafter}/{min(offer.match.bit_length(), len(PRIORS_OF_MATCHES))}" if offer.match else offer.drafter
+        if not offer.match:
+            return offer.drafter
+        return f"{offer.drafter}/{min(offer.match.bit_length(), len(PRIORS_OF_MATCHES))}"
 
     def acceptance_of(self, offer: Offer) -> Acceptance:
         """What is known of offers like this one."""
@@ -166,7 +168,8 @@ class Measurements:
         for kind, (prior, tested, accepted) in values["acceptance"].items():
             one = made.acceptance[str(kind)] = Acceptance(_positive(prior))
             one.tested, one.accepted = [_positive(x) for x in tested], [_positive(x) for x in accepted]
-            if len(one.tested) != len(one.accepted) or any(a > t for a, t in zip(one.accepted, one.tested, strict=True)):
+            pairs = zip(one.accepted, one.tested, strict=True)  # a ValueError where lengths differ
+            if any(accepted > tested for accepted, tested in pairs):
                 raise ValueError("more accepted than tested")
         return made
 

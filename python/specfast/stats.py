@@ -148,9 +148,8 @@ class SpeculationStats:
             for position in sorted(position for name, position in self.tested if name == drafter):
                 tested, accepted = self.tested[drafter, position], self.accepted_at[drafter, position]
                 low, high = wilson_interval(accepted, tested)
-                positions.append(
-                    {"tested": tested, "accepted": accepted, "acceptance_rate": accepted / tested, "low": low, "high": high}
-                )
+                share = {"acceptance_rate": accepted / tested, "low": low, "high": high}
+                positions.append({"tested": tested, "accepted": accepted, **share})
             drafted = sum(gamma * n for gamma, n in gammas.items())
             accepted = sum(n for (name, _), n in self.accepted_at.items() if name == drafter)
             made[drafter] = {
@@ -162,6 +161,21 @@ class SpeculationStats:
                 "positions": positions,
             }
         return made
+
+    def decision_lines(self) -> list[str]:
+        """For people: who drafted how many tokens how often, what was accepted at each position, and what failed."""
+        lines = []
+        for drafter, made in self.by_drafter().items():
+            if drafter == "none":
+                lines.append(f"plain: {made['rounds']} rounds")
+                continue
+            gammas = ", ".join(f"{gamma} x{n}" for gamma, n in made["gammas"].items())
+            shares = ", ".join(
+                f"{one['acceptance_rate']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in made["positions"]
+            )
+            lines.append(f"{drafter}: {made['rounds']} rounds, gamma {gammas}")
+            lines.append(f"{drafter}: accepted by position {shares}")
+        return lines + [f"fallback: {reason} (x{n})" for reason, n in self.fallback_reasons.items()]
 
     def as_dict(self) -> dict[str, Any]:
         """All counters and rates, as JSON takes them."""

@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(engine: Engine, prompt: str, options: argparse.Namespace) -> int:
-    if engine.pair.draft is None or engine.config.disabled:
-        raise ConfigurationError("--compare needs a draft that fits; give --draft-model or --auto-config")
+    if engine.drafter == "none":
+        raise ConfigurationError("--compare needs speculation; leave --plain out, or give a draft that fits")
     options.seed = secrets.randbits(32) if options.seed is None else options.seed
     runs: list[Result] = []
     cold = {"max_tokens": min(8, options.max_tokens)}  # the first run pays for cold weights
@@ -152,7 +152,6 @@ def _prompt_progress(characters: int) -> Iterator[Progress | None]:
 
 def _print_figures(stats: SpeculationStats, label: str, options: argparse.Namespace, file: Any) -> None:
     if options.time:
-        rest = stats.total_seconds - stats.prefill_seconds - stats.draft_seconds - stats.verify_seconds
         print(
             f"{label}prompt {stats.prompt_tokens} tokens at {stats.prompt_tok_s:.1f} tok/s, "
             f"first token after {stats.first_token_seconds * 1e3:.1f} ms",
@@ -160,9 +159,12 @@ def _print_figures(stats: SpeculationStats, label: str, options: argparse.Namesp
         )
         print(
             f"{label}time {stats.total_seconds * 1e3:.1f} ms: prompt {stats.prefill_seconds * 1e3:.1f}, "
-            f"draft {stats.draft_seconds * 1e3:.1f}, verify {stats.verify_seconds * 1e3:.1f}, text {rest * 1e3:.1f}",
+            f"draft {stats.draft_seconds * 1e3:.1f}, verify {stats.verify_seconds * 1e3:.1f}, "
+            f"rest {stats.overhead_seconds * 1e3:.1f}",
             file=file,
         )
+        for line in stats.decision_lines():
+            print(f"{label}{line}", file=file)
     print(f"{label}{stats.summary()}", file=file)
 
 
@@ -173,6 +175,7 @@ def _as_json(result: Result, engine: Engine) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "seed": result.terms.seed,
+        "drafter": result.terms.drafter,
         "gamma": result.terms.gamma,
         "lossless": result.terms.lossless,
         "precision": result.terms.precision,
