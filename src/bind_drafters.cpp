@@ -34,6 +34,15 @@ nb::class_<BoundText<Text>> bind_text(nb::module_& m, const char* name, const ch
           },
           nb::arg("tokens"), "Appends tokens (n,) int32, which are copied.")
       .def(
+          "push",
+          [](Bound& self, int32_t token) {
+            std::lock_guard lock(self.mutex);
+            if (self.text.length() >= Text::kLongest) throw ShapeError("the text is full; start a new one");
+            self.text.append(&token, 1);
+            return self.text.match().length;
+          },
+          nb::arg("token"), "Appends one token; returns match_length.")
+      .def(
           "propose",
           [](Bound& self, int32_t max_tokens, int32_t min_match, Proposal& proposal) {
             std::lock_guard lock(self.mutex);

@@ -142,10 +142,13 @@ def test_compare_says_no_and_fails_when_greedy_tokens_differ(run, monkeypatch):
     assert (code, out.splitlines()[-1]) == (0, "identical: no (sampled: the law is the same, the draws are not)")
 
 
-def test_compare_needs_a_draft(run, pair):
-    code, _, err = run("generate", "--compare", "--model", pair[0], "--prompt", "x", models=False)
+def test_compare_needs_speculation(run, pair):
+    code, _, err = run("generate", "--compare", "--plain", "--model", pair[0], "--prompt", "x", models=False)
     assert code == 2
-    assert "--draft-model" in err
+    assert "--plain" in err
+    greedy = ("--temperature", "0", "--max-tokens", "40", "--ignore-eos")
+    code, out, _ = run("generate", "--compare", *greedy, "--model", pair[0], "--prompt", "x", models=False)
+    assert (code, "identical: yes" in out) == (0, True)  # without a draft, copying
 
 
 USAGE = {

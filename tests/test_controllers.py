@@ -30,16 +30,17 @@ class Machine:
         made = []
         if self.copies:
             self.match = 20 if self.random.random() < self.copies[0] else 1
-            made.append(Offer("suffix", 64, self.match))
+            kind, prior = ("suffix/5", 0.9) if self.match > 1 else ("suffix/1", 0.3)
+            made.append(Offer("suffix", kind, prior, 64))
         if self.model:
-            made.append(Offer("model", 64, 0, self.unread))
+            made.append(Offer("model", "model", 0.7, 64, self.unread))
         return made
 
     def round(self, controller):
         plan = controller.plan(self.context, self)
         self.plans.append(plan)
         drafter = plan.offer.drafter if plan.offer else None
-        right = self.a if drafter == "model" else (self.copies[1] if drafter and plan.offer.match > 1 else 0.0)
+        right = self.a if drafter == "model" else (self.copies[1] if drafter and self.match > 1 else 0.0)
         tau = next((i for i in range(plan.gamma) if self.random.random() >= right), plan.gamma)
         jitter = 1 + self.noise * self.random.random()
         draft = self.c * (plan.gamma + (self.unread - 1) / 12) if drafter == "model" else 0.0
@@ -144,7 +145,7 @@ def test_who_drafts_follows_the_offers():
     machine.run(controller, rounds=300)
     rate, plans = machine.run(controller, rounds=300)
     copied = [plan for plan in plans if plan.offer and plan.offer.drafter == "suffix"]
-    assert all(plan.offer.match == 20 for plan in copied)
+    assert all(plan.offer.kind == "suffix/5" for plan in copied)
     assert 50 < len(copied) < 140
     assert sum(plan.gamma for plan in copied) > 8 * len(copied)
     alone, _ = Machine(0.7, 0.1, 0.05).run(AutoGamma(), rounds=600)

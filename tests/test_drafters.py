@@ -67,7 +67,7 @@ class Recorded:
         self.prefill, self.offers, self.commit = inner.prefill, inner.offers, inner.commit
 
     def propose(self, context, offer, gamma):
-        self.proposed.append((offer.drafter, offer.match, offer.unread))
+        self.proposed.append((offer.drafter, offer.kind))
         return self.inner.propose(context, offer, gamma)
 
 
@@ -86,10 +86,10 @@ def test_the_combined_drafter_copies_where_enough_matches_and_the_model_catches_
     drafter = Recorded(CombinedDrafter({"suffix": CopyDrafter("suffix"), "model": model}))
     made = run(target, drafter, law, [1, 2, 3], max_tokens=200)
     assert made.stats.fallbacks == 0
-    by_name = Counter(name for name, _, _ in drafter.proposed)
+    by_name = Counter(name for name, _ in drafter.proposed)
     assert by_name["suffix"] > 0
     assert by_name["model"] > 0
-    assert all(match >= 4 for name, match, _ in drafter.proposed if name == "suffix")
+    assert {kind for name, kind in drafter.proposed if name == "suffix"} <= {f"suffix/{n}" for n in range(3, 7)}
     plain = run(target, NoDrafter(), law, [1, 2, 3], max_tokens=200)
     assert made.result().token_ids == plain.result().token_ids
 

@@ -70,7 +70,7 @@ class ToyDrafter(Toy):
         self.behind = []
 
     def offers(self, context):
-        return [Offer("model", 64, 0, len(context.tokens) - len(self.cached))]
+        return [Offer("model", "model", 0.7, 64, len(context.tokens) - len(self.cached))]
 
     def propose(self, context, offer, gamma):
         pending = self.read(context)

@@ -22,10 +22,14 @@ def agrees(kind, tokens, *, latest=True):
     """Checks every prefix of a text."""
     text, proposal = kind(), _core.Proposal()
     for n in range(1, len(tokens) + 1):
-        text.append(ids(tokens[n - 1 : n]))
+        pushed = text.push(tokens[n - 1])
         so_far = tokens[:n]
         length, ends = seen_text.match(so_far, LONGEST[kind])
-        if text.match_length != length or (text.match_end not in ends if length else text.match_end != -1):
+        if (
+            pushed != length
+            or text.match_length != length
+            or (text.match_end not in ends if length else text.match_end != -1)
+        ):
             return False
         if latest and length and text.match_end != ends[-1]:
             return False

@@ -276,6 +276,9 @@ class SuffixAutomaton:
     def append(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
         """Appends tokens (n,) int32, which are copied."""
 
+    def push(self, token: int) -> int:
+        """Appends one token; returns match_length."""
+
     def propose(self, max_tokens: int, min_match: int, proposal: Proposal) -> int:
         """
         Puts what followed the match into proposal, without laws (each token is certain), and returns how many tokens: max_tokens (at most 64), or 0 if fewer than min_match tokens match. A match that reaches the end goes on periodically.
@@ -303,6 +306,9 @@ class PromptLookup:
 
     def append(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
         """Appends tokens (n,) int32, which are copied."""
+
+    def push(self, token: int) -> int:
+        """Appends one token; returns match_length."""
 
     def propose(self, max_tokens: int, min_match: int, proposal: Proposal) -> int:
         """

@@ -4,11 +4,12 @@ a drawn token."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from .context import Context
 from .drafters import Drafter, Offer
-from .measurements import Measurements
+from .measurements import FEW, Measurements
 from .stats import Round
 
 
@@ -49,10 +50,10 @@ class FixedGamma:
         pass
 
 
-class _Choice(NamedTuple):
-    """The best gamma above 0 of a kind of offer: expected tokens, seconds, and how long this may be relied on."""
+@dataclass(slots=True)
+class _Choice:
+    """The best gamma above 0 of a kind of offer: expected tokens, seconds, and how often it may still be relied on."""
 
-    kind: str
     gamma: int
     tokens: float
     seconds: float
@@ -81,7 +82,7 @@ class AutoGamma:
 
     GRANT, BALANCE, EARNED, PLAIN_EVERY, STRETCH = 2.0, 4.0, 0.01, 64, 24
     PATIENCE = (16, 512)
-    MARGIN, THINKING, CHOOSING_SECONDS = 0.02, 0.003, 25e-6
+    MARGIN, THINKING, CHOOSING_SECONDS = 0.02, 0.005, 25e-6
     AMORTISED = 64  # tokens over which reading what was sat out is to pay
 
     def __init__(self, ceiling: int = 20, measured: Measurements | None = None) -> None:
@@ -110,15 +111,18 @@ class AutoGamma:
         offers = drafter.offers(context) if room > 0 else ()
         best, best_seconds, look, look_seconds = PLAIN, (1 - self.MARGIN) * self._plain, PLAIN, math.inf
         for offer in offers:
-            choice = self._choice(offer, len(context.tokens))
-            reading = self.measured.reading_seconds(offer)
-            amortised = reading / max(1, min(max(self.AMORTISED, offer.unread), room))
-            seconds = choice.seconds / choice.tokens + amortised
-            gamma = min(choice.gamma, offer.longest, room)
-            if seconds < best_seconds and self._balance(choice.kind) > 0:
-                best, best_seconds = Plan(gamma, offer), seconds
+            choice = self._choices.get(offer.kind)
+            if choice is None or not choice.uses:
+                choice = self._choose(offer, len(context.tokens))
+            choice.uses -= 1
+            seconds, reading = choice.seconds / choice.tokens, 0.0
+            if offer.unread > FEW:
+                reading = self.measured.reading_seconds(offer)
+                seconds += reading / max(1, min(max(self.AMORTISED, offer.unread), room))
+            if seconds < best_seconds and self._balance(offer.kind) > 0:
+                best, best_seconds = Plan(min(choice.gamma, offer.longest, room), offer), seconds
             elif seconds < look_seconds and choice.seconds + reading - self._plain <= self._pool:
-                look, look_seconds = Plan(gamma, offer), seconds
+                look, look_seconds = Plan(min(choice.gamma, offer.longest, room), offer), seconds
         if best.offer:
             return self._stretched(best, room)
         if look.offer and (self._gains or self._since_look >= self._patience):
@@ -148,7 +152,7 @@ class AutoGamma:
             self._plain = self.measured.verify_seconds(1, length)
 
     def _learn(self, round_: Round, offer: Offer, seconds: float) -> None:
-        kind = self.measured.kind(offer)
+        kind = offer.kind
         self.measured.add_draft(offer, round_.gamma, round_.draft_seconds)
         acceptance = self.measured.acceptance_of(offer)
         acceptance.add(round_.gamma, round_.tau)
@@ -169,12 +173,7 @@ class AutoGamma:
     def _balance(self, kind: str) -> float:
         return self._balances.setdefault(kind, self.GRANT * self._plain)
 
-    def _choice(self, offer: Offer, length: int) -> _Choice:
-        kind = self.measured.kind(offer)
-        known = self._choices.get(kind)
-        if known and known.uses:
-            self._choices[kind] = known._replace(uses=known.uses - 1)
-            return known
+    def _choose(self, offer: Offer, length: int) -> _Choice:
         acceptance = self.measured.acceptance_of(offer)
         tested = len(acceptance.tested)
         most = max(1, min(self._ceiling, offer.longest, 1 + 2 * tested))
@@ -184,8 +183,8 @@ class AutoGamma:
             for gamma in range(1, most + 1)
         ]
         gamma = min(range(1, most + 1), key=lambda gamma: costs[gamma - 1] / tokens[gamma])
-        uses = int(self.CHOOSING_SECONDS / (self.THINKING * self._plain))
-        choice = self._choices[kind] = _Choice(kind, gamma, tokens[gamma], costs[gamma - 1], uses)
+        uses = 1 + int(self.CHOOSING_SECONDS / (self.THINKING * self._plain))
+        choice = self._choices[offer.kind] = _Choice(gamma, tokens[gamma], costs[gamma - 1], uses)
         return choice
 
     def _stretched(self, plan: Plan, room: int) -> Plan:

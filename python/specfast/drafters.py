@@ -12,7 +12,8 @@ from .context import Context
 from .targets import Progress, prefill
 
 LONGEST_COPY = 64
-SURE_MATCH = 4
+PRIOR_OF_MODELS = 0.7
+PRIORS_OF_MATCHES = (0.3, 0.5, 0.75, 0.85, 0.9, 0.95)  # of 1, 2 to 3, 4 to 7, ..., 32 and more tokens
 
 
 class Offer(NamedTuple):
@@ -20,14 +21,16 @@ class Offer(NamedTuple):
 
     Attributes:
         drafter: its name: "model", "suffix" or "prompt-lookup".
+        kind: what shares an acceptance: the drafter's name, for copying drafters with a class of the match's length.
+        prior: the chance that its tokens are accepted, where nothing is measured.
         longest: most tokens it can draft.
-        match: how many tokens at the context's end a copying drafter saw before; 0 for others.
         unread: tokens of the context the drafter reads before it drafts.
     """
 
     drafter: str
+    kind: str
+    prior: float
     longest: int
-    match: int = 0
     unread: int = 0
 
 
@@ -77,7 +80,8 @@ class ModelDrafter:
     def offers(self, context: Context) -> Sequence[Offer]:
         length = len(context.tokens)
         longest = self.cache.capacity - length + 1
-        return (Offer("model", longest, 0, length - self.cache.length),) if longest > 0 else ()
+        unread = length - self.cache.length
+        return (Offer("model", "model", PRIOR_OF_MODELS, longest, unread),) if longest > 0 else ()
 
     def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
         pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
@@ -97,18 +101,18 @@ class CopyDrafter:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
         self._text = _core.SuffixAutomaton() if name == "suffix" else _core.PromptLookup()
-        self._read = 0
+        self._read = self._match = 0
         self._proposal = _core.Proposal()
+        classes = enumerate(PRIORS_OF_MATCHES, 1)
+        self._offers = ((), *((Offer(name, f"{name}/{n}", prior, LONGEST_COPY),) for n, prior in classes))
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
         self._follow(tokens)
 
     def offers(self, context: Context) -> Sequence[Offer]:
         self._follow(context.tokens)
-        match = self._text.match_length
-        return (Offer(self._name, LONGEST_COPY, match),) if match else ()
+        return self._offers[min(self._match.bit_length(), len(PRIORS_OF_MATCHES))]
 
     def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
         return self._proposal if self._text.propose(gamma, 1, self._proposal) else None
@@ -117,18 +121,22 @@ class CopyDrafter:
         pass
 
     def _follow(self, tokens: Sequence[int]) -> None:
-        if len(tokens) > self._read:
+        length = len(tokens)
+        if length - self._read > LONGEST_COPY:
             self._text.append(np.array(tokens[self._read :], dtype=np.int32))
-            self._read = len(tokens)
+            self._match = self._text.match_length
+        else:
+            for at in range(self._read, length):
+                self._match = self._text.push(tokens[at])
+        self._read = length
 
 
 class CombinedDrafter:
-    """Several drafters; who drafts is chosen from their offers.
-
-    Where nothing is measured a copying drafter comes first if at least SURE_MATCH tokens match, and last otherwise.
+    """Several drafters; who drafts is chosen from their offers. Where nothing is measured the highest prior comes first:
+    copying goes before a model where at least 4 tokens match.
 
     Args:
-        parts: the drafters by the names in their offers, the copying ones first.
+        parts: the drafters by the names in their offers.
     """
 
     def __init__(self, parts: Mapping[str, Drafter]) -> None:
@@ -139,12 +147,12 @@ class CombinedDrafter:
             part.prefill(tokens, progress)
 
     def offers(self, context: Context) -> Sequence[Offer]:
-        sure: list[Offer] = []
-        unsure: list[Offer] = []
+        offers: list[Offer] = []
         for part in self._parts.values():
             for offer in part.offers(context):
-                (unsure if 0 < offer.match < SURE_MATCH else sure).append(offer)
-        return sure + unsure
+                first = not offers or offer.prior <= offers[0].prior
+                offers.insert(len(offers) if first else 0, offer)
+        return offers
 
     def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
         return self._parts[offer.drafter].propose(context, offer, gamma)

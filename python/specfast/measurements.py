@@ -7,9 +7,7 @@ from typing import Any
 
 from .drafters import Offer
 
-PRIOR_OF_MODELS = 0.7
 FEW = 4  # tokens a model reads in the pass that drafts anyhow
-PRIORS_OF_MATCHES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # matches of 1, 2 to 3, 4 to 7, ..., 32 and more tokens
 
 
 class CostTable:
@@ -95,20 +93,12 @@ class Measurements:
         """Contexts of up to 255 tokens, of 256 to 511, of 512 to 1023 and so on share their costs."""
         return (length >> 8).bit_length()
 
-    @staticmethod
-    def kind(offer: Offer) -> str:
-        """Offers that share an acceptance: a drafter's, by the length of the match in powers of two."""
-        if not offer.match:
-            return offer.drafter
-        return f"{offer.drafter}/{min(offer.match.bit_length(), len(PRIORS_OF_MATCHES))}"
-
     def acceptance_of(self, offer: Offer) -> Acceptance:
-        """What is known of offers like this one."""
-        kind = self.kind(offer)
-        if kind not in self.acceptance:
-            at = min(offer.match.bit_length(), len(PRIORS_OF_MATCHES))
-            self.acceptance[kind] = Acceptance(PRIORS_OF_MATCHES[at - 1] if offer.match else PRIOR_OF_MODELS)
-        return self.acceptance[kind]
+        """What is known of offers of this kind."""
+        found = self.acceptance.get(offer.kind)
+        if found is None:
+            found = self.acceptance[offer.kind] = Acceptance(offer.prior)
+        return found
 
     def add_verify(self, rows: int, length: int, seconds: float) -> None:
         """Adds the time of a pass of the target over a number of rows after a context of this length."""
