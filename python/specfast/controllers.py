@@ -71,9 +71,9 @@ class AutoGamma:
     of all time goes into trying such offers, and those that promise little, again: after PATIENCE plain rounds, twice as
     many whenever it was in vain, and further while they gain. Plain decoding is measured again every PLAIN_EVERY rounds, and every STRETCH-th round drafts one token more.
 
-    Seconds are those of whole rounds, and speculation has to win by MARGIN. Choosing takes time too: where a pass is so
-    short that this would be more than THINKING of plain decoding, the controller rests for some rounds in between, and
-    keeps what it computed.
+    Seconds are those of whole rounds, and speculation has to win by MARGIN. Choosing takes time too: it may take
+    THINKING of all time and THINKING_OF_GAINS of what speculation gains. Where a pass is so short that this does not
+    pay for a choice a round, the controller rests in between, and keeps what it computed for a while.
 
     Args:
         ceiling: largest gamma.
@@ -82,7 +82,7 @@ class AutoGamma:
 
     GRANT, BALANCE, EARNED, PLAIN_EVERY, STRETCH = 2.0, 4.0, 0.01, 64, 24
     PATIENCE = (16, 512)
-    MARGIN, THINKING, CHOOSING_SECONDS = 0.02, 0.005, 25e-6
+    MARGIN, THINKING, THINKING_OF_GAINS, MOST_THOUGHT, CHOOSING_SECONDS = 0.02, 0.003, 0.2, 32, 25e-6
     AMORTISED = 64  # tokens over which reading what was sat out is to pay
 
     def __init__(self, ceiling: int = 20, measured: Measurements | None = None) -> None:
@@ -96,7 +96,7 @@ class AutoGamma:
         self._since_plain = self._since_look = self._speculated = 0
         self._looking = self._gains = False
         self._rest = self._rested = 0
-        self._planning = 0.0  # seconds of a choice
+        self._planning = self._thought = 0.0  # seconds of a choice, and what may be spent on choosing
         self._choices: dict[str, _Choice] = {}
 
     def plan(self, context: Context, drafter: Drafter) -> Plan:
@@ -128,7 +128,9 @@ class AutoGamma:
         if look.offer and (self._gains or self._since_look >= self._patience):
             self._looking = True
             return look
-        self._rest = int(self._planning / (self.THINKING * self._plain))
+        self._thought -= self._planning
+        if self._thought < 0:
+            self._rest = int(-self._thought / (self.THINKING * self._plain))
         return PLAIN
 
     def update(self, round_: Round) -> None:
@@ -141,7 +143,9 @@ class AutoGamma:
         passing = round_.verify_seconds + round_.keep_seconds + (round_.plan_seconds if gamma else 0.0)
         seconds = round_.draft_seconds + passing
         self.measured.add_verify(gamma + 1, length, passing)
-        self._pool += self.EARNED * (seconds + self._rested * self._plain)
+        plainly = seconds + self._rested * self._plain
+        self._pool += self.EARNED * plainly
+        self._thought = min(self._thought + self.THINKING * plainly, self.MOST_THOUGHT * self._planning)
         if gamma and round_.offer:
             self._learn(round_, round_.offer, seconds)
         else:
@@ -162,6 +166,7 @@ class AutoGamma:
         self._speculated += 1
         self._since_look = 0
         gained = round_.kept * self._plain - seconds
+        self._thought += self.THINKING_OF_GAINS * max(0.0, gained)
         self._gains = gained > 0 and (self._looking or self._gains)
         if self._looking:
             self._patience = self.PATIENCE[0] if gained > 0 else min(2 * self._patience, self.PATIENCE[1])

@@ -52,7 +52,8 @@ class Drafter(Protocol):
         """Drafts up to gamma tokens, 1 to offer.longest, as one of the context's offers says."""
 
     def commit(self, kept: int) -> None:
-        """Follows a round that kept `kept` tokens, of which the last is not yet in any cache."""
+        """Follows a round it drafted: `kept` tokens were kept, of which the last is not yet in any cache. Rounds without a
+        proposal are seen by their tokens in the next context only."""
 
 
 class ModelDrafter:

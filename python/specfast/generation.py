@@ -35,7 +35,8 @@ def rounds(
         chunk = context.keep([*tokens[: verdict.tau], verdict.next_token])
         kept = len(chunk.token_ids)
         target.commit(kept)
-        drafter.commit(kept)
+        if tokens:
+            drafter.commit(kept)
 
         times = (drafted - planned, verified - drafted, planned - start, clock() - verified)
         round_ = Round(len(tokens), verdict.tau, kept, *times, length, offer if tokens else None)
