@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "errors.hpp"
 #include "thread_pool.hpp"
@@ -74,15 +75,22 @@ void Model::Free::operator()(uint8_t* p) const {
 
 void Model::pack(bool mapped) {
   if (!kernels->pack_panel || precision != Precision::int8) return;
+  const auto size = [](const Matrix& w) {  // whole cache lines
+    return is_quantised(w.format) ? (w.panels() * w.panel_bytes() + 63) / 64 * 64 : 0;
+  };
+  size_t total = 0;
+  for_each_matrix(*this, [&](const Matrix& w) { total += size(w); });
+  if (total == 0) return;
+  total = (total + kHugePage - 1) / kHugePage * kHugePage;
+  packed_.reset(static_cast<uint8_t*>(std::aligned_alloc(kHugePage, total)));
+  if (!packed_) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  madvise(packed_.get(), total, MADV_HUGEPAGE);
+#endif
+  uint8_t* next = packed_.get();
   for_each_matrix(*this, [&](Matrix& w) {
     if (!is_quantised(w.format)) return;
-    const size_t bytes = (w.panels() * w.panel_bytes() + kHugePage - 1) / kHugePage * kHugePage;
-    uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(kHugePage, bytes));
-    if (!data) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    madvise(data, bytes, MADV_HUGEPAGE);
-#endif
-    packed_.emplace_back(data);
+    uint8_t* data = std::exchange(next, next + size(w));
     ThreadPool::instance().run([&](const Team& team) {
       int first, last;
       team.part(w.N, kPanel, &first, &last);

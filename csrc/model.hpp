@@ -50,7 +50,7 @@ struct Model {
   struct Free {
     void operator()(uint8_t* p) const;
   };
-  std::vector<std::unique_ptr<uint8_t[], Free>> packed_;
+  std::unique_ptr<uint8_t[], Free> packed_;
 };
 
 }  // namespace specfast
