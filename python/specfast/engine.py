@@ -10,7 +10,7 @@ from typing import Any, Literal
 from . import _core, hub
 from .config import ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
-from .controllers import AutoGamma, Controller, FixedGamma
+from .controllers import AutoGamma, FixedGamma
 from .drafters import CombinedDrafter, CopyDrafter, Drafter, ModelDrafter, NoDrafter
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
@@ -93,7 +93,7 @@ class Engine:
             draft_model=pair.draft_name or "none",
             target_engine=f"native {pair.target.precision}",
             drafter=self.drafter,
-            gamma=self._gamma(self.resolved, pair)[0],
+            gamma=self._gamma(self.resolved, self.drafter)[0],
             rule="greedy" if self.config.greedy else "token",
         )
 
@@ -205,7 +205,7 @@ class Engine:
         )
         timed = seed is None or law.temperature == 0
         name = self._drafter_name(resolved, pair)
-        if name != "none" and not timed and not self._asked(resolved, pair):
+        if not timed and not self._asked(resolved, pair):
             name = "none"  # with a seed, the text is that of plain decoding unless someone asks for a drafter
         exact = config.lenience <= 1 or law.temperature == 0 or name == "none"
         if not exact:
@@ -213,19 +213,22 @@ class Engine:
                 f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
-        gamma, ceiling = self._gamma(resolved, pair) if name != "none" else (0, 0)
-        path = measurements_path(pair.target, pair.draft) if gamma == "auto" and timed else None
+        gamma, ceiling = self._gamma(resolved, name)
+        if gamma == "auto" and not timed:
+            gamma = min(ceiling, 5)
+            self._say_once(f"gamma is fixed at {gamma}: with a seed, timing must not change the text")
+        path = measurements_path(pair.target, pair.draft) if gamma == "auto" else None
 
         def ended(stats: SpeculationStats) -> None:
             self.stats.add(stats)
-            if gamma == "auto" and timed and stats.target_passes >= WORTH_KEEPING:
+            if gamma == "auto" and stats.target_passes >= WORTH_KEEPING:
                 save_measurements(path, self._measured[path])
 
         return Generation(
             context,
             NativeTarget(pair.target.model, law, config.lenience, sampling.seed, capacity),
             _build_drafter(name, pair, law, sampling.seed, capacity),
-            self._controller(gamma, ceiling, path, timed=timed),
+            FixedGamma(gamma) if gamma != "auto" else AutoGamma(ceiling, self._measurements(path)),
             progress=progress,
             terms=Terms(sampling.seed, gamma, name, exact, pair.target.precision),
             on_draft_failure=self._draft_failed,
@@ -275,23 +278,21 @@ class Engine:
         asked = (resolved.sources[name] != "default" for name in ("drafter", "gamma"))
         return pair.draft is not None or resolved.config.auto_config or any(asked)
 
-    def _gamma(self, resolved: ResolvedConfig, pair: ModelPair) -> tuple[int | Literal["auto"], int]:
-        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling, and where
-        nobody asked for speculation it is automatic."""
-        gamma = resolved.config.gamma
-        if gamma == "auto" or not self._asked(resolved, pair):
+    @staticmethod
+    def _gamma(resolved: ResolvedConfig, drafter: str) -> tuple[int | Literal["auto"], int]:
+        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling, and for copies
+        it is automatic unless typed."""
+        gamma, source = resolved.config.gamma, resolved.sources["gamma"]
+        if drafter == "none":
+            return 0, 0
+        if gamma == "auto" or (source == "default" and drafter in ("suffix", "prompt-lookup")):
             return "auto", 20
-        return ("auto" if resolved.sources["gamma"] == "family" else gamma), gamma
+        return ("auto" if source == "family" else gamma), gamma
 
-    def _controller(self, gamma: int | str, ceiling: int, path: Path | None, *, timed: bool) -> Controller:
-        if gamma == "auto" and timed:
-            if path not in self._measured:
-                self._measured[path] = load_measurements(path)
-            return AutoGamma(ceiling, self._measured[path])
-        if gamma == "auto":
-            ceiling = min(ceiling, 5)
-            self._say_once(f"gamma is fixed at {ceiling}: with a seed, timing must not change the text")
-        return FixedGamma(ceiling)
+    def _measurements(self, path: Path | None) -> Measurements:
+        if path not in self._measured:
+            self._measured[path] = load_measurements(path)
+        return self._measured[path]
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:

@@ -78,6 +78,7 @@ class SpeculativeEngine:
             **values,
             target_model=config.target_model or "the model asked for",
             draft_model=config.draft_model or automatic,
+            drafter="none" if config.disabled else config.drafter or "combined with a draft, else suffix",
             target_engine=engine,
             rule="greedy" if config.greedy else "token",
         )
