@@ -3,7 +3,7 @@
     python benchmarks/compare.py build/benchmarks.json             compare; exit 1 on a regression
     python benchmarks/compare.py build/benchmarks.json --update    store the run as a sample of the baseline
 
-A baseline is keyed by CPU model and holds the ratios of one or more runs; a ratio fails when it is above the baseline's median by
+A baseline is keyed by CPU (name, family and model numbers: virtual machines give generations one name) and threads, and holds the ratios of one or more runs; a ratio fails when it is above the baseline's median by
 more than 10 percent or three times the spread between the stored runs, whichever is larger.
 """
 
@@ -41,7 +41,8 @@ def ratios(run: dict) -> dict[str, float]:
 def cpu_key(run: dict) -> str:
     """A file name for the run's CPU and thread count."""
     machine = run["machine_info"]["specfast"]
-    return re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower()).strip("-")
+    words = f"{machine['cpu']} {machine['cpu_numbers']} {machine['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def judge(current: dict[str, float], samples: list[dict[str, float]]) -> list[tuple[str, float, float, float, bool]]:
@@ -64,8 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--baselines", type=Path, default=BASELINES)
     parser.add_argument("--update", action="store_true", help="add the run to this CPU's baseline")
     options = parser.parse_args(arguments)
-    run = json.loads(options.run.read_text())
-    file, current = options.baselines / f"{cpu_key(run)}.json", ratios(run)
+    try:
+        run = json.loads(options.run.read_text())
+        file, current = options.baselines / f"{cpu_key(run)}.json", ratios(run)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{options.run} is no record of `make bench-compare` ({type(error).__name__}: {error})")
     samples = json.loads(file.read_text())["samples"] if file.is_file() else []
     if options.update:
         options.baselines.mkdir(exist_ok=True)
@@ -75,7 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{file}: {len(samples) + 1} samples")
         return 0
     if not samples:
-        print(f"no baseline for this CPU ({file.name}); make one with --update, best from three quiet runs")
+        others = ", ".join(sorted(other.stem for other in options.baselines.glob("*.json"))) or "none"
+        print(
+            f"no baseline for this CPU and number of threads ({file.stem}; there are: {others}), so nothing was compared.\n"
+            f"To store this run as its first sample: python benchmarks/compare.py {options.run} --update\n"
+            "Three quiet runs, each stored like that, make a good baseline: their spread is the noise that is allowed for."
+        )
         return 0
     rows = judge(current, samples)
     for name, middle, now, limit, within in rows:

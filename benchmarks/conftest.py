@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 from specfast import _core
+from specfast.bench.machine import environment
 from specfast.bench.random_model import Maker
-from specfast.cli.bench import environment
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -1,14 +1,21 @@
 """The measured columns of docs/exo.md: plain tokens against rounds, interleaved, for the document's pairs that fit here.
 
-`python benchmarks/document_pairs.py` takes a few minutes, and memory for 6 GB of weights, twice where they are packed: random, 4 bit, at the real shapes.
+    python benchmarks/document_pairs.py                        all of them
+    python benchmarks/document_pairs.py --target qwen-2.5-7b   those of one target
+
+Takes a few minutes, and memory for 6 GB of weights, twice where they are packed: random, 4 bit, at the real shapes.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from specfast import _core
@@ -51,22 +58,43 @@ def measure(target: _core.Model, draft: _core.Model, gamma: int) -> tuple[float,
     return plain, drafting, checking
 
 
-def main() -> None:
+def measure_pair(target: _core.Model, draft_name: str, gamma: int) -> dict[str, Any]:
+    """A row of the table; speed-ups are by acceptance."""
+    shape = dataclasses.replace(find_shape(draft_name), vocab=target.vocab)
+    draft = random_model(shape, "q4g64", max_context=2 * CONTEXT, seed=1)
+    plain, drafting, checking = measure(target, draft, gamma)
+    speedups = {f"{a:g}": expected_tokens(a, gamma) * plain / (drafting + checking) for a in ACCEPTANCES}
+    return {
+        "draft": draft_name, "gamma": gamma, "isa": target.isa, "plain_ms": plain, "draft_ms": drafting, "verify_ms": checking,
+        "speedups": speedups,
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for name, _, _ in PAIRS]
+    parser.add_argument("--target", choices=names, help="only the pairs of this one")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a pair")
+    options = parser.parse_args(arguments)
     for name, gamma, drafts in PAIRS:
+        if options.target not in (None, name):
+            continue
         target = random_model(find_shape(name), "q4g64", max_context=2 * CONTEXT)
         for draft_name in drafts:
-            shape = dataclasses.replace(find_shape(draft_name), vocab=target.vocab)
-            draft = random_model(shape, "q4g64", max_context=2 * CONTEXT, seed=1)
-            plain, drafting, checking = measure(target, draft, gamma)
-            speeds = [expected_tokens(a, gamma) * plain / (drafting + checking) for a in ACCEPTANCES]
-            print(
-                f"{name} with {draft_name}, gamma {gamma}, {target.isa}: plain {plain:.0f} ms, draft {drafting:.0f} ms, "
-                f"verify {checking:.0f} ms; at acceptance {', '.join(f'{a:g}: {s:.2f}' for a, s in zip(ACCEPTANCES, speeds, strict=True))}",
-                flush=True,
-            )
-            del draft
+            row = {"target": name, **measure_pair(target, draft_name, gamma)}
+            print(json.dumps(row) if options.json else sentence(row), flush=True)
         del target
+    return 0
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """A row for people."""
+    speedups = ", ".join(f"{acceptance}: {speedup:.2f}" for acceptance, speedup in row["speedups"].items())
+    return (
+        f"{row['target']} with {row['draft']}, gamma {row['gamma']}, {row['isa']}: plain {row['plain_ms']:.0f} ms, "
+        f"draft {row['draft_ms']:.0f} ms, verify {row['verify_ms']:.0f} ms; at acceptance {speedups}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

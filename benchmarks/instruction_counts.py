@@ -109,7 +109,7 @@ def main() -> None:
     print(f"Executed instructions, not times: matmul_rows, int8 activations, {N} x {K}.\n")
     print(f"| isa | weights | M | instructions | for {BLOCK} products | count(M)/count(1) |")
     print("| --- | --- | --- | --- | --- | --- |")
-    notes = ["avx512 not counted: callgrind cannot run AVX-512"]
+    notes = ["avx512 and avx_vnni not counted: callgrind cannot run them"]
     for isas, make in ((["avx2"], x86_counter), (["neon", "neon_i8mm"], aarch64_counter)):
         try:
             count = make()

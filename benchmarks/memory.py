@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from specfast.bench.shapes import SHAPES, Shape, find_shape
 from specfast.safetensors_file import TensorView, write_safetensors
 
 LIMIT_MB, LIMIT_SECONDS = 300, 3.0
+MAX_CONTEXT, SPARE_POSITIONS = 8192, 32
 
 # What the measured process does; it prints one line of JSON.
 CHILD = """
@@ -32,7 +34,7 @@ from specfast.checkpoint import load_model
 imported = time.perf_counter()
 model = load_model(directory, pack=pack).model
 loaded = time.perf_counter()
-cache = _core.Cache(model, context + 32)
+cache = _core.Cache(model, context + int(sys.argv[4]))
 model.prefill(cache, np.arange(context, dtype=np.int32))
 proposal = _core.Proposal()
 proposal.set_tokens(np.arange(5, dtype=np.int32))
@@ -87,20 +89,55 @@ def write_checkpoint(shape: Shape, quant: str, directory: Path) -> None:
         "model_type": "llama", "hidden_size": shape.hidden, "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
         "intermediate_size": shape.intermediate, "vocab_size": shape.vocab, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-        "max_position_embeddings": 8192, "tie_word_embeddings": shape.tied, "quantization": {"bits": bits, "group_size": group},
+        "max_position_embeddings": MAX_CONTEXT, "tie_word_embeddings": shape.tied, "quantization": {"bits": bits, "group_size": group},
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def main() -> int:
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """Parses a whole number in low to high."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def measure(directory: Path, context: int, layout: str) -> dict[str, float]:
+    """Figures of one process.
+
+    Raises:
+        SystemExit: it failed; with what it said.
+    """
+    command = [sys.executable, "-c", CHILD, str(directory), str(context), layout, str(SPARE_POSITIONS)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip() or "it said nothing; memory may have run out"
+        raise SystemExit(f"{directory}, {layout}: the measured process ended with {done.returncode}:\n{said}")
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.1-8b", choices=[s.name for s in SHAPES.values() if not s.qkv_bias])
     parser.add_argument("--quant", default="q4g64", choices=["q4g32", "q4g64", "q4g128", "q8g64"])
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
+    longest = MAX_CONTEXT - SPARE_POSITIONS
+    parser.add_argument(
+        "--context", type=whole(1, longest), default=512, metavar="N", help=f"prompt tokens, 1 to {longest} (512)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=whole(1, 100),
+        default=3,
+        metavar="N",
+        help="processes a layout, of which the median counts (3)",
+    )
     parser.add_argument("--cache", type=Path, default=Path("build/memory"), help="where the checkpoint is kept")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="print a JSON object a layout")
+    options = parser.parse_args(arguments)
     directory = options.cache / f"{options.shape}-{options.quant}"
     if not (directory / "config.json").is_file():
         write_checkpoint(find_shape(options.shape), options.quant, directory)
@@ -110,8 +147,7 @@ def main() -> int:
     for layout in ("in place", "packed"):
         runs = []
         for _ in range(options.repeats):
-            command = [sys.executable, "-c", CHILD, str(directory), str(options.context), layout]
-            runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            runs.append(measure(directory, options.context, layout))
             time.sleep(1)
         best = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         limit = best["weights_mb"] + best["kv_mb"] + LIMIT_MB

@@ -150,7 +150,7 @@ Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& 
     std::vector<double> u(static_cast<size_t>(gamma) + 1);
     for (int32_t i = 0; i < gamma; i++)
       u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
-    u.back() = uniform(seed, round, static_cast<uint32_t>(gamma), Purpose::residual);
+    u.back() = uniform(seed, round, 0, Purpose::residual);  // one a round, the same draw whatever gamma is
     const bool alone = small_ && !ThreadPool::instance().size_was_set();
     return verify_logits(model_->kernels->law, alone, work_.logits.data(), model_->vocab, best_.data(), law,
                          proposal.q.empty() ? nullptr : proposal.q.data(), proposal.vocab, proposal.tokens.data(),

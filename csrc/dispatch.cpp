@@ -3,6 +3,10 @@
 
 #include <cstdlib>
 
+#if defined(SPECFAST_HAS_AVX_VNNI)
+#include <cpuid.h>
+#endif
+
 #if defined(__linux__) && defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -17,6 +21,13 @@ namespace {
 bool cpu_has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+#if defined(SPECFAST_HAS_AVX_VNNI)
+bool cpu_has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;  // asked of the CPU itself: older compilers have no name for it
+  return cpu_has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4)) != 0;
 }
 #endif
 
@@ -61,6 +72,9 @@ const std::vector<IsaEntry>& compiled_isas() {
     std::vector<IsaEntry> list{{&scalar_kernels(), true}};
 #if defined(SPECFAST_HAS_AVX2)
     list.push_back({&avx2_kernels(), cpu_has_avx2()});
+#endif
+#if defined(SPECFAST_HAS_AVX_VNNI)
+    list.push_back({&avx_vnni_kernels(), cpu_has_avx_vnni()});
 #endif
 #if defined(SPECFAST_HAS_AVX512)
     list.push_back({&avx512_kernels(), cpu_has_avx512()});

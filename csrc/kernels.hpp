@@ -33,8 +33,8 @@ struct KernelTable {
   /// `scratch` holds matmul_scratch_floats(K) floats.
   void (*matmul_rows)(const Matrix& w, const Rows& x, Activation activation, int n0, int n1, float* y, int64_t ldy,
                       const Epilogue& epilogue, float* scratch);
-  /// Writes packed panel n / 16 of a quantised matrix (see Matrix::packed); null if this table reads rows in place
-  /// only.
+  /// Writes packed panel n / 16 of a quantised or bf16 matrix (see Matrix::packed); null if this table reads rows in
+  /// place only.
   void (*pack_panel)(const Matrix& w, int n, uint8_t* out);
   /// h[m * ldh + n] = silu(gate(x))[n] * up(x)[n] for n in [n0, n1).
   void (*swiglu_rows)(const Matrix& gate, const Matrix& up, const Rows& x, Activation gate_activation,
@@ -70,6 +70,9 @@ constexpr size_t matmul_scratch_floats(int K) {
 const KernelTable& scalar_kernels();
 #if defined(SPECFAST_HAS_AVX2)
 const KernelTable& avx2_kernels();
+#endif
+#if defined(SPECFAST_HAS_AVX_VNNI)
+const KernelTable& avx_vnni_kernels();
 #endif
 #if defined(SPECFAST_HAS_AVX512)
 const KernelTable& avx512_kernels();

@@ -74,9 +74,12 @@ void Model::Free::operator()(uint8_t* p) const {
 }
 
 void Model::pack(bool mapped) {
-  if (!kernels->pack_panel || precision != Precision::int8) return;
-  const auto size = [](const Matrix& w) {  // whole cache lines
-    return is_quantised(w.format) ? (w.panels() * w.panel_bytes() + 63) / 64 * 64 : 0;
+  if (!kernels->pack_panel) return;
+  const auto size = [this](const Matrix& w) {  // whole cache lines; 0 if the rows stay in place
+    const Activation form = activation_of(w, precision);
+    const bool packs =
+        form == Activation::int8 || (form == Activation::bf16 && w.format == Format::bf16 && w.K % 2 == 0);
+    return packs ? (w.panels() * w.panel_bytes() + 63) / 64 * 64 : 0;
   };
   size_t total = 0;
   for_each_matrix(*this, [&](const Matrix& w) { total += size(w); });
@@ -89,7 +92,7 @@ void Model::pack(bool mapped) {
 #endif
   uint8_t* next = packed_.get();
   for_each_matrix(*this, [&](Matrix& w) {
-    if (!is_quantised(w.format)) return;
+    if (size(w) == 0) return;
     uint8_t* data = std::exchange(next, next + size(w));
     ThreadPool::instance().run([&](const Team& team) {
       int first, last;
@@ -113,12 +116,13 @@ size_t Model::packed_bytes() const {
 
 void Model::check() const {
   expect_range(hidden, 1, 1 << 20, "hidden");
-  expect_range(heads, 1, 4096, "heads");
+  expect_range(heads, 1, kMaxHeads, "heads");
   expect_range(kv_heads, 1, heads, "kv_heads");
   expect_range(head_dim, 2, kMaxHeadDim, "head_dim");
   expect_range(intermediate, 1, 1 << 22, "intermediate");
   expect_range(vocab, 1, 1 << 22, "vocab");
   expect_range(max_context, 1, int64_t{1} << 30, "max_context");
+  expect_range(static_cast<int64_t>(layers.size()), 1, 1 << 16, "the number of layers");
   if (heads % kv_heads)
     throw ShapeError("heads (" + std::to_string(heads) + ") is not a multiple of kv_heads (" +
                      std::to_string(kv_heads) + ")");

@@ -39,10 +39,10 @@ struct Model {
   double row_macs() const;
   /// Throws ShapeError when a matrix or vector does not fit the sizes above.
   void check() const;
-  /// Gives every quantised matrix a packed copy where the kernels read one (int8 activations only). The embedding,
-  /// which is read row by row, stays in place. `mapped` says that the matrices lie in read-only mappings of files: the
-  /// memory of what has been packed is then given back to the system, so that no two copies are resident. Throws
-  /// std::bad_alloc.
+  /// Gives every quantised matrix that int8 activations meet, and every bf16 one that bf16 meets, a packed copy where
+  /// the kernels read one. The embedding, which is read row by row, stays in place. `mapped` says that the matrices lie
+  /// in read-only mappings of files: the memory of what has been packed is then given back to the system, so that no
+  /// two copies are resident. Throws std::bad_alloc.
   void pack(bool mapped);
   size_t packed_bytes() const;
 

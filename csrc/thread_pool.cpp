@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <exception>
 #include <fstream>
 #include <set>
 #include <sstream>
@@ -43,13 +44,14 @@ int read_int(const std::string& path) {
   return file ? value : -1;
 }
 
-/// CPUs the cgroup's quota allows, or a large number.
-double quota_cpus() {
+/// CPUs the cgroup's quota allows, rounded, at most `count`.
+int within_quota(int count) {
   std::ifstream file("/sys/fs/cgroup/cpu.max");
   std::string quota;
   double period = 0;
-  if (file >> quota >> period && quota != "max" && period > 0) return std::stod(quota) / period;
-  return 1e9;
+  if (file >> quota >> period && quota != "max" && period > 0)
+    count = static_cast<int>(std::min<double>(count, std::stod(quota) / period + 0.5));
+  return std::max(1, count);
 }
 #endif
 
@@ -67,11 +69,19 @@ int usable_cores() {
     const int core = read_int(topology + "core_id");
     cores.insert(core < 0 ? std::pair{-1, cpu} : std::pair{read_int(topology + "physical_package_id"), core});
   }
-  const int count = static_cast<int>(std::min<double>(static_cast<double>(cores.size()), quota_cpus() + 0.5));
-  return std::max(1, count);
+  return within_quota(static_cast<int>(cores.size()));
 #else
   return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 #endif
+}
+
+int usable_cpus() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return within_quota(CPU_COUNT(&allowed));
+#endif
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 }
 
 void Barrier::take_core(int id) noexcept {
@@ -112,8 +122,15 @@ void Barrier::wait(int id) noexcept {
 }
 
 struct ThreadPool::Crew {
-  explicit Crew(int threads) : size(threads), barrier(threads) {
-    for (int id = 1; id < threads; id++) workers.emplace_back([this, id] { work(id); });
+  /// Starts the threads, or as many of them as the system allows.
+  explicit Crew(int threads) : asked(threads), barrier(threads) {
+    workers.reserve(static_cast<size_t>(threads));
+    try {
+      for (int id = 1; id < threads; id++) workers.emplace_back([this, id] { work(id); });
+    } catch (const std::exception&) {  // std::system_error, or std::bad_alloc: no room for one more
+    }
+    size = static_cast<int>(workers.size()) + 1;
+    barrier.set_threads(size);
   }
   ~Crew() {
     stop = true;
@@ -132,7 +149,8 @@ struct ThreadPool::Crew {
     }
   }
 
-  const int size;
+  const int asked;
+  int size = 1;  // workers read it only once they are called
   Barrier barrier;
   const Call* call = nullptr;
   bool stop = false;
@@ -155,6 +173,11 @@ void ThreadPool::set_size(int threads) {
   was_set_ = true;
 }
 
+int ThreadPool::start() {
+  run([](const Team&) {});
+  return started_;
+}
+
 bool ThreadPool::size_was_set() {
   return was_set_;
 }
@@ -163,13 +186,14 @@ ThreadPool::Crew& ThreadPool::crew() {
   const int wanted = size();
   const int pid = static_cast<int>(getpid());
   if (crew_ && crew_pid_ != pid) crew_ = nullptr;  // the parent's threads do not exist here
-  if (crew_ && crew_->size != wanted) {
+  if (crew_ && crew_->asked != wanted) {
     delete crew_;
     crew_ = nullptr;
   }
   if (!crew_) {
     crew_ = new Crew(wanted);
     crew_pid_ = pid;
+    started_ = crew_->size;
   }
   return *crew_;
 }

@@ -16,12 +16,14 @@ namespace specfast {
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads), cores_(static_cast<size_t>(threads)) {}
+  /// Fewer threads than it was made for meet here; before any of them waits.
+  void set_threads(int threads) noexcept { threads_ = threads; }
   void wait(int id) noexcept;
   /// Notes the core this thread runs on, and leaves it if it is taken.
   void take_core(int id) noexcept;
 
  private:
-  const int threads_;
+  int threads_;
   struct alignas(64) Core {
     std::atomic<int> number{-1};
   };
@@ -49,14 +51,19 @@ struct Team {
 };
 
 /// Runs functions on all its threads. A second caller at the same time runs alone on its own thread (the results are
-/// the same bits); after a fork the child starts its own threads on first use.
+/// the same bits); after a fork the child starts its own threads on first use. Where the system refuses to start them
+/// all (limits on processes or memory), those that did start do the work, again with the same bits.
 class ThreadPool {
  public:
   static ThreadPool& instance();
 
-  /// Threads a call gets. Set by set_size, else the cores this process may use.
+  /// Threads asked for. Set by set_size, else the cores this process may use.
   int size();
   void set_size(int threads);
+
+  /// Starts the threads if they are not there yet. Returns how many are, the caller's included: fewer than size() where
+  /// the system started no more.
+  int start();
 
   /// Whether set_size chose the number of threads.
   bool size_was_set();
@@ -93,10 +100,13 @@ class ThreadPool {
   Crew* crew_ = nullptr;
   int crew_pid_ = 0;
   std::atomic<int> wanted_{0};
+  std::atomic<int> started_{1};
   std::atomic<bool> was_set_{false};
 };
 
 /// Physical cores this process may use: its affinity mask, one thread per core, cut by the cgroup's CPU quota.
 int usable_cores();
+/// The same counting every hardware thread: with more threads than this, each barrier costs a scheduler's time slice.
+int usable_cpus();
 
 }  // namespace specfast

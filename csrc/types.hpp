@@ -19,6 +19,7 @@ inline constexpr int kSpanPositions = kSpanPages * kPagePositions;
 inline constexpr int kKeyTile = 64;
 inline constexpr int kValueSlice = 64;
 inline constexpr int kMaxHeadDim = 1024;
+inline constexpr int kMaxHeads = 4096;
 
 enum class Format : uint8_t { q4, q8, bf16, f16, f32 };
 
@@ -39,9 +40,9 @@ struct Matrix {
   const void* weight = nullptr;
   const void* scales = nullptr;  // (N, K / group)
   const void* biases = nullptr;  // (N, K / group)
-  /// The same weights as panels of 16 rows, if the kernels want a copy of their own: per group 16 scales, 16 biases,
-  /// then the group's words, word j of the 16 rows side by side. 64-byte aligned; null means the rows are read in
-  /// place.
+  /// The same weights as panels of 16 rows, if the kernels want a copy of their own: 32-bit word j of the 16 rows side
+  /// by side; where quantised, each group's words behind its 16 scales and 16 biases. 64-byte aligned; null means the
+  /// rows are read in place.
   const uint8_t* packed = nullptr;
 
   size_t row_bytes() const {
@@ -93,7 +94,7 @@ struct Rows {
   int32_t K = 0;
   int32_t stride = 0;        // elements between rows of f32 and bf16
   float* f32 = nullptr;      // (M, stride), always present
-  uint16_t* bf16 = nullptr;  // (M, stride), rounded to nearest even
+  uint16_t* bf16 = nullptr;  // (M, stride), rounded to nearest even; 0 from K on
   Int8Rows int8[kInt8Layouts];
 };
 

@@ -29,14 +29,16 @@ nb::dict build_info() {
       kernels.append(kernel);
     }
   }
-  const KernelTable& selected = kernels_named(std::nullopt);
+  std::string problem;
+  const KernelTable* selected = find_kernels("", &problem);
   nb::list chosen;
-  for (int i = 0; i < selected.infos_count; i++) chosen.append(selected.infos[i].name);
+  for (int i = 0; selected && i < selected->infos_count; i++) chosen.append(selected->infos[i].name);
   info["version"] = SPECFAST_VERSION;
   info["compiler"] = SPECFAST_COMPILER;
   info["isas_compiled"] = compiled;
   info["isas_supported"] = supported;
-  info["isa"] = selected.isa;
+  info["isa"] = selected ? nb::object(nb::str(selected->isa)) : nb::object(nb::none());
+  info["isa_problem"] = selected ? nb::object(nb::none()) : nb::object(nb::str(problem.c_str()));
   info["kernels"] = kernels;
   info["selected"] = chosen;
   info["threads"] = ThreadPool::instance().size();
@@ -49,6 +51,8 @@ double peak_dot(const std::string& kind, const std::optional<std::string>& isa, 
   const Activation activation = precision == Precision::int8   ? Activation::int8
                                 : precision == Precision::bf16 ? Activation::bf16
                                                                : Activation::f32;
+  if (!(milliseconds > 0 && milliseconds <= 60000))
+    throw ShapeError("milliseconds must be above 0 and at most 60000, not " + std::to_string(milliseconds));
   nb::gil_scoped_release release;
   std::vector<double> rates(static_cast<size_t>(ThreadPool::instance().size()) + 256);
   ThreadPool::instance().run([&](const Team& team) {
@@ -67,6 +71,7 @@ double read_bandwidth(const Bytes& buffer, int passes) {
   const KernelTable& kernels = kernels_named(std::nullopt);
   const uint8_t* data = buffer.data();
   const size_t lines = buffer.nbytes() / 512;
+  if (passes < 1 || passes > 10000) throw ShapeError("passes must be in 1 to 10000, not " + std::to_string(passes));
   if (lines == 0)
     throw ShapeError("the buffer of " + std::to_string(buffer.nbytes()) + " bytes is too small to measure");
   nb::gil_scoped_release release;
@@ -86,7 +91,9 @@ double read_bandwidth(const Bytes& buffer, int passes) {
 
 void bind_machine(nb::module_& m) {
   m.def("build_info", &build_info,
-        "Version, compiled and supported instruction sets, kernels by name, the selected ones, threads.");
+        "Version, compiled and supported instruction sets, kernels by name, the selected ones, threads. Where "
+        "SPECFAST_ISA "
+        "names no usable table, `isa` is None and `isa_problem` says why.");
   m.def(
       "set_num_threads",
       [](int threads) {
@@ -95,8 +102,14 @@ void bind_machine(nb::module_& m) {
         nb::gil_scoped_release release;
         ThreadPool::instance().set_size(threads);
       },
-      nb::arg("threads"), "Threads of every native call; results do not depend on it.");
-  m.def("num_threads", [] { return ThreadPool::instance().size(); });
+      nb::arg("threads"),
+      "Threads of every native call, 1 to 256; results do not depend on it. More than usable_cpus() makes calls slow.");
+  m.def("num_threads", [] { return ThreadPool::instance().size(); }, "Threads asked for: set, else one per core.");
+  m.def(
+      "start_threads", [] { return ThreadPool::instance().start(); }, nb::call_guard<nb::gil_scoped_release>(),
+      "Starts the threads if they are not there yet; how many there are, which is fewer than num_threads() where the "
+      "system\nstarts no more. Calls run on those, with the same results.");
+  m.def("usable_cpus", &usable_cpus, "Hardware threads this process may use: its affinity, cut by the cgroup's quota.");
   m.def("peak_dot", &peak_dot, nb::arg("kind"), nb::arg("isa") = nb::none(), nb::arg("milliseconds") = 50.0,
         "Multiply-adds per second, in GMAC/s over all threads, of the dot instruction of precision `kind`.");
   m.def("read_bandwidth", &read_bandwidth, nb::arg("buffer").noconvert(), nb::arg("passes") = 1,

@@ -31,11 +31,16 @@ std::vector<float> floats_of(const Floats& array) {
 
 std::vector<float> optional_floats(const nb::dict& layer, const char* key) {
   if (!layer.contains(key) || nb::object(layer[key]).is_none()) return {};
-  return floats_of(nb::cast<Floats>(layer[key]));
+  Floats array;
+  if (!nb::try_cast<Floats>(layer[key], array))
+    throw ShapeError(std::string("a layer's '") + key + "' is not a float32 array");
+  return floats_of(array);
 }
 
 Matrix matrix_of(const nb::dict& layer, const char* key, std::vector<BoundMatrix>* owners) {
   if (!layer.contains(key)) throw ShapeError(std::string("a layer lacks '") + key + "'");
+  if (!nb::isinstance<BoundMatrix>(layer[key]))
+    throw ShapeError(std::string("a layer's '") + key + "' is not a Matrix");
   const BoundMatrix& bound = nb::cast<const BoundMatrix&>(layer[key]);
   owners->push_back(bound);
   return bound.matrix;
@@ -67,6 +72,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   model->precision = precision_named(precision);
   model->kernels = &kernels_named(isa);
   for (nb::handle item : layers) {
+    if (!nb::isinstance<nb::dict>(item)) throw ShapeError("a layer is a dictionary of its matrices and vectors");
     const nb::dict layer = nb::cast<nb::dict>(item);
     LayerWeights w;
     w.q = matrix_of(layer, "q", &owners);
@@ -159,6 +165,7 @@ Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending,
   const Proposal& drafted = proposal ? *proposal : kNothing;
   if (drafted.gamma() > 64)
     throw ShapeError("a proposal of " + std::to_string(drafted.gamma()) + " tokens is longer than 64");
+  if (!(lenience > 0.0)) throw ShapeError("lenience must be positive, not " + std::to_string(lenience));
   CacheUse use(cache);
   nb::gil_scoped_release release;
   sequence.cache().drop_to(0);
@@ -171,8 +178,8 @@ void bind_model(nb::module_& m) {
   nb::class_<BoundModel>(
       m, "Model",
       "A decoder's weights, used in place, bound to the kernels of one instruction set and one precision.\n\n"
-      "pack gives quantised matrices a second copy in the order the kernels stream, where they have one (int8 on "
-      "AVX-512);\n"
+      "pack gives quantised and bf16 matrices a second copy in the order the kernels stream, where they have one "
+      "(AVX-512, at\nprecision int8 and bf16);\n"
       "False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, "
       "whose\nmemory is given back once packed. Results of a row are the same bits for any\n"
       "number of rows and threads, packed or not.")

@@ -7,11 +7,13 @@ using namespace specfast;
 
 namespace {
 
+constexpr size_t kMaxRows = size_t{1} << 18;  // rows times heads, and positions, are counted in 32 bits
+
 nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bound, const std::string& precision,
                                           const std::optional<std::string>& isa) {
   const Matrix& w = bound.matrix;
-  if (x.ndim() != 2 || x.shape(1) != static_cast<size_t>(w.K) || x.shape(0) < 1)
-    throw ShapeError("x must be (M, " + std::to_string(w.K) + ") with M >= 1");
+  if (x.ndim() != 2 || x.shape(1) != static_cast<size_t>(w.K) || x.shape(0) < 1 || x.shape(0) > kMaxRows)
+    throw ShapeError("x must be (M, " + std::to_string(w.K) + ") with M in 1 to " + std::to_string(kMaxRows));
   const KernelTable& kernels = kernels_named(isa);
   const Precision activations = precision_named(precision);
   const int32_t M = static_cast<int32_t>(x.shape(0));
@@ -45,11 +47,20 @@ nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k
   if (q.ndim() != 3 || k.ndim() != 3 || v.ndim() != 3)
     throw ShapeError("q must be (M, heads, head_dim), k and v (S, kv_heads, head_dim)");
   const size_t M = q.shape(0), heads = q.shape(1), dim = q.shape(2), S = k.shape(0), kv_heads = k.shape(1);
-  if (k.shape(2) != dim || v.shape(0) != S || v.shape(1) != kv_heads || v.shape(2) != dim || kv_heads == 0 ||
-      heads % kv_heads || S < M || M < 1 || dim % 2 || dim > kMaxHeadDim)
+  if (k.shape(2) != dim || v.shape(0) != S || v.shape(1) != kv_heads || v.shape(2) != dim || S < M)
     throw ShapeError("q, k and v do not fit: (" + std::to_string(M) + ", " + std::to_string(heads) + ", " +
                      std::to_string(dim) + ") against (" + std::to_string(S) + ", " + std::to_string(kv_heads) + ", " +
-                     std::to_string(k.shape(2)) + ")");
+                     std::to_string(k.shape(2)) + ") and (" + std::to_string(v.shape(0)) + ", " +
+                     std::to_string(v.shape(1)) + ", " + std::to_string(v.shape(2)) + ")");
+  if (M < 1 || S > kMaxRows)
+    throw ShapeError("attention of " + std::to_string(M) + " rows over " + std::to_string(S) +
+                     " positions is outside 1 to " + std::to_string(kMaxRows));
+  if (kv_heads == 0 || heads == 0 || heads % kv_heads || heads > kMaxHeads)
+    throw ShapeError(std::to_string(heads) + " query heads cannot share " + std::to_string(kv_heads) +
+                     " key/value heads; a multiple of those, 1 to " + std::to_string(kMaxHeads) + ", can");
+  if (dim < 2 || dim % 2 || dim > kMaxHeadDim)
+    throw ShapeError("head_dim " + std::to_string(dim) + " is not an even number in 2 to " +
+                     std::to_string(kMaxHeadDim));
   const KernelTable& kernels = kernels_named(isa);
   float* out_data;
   auto out = make_array(&out_data, {M, heads, dim});

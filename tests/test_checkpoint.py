@@ -148,6 +148,10 @@ def test_mutated_configs(model):
         ({"head_dim": 7}, ModelFormatError, "even"),
         ({"vocab_size": 97}, ModelFormatError, r"\(96, 128\).*\(97, 128\)"),
         ({"num_hidden_layers": 3}, ModelFormatError, "layers.2.* is missing"),
+        ({"num_hidden_layers": 1}, ModelFormatError, r"have 2 layers, but config.json says 1 \("),
+        ({"tie_word_embeddings": "yes"}, ModelFormatError, "true or false"),
+        ({"eos_token_id": 96}, ModelFormatError, r"config.json: 'eos_token_id' is 96, .* 0 to 95"),
+        ({"eos_token_id": [3, 10**9]}, ModelFormatError, "'eos_token_id'.* 0 to 95"),
         ({"num_hidden_layers": 10**9}, ModelFormatError, "1 to 1024"),
         ({"rms_norm_eps": -1}, ModelFormatError, "rms_norm_eps"),
         ({"architectures": ["GPT2LMHeadModel"]}, UnsupportedModelError, "supported: Llama"),
@@ -195,11 +199,43 @@ def test_missing_parts(model):
         load_model(model)
 
 
+def logits_of(native):
+    return native.forward(_core.Cache(native), np.arange(5, dtype=np.int32), 5)
+
+
 def rewrite(directory, change):
     tensors = {name: stored(t.as_float32(), "F32") for name, t in open_weights(directory).items()}
     change(tensors)
     (directory / "model.safetensors").unlink()
     write_safetensors(directory / "model.safetensors", tensors)
+
+
+def test_a_head_that_is_missing_and_one_that_is_tied(model):
+    untied = load_model(model).model
+    rewrite(model, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(ModelFormatError, match=r"lm_head\.weight' is missing.*tie_word_embeddings"):
+        load_model(model)
+    for value in (True, ...):  # what is not said is read off the weights
+        edit_config(model, tie_word_embeddings=value)
+        native = load_model(model).model
+        assert native.weight_bytes == untied.weight_bytes  # the embedding is as large
+        assert not np.array_equal(logits_of(native), logits_of(untied))
+
+
+def test_tensors_that_are_no_layers_are_left_alone(model):
+    expected = logits_of(load_model(model).model)
+    extra = stored(np.ones(16), "F32")
+    names = (
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.layers.norm",
+        "layers.7.x",
+    )
+    rewrite(model, lambda t: t.update(dict.fromkeys(names, extra)))
+    assert np.array_equal(logits_of(load_model(model).model), expected)
+    rewrite(model, lambda t: t.update({"model.layers.7.x": extra}))
+    with pytest.raises(ModelFormatError, match="have 8 layers"):
+        load_model(model)
 
 
 def test_nan_in_a_norm_is_seen_at_once(model):
@@ -251,7 +287,7 @@ def test_tensors_need_no_alignment(tmp_path, dtype):
         path.unlink()
         path.write_bytes(struct.pack("<Q", end - 8 + spaces) + original[8:end] + b" " * spaces + original[end:])
         native = load_model(model).model
-        logits.append(native.forward(_core.Cache(native), np.arange(5, dtype=np.int32), 5))
+        logits.append(logits_of(native))
     assert np.array_equal(logits[0], logits[1])
     assert np.array_equal(logits[0], logits[2])
 
@@ -280,4 +316,7 @@ def test_end_tokens(model):
     assert read_config(model).eos_ids == (5,)
     (model / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(ModelFormatError, match="eos_token_id"):
+        read_config(model)
+    (model / "generation_config.json").write_text('{"eos_token_id": [5, 96]}')
+    with pytest.raises(ModelFormatError, match=r"generation_config\.json: 'eos_token_id' is \[5, 96\]"):
         read_config(model)

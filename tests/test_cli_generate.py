@@ -142,13 +142,19 @@ def test_compare_says_no_and_fails_when_greedy_tokens_differ(run, monkeypatch):
     assert (code, out.splitlines()[-1]) == (0, "identical: no (sampled: the law is the same, the draws are not)")
 
 
-def test_compare_needs_speculation(run, pair):
-    code, _, err = run("generate", "--compare", "--plain", "--model", pair[0], "--prompt", "x", models=False)
-    assert code == 2
-    assert "--plain" in err
-    greedy = ("--temperature", "0", "--max-tokens", "40", "--ignore-eos")
+def test_compare_needs_a_draft(run, pair, tmp_path):
+    write_tokenizer(tmp_path, byte_level("<think>"))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 999}))
+    for draft in ((), ("--draft-model", str(tmp_path))):
+        code, out, err = run("generate", "--compare", "--model", pair[0], *draft, "--prompt", "x", models=False)
+        assert (code, out) == (2, "")
+        assert "--draft-model" in err.splitlines()[-1]
+
+
+def test_compare_takes_a_drafter_that_needs_no_draft(run, pair):
+    greedy = ("--temperature", "0", "--max-tokens", "40", "--ignore-eos", "--drafter", "suffix")
     code, out, _ = run("generate", "--compare", *greedy, "--model", pair[0], "--prompt", "x", models=False)
-    assert (code, "identical: yes" in out) == (0, True)  # without a draft, copying
+    assert (code, "identical: yes" in out) == (0, True)
 
 
 USAGE = {
@@ -167,8 +173,13 @@ USAGE = {
     "unknown engine": ("--speculative-draft-engine", "torch"),
     "early exit": ("--speculative-early-exit", "2"),
     "rule": ("--speculative-rule", "block"),
+    "min-p": ("--min-p", "-0.1"),
+    "top-k": ("--top-k", "-1"),
     "stop": ("--stop", ""),
-    "system": ("--system", "be brief"),
+    "raw system": ("--raw", "--system", "be brief"),
+    "quiet time": ("--quiet", "--time"),
+    "compare plain": ("--compare", "--plain"),
+    "compare none": ("--compare", "--draft-model", "none"),
     "both": ("--prompt-file", "x"),
     "unknown": ("--speculate",),
     "abbreviated": ("--speculative-gam", "3"),
@@ -177,10 +188,29 @@ USAGE = {
 
 
 @pytest.mark.parametrize("arguments", USAGE.values(), ids=list(USAGE))
-def test_usage_errors_exit_with_2_on_stderr(run, arguments):
-    code, out, err = run("generate", "--prompt", "x", *arguments)
+def test_usage_errors_exit_with_2_on_stderr_before_anything_is_loaded(run, pair, monkeypatch, arguments):
+    monkeypatch.setattr("specfast.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    models = ("--model", pair[0], "--draft-model", pair[1])
+    code, out, err = run("generate", "--prompt", "x", *models, *arguments, models=False)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("specfast")
+
+
+def test_a_system_message_needs_a_template(run):
+    code, out, err = run("generate", "--prompt", "x", "--system", "be brief")
+    assert (code, out) == (2, "")
+    assert "chat template" in err
+
+
+@pytest.mark.parametrize("name", ["none", "None"])
+def test_the_draft_none_is_no_draft(run, pair, name):
+    for models in ((), ("--auto-config",), ("--model", pair[0])):
+        given = ("--prompt", "x", "--max-tokens", "4", "--temperature", "0", "--json", "--draft-model", name, *models)
+        code, out, err = run("generate", *given, models=False)
+        assert (code, as_json(out)["drafted"]) == (0, 0)
+        assert "draft none (typed)" in err
+    assert specfast.load(draft=name).pair.draft is None
+    assert specfast.load().pair.draft is not None
 
 
 def test_messages_name_the_remedy(run):
@@ -315,13 +345,31 @@ def test_the_module_runs_and_a_closed_pipe_is_no_crash(pair):
 
 def test_an_unknown_instruction_set_is_an_error_without_a_traceback():
     environment = {**os.environ, "SPECFAST_ISA": "pentium"}
-    for arguments in (("doctor",), ("generate", "--prompt", "x")):
-        done = subprocess.run(
+
+    def run(*arguments):
+        return subprocess.run(
             command(*arguments), capture_output=True, text=True, check=False, env=environment, timeout=60
         )
-        assert done.returncode == 1
+
+    for arguments in (("generate", "--prompt", "x"), ("bench", "--shape", "demo")):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
         assert "pentium" in done.stderr
+        assert "unset it" in done.stderr
         assert "Traceback" not in done.stderr
+    done = run("doctor")
+    assert (done.returncode, done.stderr) == (1, "")
+    for part in (
+        "none selected (SPECFAST_ISA=pentium)",
+        "problem: no kernels named 'pentium'",
+        "unset it",
+        "hosts:",
+        "exo",
+    ):
+        assert part in done.stdout
+    report = json.loads(run("doctor", "--json").stdout)
+    assert (report["isa"], report["selected"], report["hosts"]["native"]["used"]) == (None, [], False)
+    assert run("--version").returncode == 0
 
 
 def test_help_teaches(run):
@@ -349,6 +397,13 @@ def test_suggest(run):
     assert (code, "suffix drafter" in out) == (0, True)
     assert "deepseek" in as_json(run("suggest", "--json")[1])
     assert "deepseek: deepseek-v3" in run("suggest")[1]
+
+
+def test_convert_refuses_what_is_there_before_it_downloads(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("specfast.hub.resolve", lambda *_, **__: pytest.fail("a model was looked for"))
+    code, out, err = run("convert", "llama-3.2-1b", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "exists already" in err
 
 
 def test_doctor(run):

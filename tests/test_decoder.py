@@ -110,9 +110,9 @@ def test_nan_weights_raise_and_leave_the_cache():
         assert (cache.length, cache.provisional) == (0, 0)
 
 
-@pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant.startswith("q")])
+@pytest.mark.parametrize("quant", [*(quant for quant in QUANTS if quant.startswith("q")), "bf16"])
 def test_packed_weights_give_the_bits_of_those_in_place(quant):
-    shape = Shape("ragged", 256, 2, 4, 2, 64, 384, 1003, True)
+    shape = Shape("ragged", 256, 2, 4, 2, 64, 390 if quant == "bf16" else 384, 1003, True)
     tokens, logits = np.arange(40, dtype=np.int32), []
     for pack in (True, False):
         model = random_model(shape, quant, pack=pack)

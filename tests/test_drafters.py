@@ -44,6 +44,16 @@ def test_greedy_tokens_are_the_plain_ones(engine, drafter, prompt):
     assert engine.generate(prompt, **options, drafter="none").stats.drafted == 0
 
 
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_a_seed_gives_the_beginning_of_the_same_text_for_fewer_tokens(engine, drafter):
+    def text(max_tokens):
+        options = {"seed": 3, "drafter": drafter, "gamma": 4, "temperature": 0.3, "ignore_eos": True}
+        return engine.generate(COPYING, max_tokens=max_tokens, **options).token_ids
+
+    whole = text(60)
+    assert all(text(n) == whole[:n] for n in (1, 2, 3, 7, 20, 31, 59))
+
+
 def test_a_text_that_repeats_itself_is_copied(directories):
     # A target whose greedy text has a short period: copying it is always right.
     engine = specfast.load(directories[0], drafter="none")

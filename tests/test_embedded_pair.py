@@ -82,6 +82,17 @@ def test_a_seed_gives_the_same_text_for_any_number_of_threads(engine):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("gamma", range(1, 9))
+def test_a_seeds_text_does_not_depend_on_max_tokens(engine, gamma):
+    def run(count):
+        return engine.generate("def parse(line):\n", max_tokens=count, gamma=gamma, temperature=0.8, seed=11).token_ids
+
+    long = run(60)
+    assert len(long) == 60
+    for count in range(1, 60, 1 if FULL else 3):
+        assert run(count) == long[:count]
+
+
 def test_it_is_small_and_its_tokens_agree():
     size = sum(file.stat().st_size for role in ("target", "draft") for file in embedded.path(role).rglob("*"))
     assert size < 25_000_000

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import specfast
-from specfast import ConfigurationError, ContextFullError, NumericalError
+from specfast import ConfigurationError, ContextFullError, ModelFormatError, NumericalError
 from tiny_directories import byte_level, decoder_weights, write_model, write_pair, write_tokenizer
 
 PROMPTS = ["def main(path):", "héllo wörld", "x"]
@@ -115,6 +115,18 @@ def test_an_end_token_ends_the_text(directories, tmp_path):
         assert result.token_ids == whole[: whole.index(end) + 1]
         assert result.finish_reason == "eos"
         assert result.stats.tokens == len(result.token_ids)
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused(tmp_path):
+    write_model(tmp_path, decoder_weights(5, vocab=200))
+    tokenizer = byte_level()
+    for token, sound in ((199, True), (200, False)):
+        write_tokenizer(tmp_path, tokenizer, eos_token=tokenizer.id_to_token(token))
+        if sound:
+            assert specfast.load(tmp_path, disabled=True).pair.eos_ids == (1, token)
+        else:
+            with pytest.raises(ModelFormatError, match="end token is 200, but the model's tokens are 0 to 199"):
+                specfast.load(tmp_path, disabled=True)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 5, 6, 7])
@@ -366,3 +378,32 @@ def test_a_target_without_a_draft_says_how_to_get_one(directories):
     assert "--speculative-draft-model" in told[0]
     assert specfast.load(directories[0], disabled=True, notify=told.append) is not None
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_file_changed_in_place_ends_requests_and_one_renamed_over_does_not(tmp_path, role):
+    target, draft = write_pair(tmp_path, max_context=300)
+    engine = specfast.load(target, draft)
+    expected = tokens(engine)
+    path = tmp_path / role / "model.safetensors"
+    content = path.read_bytes()
+
+    other = path.with_suffix(".new")
+    other.write_bytes(b"x")
+    other.rename(path)
+    assert tokens(engine) == expected
+    path.unlink()
+    assert tokens(engine) == expected
+
+    path.write_bytes(content)
+    engine.set_models(str(target), str(draft))
+    assert tokens(engine) == expected
+    for damage in (content, content[: len(content) // 2], b""):
+        path.write_bytes(damage)
+        with pytest.raises(
+            ModelFormatError, match=rf"{role}/model\.safetensors: was changed in place.*{len(damage)} now"
+        ):
+            engine.stream("x")
+    path.write_bytes(content)
+    engine.set_models(str(target), str(draft))
+    assert tokens(engine) == expected

@@ -201,7 +201,7 @@ def test_models_nobody_knows_are_refused_at_run_time(home):
         with pytest.raises(ConfigurationError, match="is no model of exo's"):
             engine.set_models(*names)
     engine.set_models(TARGET, "none")
-    assert engine.resolved.config.draft_model is None
+    assert engine.resolved.config.draft_model == "none"
 
 
 def test_the_oldest_of_too_many_requests_is_forgotten(home, monkeypatch):

@@ -12,12 +12,15 @@ import pytest
 from exo_home import SPECIAL, deep_decoder, drafting
 from exo_session import DRAFT, FAKES, OTHER, TARGET, Reference, fake_exo, is_home
 from exo_session import repository as repository_of
+from specfast.config import resolve_config
 from specfast.exo import options
 from specfast.exo.engine import SpeculativeEngine
 from specfast.exo.models import ENGINE_CLASSES
+from specfast.exo.serving import _config_of
 from tiny_directories import byte_level
 
 SPECULATIVE = ["--inference-engine", "speculative"]
+AUTOMATIC = ["--speculative-target-model", TARGET, "--speculative-auto-config"]
 FLAGS = {
     "--speculative-target-model": ("target_model", TARGET, TARGET),
     "--speculative-draft-model": ("draft_model", DRAFT, DRAFT),
@@ -124,6 +127,16 @@ def test_training_with_another_engine_is_exos_business(start, command):
 
 def test_run_may_name_the_target_too(start):
     assert start("run", TARGET, *SPECULATIVE, "--speculative-target-model", TARGET).args.model_name == TARGET
+
+
+@pytest.mark.parametrize("name", ["none", "None"])
+def test_the_draft_none_is_no_draft_for_any_model(start, name):
+    resolved = start(*SPECULATIVE, "--speculative-draft-model", name, *AUTOMATIC).inference_engine.resolved
+    assert (resolved.config.draft_model, resolved.sources["draft_model"]) == ("none", "typed")
+    for model in (TARGET, OTHER):
+        assert _config_of(model, resolved).config.draft_model == "none"
+    typed = resolve_config({**resolved.typed, "draft_model": DRAFT})
+    assert [_config_of(model, typed).config.draft_model for model in (TARGET, OTHER)] == [DRAFT, None]
 
 
 def test_a_draft_may_be_a_repository_or_a_directory(start, tmp_path):

@@ -93,6 +93,7 @@ def test_avx2_on_an_emulated_haswell(native_build):
         pytest.skip("needs qemu-user-static (apt) on x86_64")
     out = run(emulator, "-cpu", "Haswell", native_build / "kernel_driver", "avx2")
     assert "avx2: " in out
+    assert "best: avx2\n" in out
     assert "not run" not in out
     assert "0 failures" in out
 

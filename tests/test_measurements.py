@@ -161,11 +161,11 @@ def test_measurements_last_from_one_engine_to_the_next(tmp_path, monkeypatch):
     paths.add(measurements_path(other.target, other.draft))
     threads = specfast.build_info()["threads"]
     try:
-        specfast.inference.set_threads(threads + 1)
+        specfast.inference.set_threads(1)
         paths.add(measurements_path(pair.target, pair.draft))
     finally:
         specfast.inference.set_threads(threads)
-    assert len(paths) == 4
+    assert len(paths) == (4 if threads > 1 else 3)
     monkeypatch.setenv("SPECFAST_MEASUREMENTS", "0")
     assert measurements_path(pair.target, pair.draft) is None
 

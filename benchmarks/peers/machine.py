@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from specfast import _core
-from specfast.cli.bench import cpu_model
+from specfast.bench.machine import cpu
 
 _FLAGS = ("avx", "fma", "f16c", "amx", "asimd", "i8mm", "sve")
 
@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": cpu_model(),
+        "cpu": cpu().name,
         "cpu_flags": " ".join(sorted(f for f in flags.partition(":")[2].split() if f.startswith(_FLAGS))),
         "cores": os.cpu_count(),
         "memory_gb": round(pages / 1e9, 1),

@@ -1,9 +1,5 @@
-// The int8 panel on AVX2 without VNNI: 8 rows transposed in registers once for all rows of activations, lanes are
-// outputs.
-//
-// vpmaddubsw saturates at 16 bits, and two products of a byte by an int8 do not fit. So every weight byte is taken as
-// two nibbles: a pair of products is at most 2 * 15 * 128 in magnitude and eight such pairs are below 2^15. Nibbles are
-// the two inputs of a 4-bit byte, or the low and (times 16) the high half of an 8-bit weight.
+// The int8 panel of the two AVX2 tables: 8 rows transposed in registers once for all rows of activations, lanes are
+// outputs. How a block's words are split and multiplied (BlockWeights, block_dots) comes from the header before.
 #pragma once
 
 namespace {
@@ -109,43 +105,12 @@ void quantise_int8(const Rows& rows, Int8Layout layout, int k0, int k1) {
   });
 }
 
-/// Four inputs of one row, in every lane.
-inline __m256i broadcast_word(const int8_t* x) {
-  int32_t word;
-  std::memcpy(&word, x, 4);
-  return _mm256_set1_epi32(word);
-}
-
-/// Adds one block of 8 outputs for MT rows to acc; low and high are the block's nibbles, word by word.
+/// Adds one block of 8 outputs for MT rows to acc.
 template <int BITS, int BLOCK, int MT>
-inline void block_rows(const __m256i* low, const __m256i* high, const int8_t* q, const float* scale,
+inline void block_rows(const BlockWeights<BITS, BLOCK>& weights, const int8_t* q, const float* scale,
                        const float* scaled_sum, Vec s, Vec bias, Vec* acc) {
-  constexpr int kWords = BLOCK * BITS / 32;
-  constexpr int kSpan = kWords < 8 ? kWords : 8;  // words whose pairs add up within 16 bits
-  const __m256i ones = _mm256_set1_epi16(1);
   __m256i t[MT];
-  SPECFAST_UNROLL
-  for (int m = 0; m < MT; m++) t[m] = _mm256_setzero_si256();
-  SPECFAST_UNROLL
-  for (int first = 0; first < kWords; first += kSpan) {
-    __m256i a[MT], b[MT];
-    SPECFAST_UNROLL
-    for (int j = first; j < first + kSpan; j++) {
-      SPECFAST_UNROLL
-      for (int m = 0; m < MT; m++) {
-        const int8_t* x = q + m * BLOCK + 4 * j;
-        const __m256i u = broadcast_word(x), v = BITS == 4 ? broadcast_word(x + BLOCK / 2) : u;
-        const __m256i c = _mm256_maddubs_epi16(low[j], u), d = _mm256_maddubs_epi16(high[j], v);
-        a[m] = j == first ? c : _mm256_add_epi16(a[m], c);
-        b[m] = j == first ? d : _mm256_add_epi16(b[m], d);
-      }
-    }
-    SPECFAST_UNROLL
-    for (int m = 0; m < MT; m++) {
-      const __m256i weight = BITS == 4 ? ones : _mm256_set1_epi16(16);
-      t[m] = _mm256_add_epi32(t[m], _mm256_add_epi32(_mm256_madd_epi16(a[m], ones), _mm256_madd_epi16(b[m], weight)));
-    }
-  }
+  block_dots<BITS, BLOCK, MT>(weights, q, t);
   SPECFAST_UNROLL
   for (int m = 0; m < MT; m++) {
     acc[m] = fma(bias, broadcast(scaled_sum[m]), acc[m]);
@@ -163,19 +128,15 @@ void int8_rows(const Matrix& w, const uint8_t* const* rows, const Int8Rows& x, i
   const int blocks = w.K / BLOCK, group_blocks = w.group / BLOCK;
   Vec acc[kTileRows];
   for (int m = 0; m < M; m++) acc[m] = zero();
-  const __m256i nibble = _mm256_set1_epi8(15);
   for (int b = 0; b < blocks; b++) {
-    __m256i low[kWords], high[kWords];
+    BlockWeights<BITS, BLOCK> weights;
     const size_t offset = static_cast<size_t>(b) * kBlockBytes;
     SPECFAST_UNROLL
     for (int j = 0; j < kWords; j += kChunk) {
       __m256i words[kChunk];
       transpose_words<kChunk>(rows, offset + 4 * static_cast<size_t>(j), words);
       SPECFAST_UNROLL
-      for (int i = 0; i < kChunk; i++) {
-        low[j + i] = _mm256_and_si256(words[i], nibble);
-        high[j + i] = _mm256_and_si256(_mm256_srli_epi16(words[i], 4), nibble);
-      }
+      for (int i = 0; i < kChunk; i++) weights.take(j + i, words[i]);
     }
     for (int i = 0; i < 8; i++) _mm_prefetch(reinterpret_cast<const char*>(rows[i] + offset + 512), _MM_HINT_T0);
     const Vec s = load(scales + static_cast<size_t>(b / group_blocks) * kPanel);
@@ -184,11 +145,11 @@ void int8_rows(const Matrix& w, const uint8_t* const* rows, const Int8Rows& x, i
     const float *scale = x.scale + static_cast<size_t>(b) * M, *sums = x.scaled_sum + static_cast<size_t>(b) * M;
     int m = 0;
     for (; m + 4 <= M; m += 4)
-      block_rows<BITS, BLOCK, 4>(low, high, q + m * BLOCK, scale + m, sums + m, s, bias, acc + m);
+      block_rows<BITS, BLOCK, 4>(weights, q + m * BLOCK, scale + m, sums + m, s, bias, acc + m);
     switch (M - m) {
-      case 1: block_rows<BITS, BLOCK, 1>(low, high, q + m * BLOCK, scale + m, sums + m, s, bias, acc + m); break;
-      case 2: block_rows<BITS, BLOCK, 2>(low, high, q + m * BLOCK, scale + m, sums + m, s, bias, acc + m); break;
-      case 3: block_rows<BITS, BLOCK, 3>(low, high, q + m * BLOCK, scale + m, sums + m, s, bias, acc + m); break;
+      case 1: block_rows<BITS, BLOCK, 1>(weights, q + m * BLOCK, scale + m, sums + m, s, bias, acc + m); break;
+      case 2: block_rows<BITS, BLOCK, 2>(weights, q + m * BLOCK, scale + m, sums + m, s, bias, acc + m); break;
+      case 3: block_rows<BITS, BLOCK, 3>(weights, q + m * BLOCK, scale + m, sums + m, s, bias, acc + m); break;
       default: break;
     }
   }

@@ -6,7 +6,8 @@
 
 namespace {
 
-void pack_panel(const Matrix& w, int n, uint8_t* out) {
+/// Writes packed panel n / 16 of quantised weights.
+void pack_quantised(const Matrix& w, int n, uint8_t* out) {
   const size_t scale_bytes = w.scale_bytes(), groups = w.groups();
   const size_t group_bytes = w.row_bytes() / groups;
   const uint8_t* rows[kPanel];

@@ -74,23 +74,6 @@ struct FloatTerms {
   static Vec add(Vec acc, Vec weight, Vec in) { return fma(weight, in, acc); }
 };
 
-#if defined(SPECFAST_BF16_DOT)
-/// The CPU's bf16 dot instruction: both operands bf16, 32 inputs a step.
-struct Bf16Terms {
-  using Input = uint16_t;
-  using Term = Pairs;
-  static constexpr int kStep = 2 * kLanes;
-
-  static Pairs weight(const uint8_t* row, int k) { return load_pairs(reinterpret_cast<const uint16_t*>(row) + k); }
-  static Pairs weight_part(const uint8_t* row, int k, int n) {
-    return load_pairs_part(reinterpret_cast<const uint16_t*>(row) + k, n);
-  }
-  static Pairs input(const uint16_t* x) { return load_pairs(x); }
-  static Pairs input_part(const uint16_t* x, int n) { return load_pairs_part(x, n); }
-  static Vec add(Vec acc, Pairs weight, Pairs in) { return dot_pairs(acc, weight, in); }
-};
-#endif
-
 constexpr int kChunkRows = 9;  // rows whose inputs of a chunk stay in the first-level cache
 
 /// Inputs [k0, k1) of a panel.
@@ -193,24 +176,13 @@ void chunked_panel(const Matrix& w, const typename Terms::Input* x, int64_t x_st
   if (first < M) chunked_rows<Terms>(w, x + first * x_stride, x_stride, M - first, n, tile + first * kPanel);
 }
 
-void bf16_panel(const Matrix& w, const uint16_t* x, int64_t x_stride, int M, int n, float* tile) {
-#if defined(SPECFAST_BF16_DOT)
-  chunked_panel<Bf16Terms>(w, x, x_stride, M, n, tile);
-#else
-  chunked_panel<FloatTerms<Format::bf16, uint16_t>>(w, x, x_stride, M, n, tile);
-#endif
-}
-void bf16_panel(const Matrix& w, const float* x, int64_t x_stride, int M, int n, float* tile) {
-  chunked_panel<FloatTerms<Format::bf16, float>>(w, x, x_stride, M, n, tile);
-}
-
 template <class X>
 void float_panel_of(const Matrix& w, const X* x, int64_t x_stride, int M, int n, const float* s, const float* b,
                     float* tile) {
   switch (w.format) {
     case Format::q4: return float_panel<Format::q4>(w, x, x_stride, M, n, s, b, tile);
     case Format::q8: return float_panel<Format::q8>(w, x, x_stride, M, n, s, b, tile);
-    case Format::bf16: return bf16_panel(w, x, x_stride, M, n, tile);
+    case Format::bf16: return chunked_panel<FloatTerms<Format::bf16, X>>(w, x, x_stride, M, n, tile);
     case Format::f16: return chunked_panel<FloatTerms<Format::f16, X>>(w, x, x_stride, M, n, tile);
     default: return chunked_panel<FloatTerms<Format::f32, X>>(w, x, x_stride, M, n, tile);
   }
@@ -224,6 +196,9 @@ void panel(const Matrix& w, const Rows& x, Activation activation, int n, float* 
     transpose_scales(w, w.scales, n, scales);
     transpose_scales(w, w.biases, n, biases);
   }
+#if defined(SPECFAST_BF16_DOT)
+  if (activation == Activation::bf16 && w.format == Format::bf16) return bf16_panels(w, n, w, n, x, tile, tile);
+#endif
   switch (activation) {
     case Activation::int8: return int8_panel(w, x, n, scales, biases, tile);
     case Activation::bf16: return float_panel_of(w, x.bf16, x.stride, x.M, n, scales, biases, tile);
@@ -236,8 +211,11 @@ void panels(const Matrix& a, int na, Activation a_activation, const Matrix& b, i
             const Rows& x, float* scratch, float* tile_a, float* tile_b) {
 #if defined(SPECFAST_PANEL_PAIRS)
   const bool alike = a.format == b.format && a.group == b.group && a.scale_format == b.scale_format;
-  if (a.packed && b.packed && alike && a_activation == Activation::int8 && b_activation == Activation::int8)
-    return int8_panels(a, na, b, nb, x, tile_a, tile_b);
+  if (alike && a_activation == b_activation) {
+    if (a_activation == Activation::int8 && a.packed && b.packed) return int8_panels(a, na, b, nb, x, tile_a, tile_b);
+    if (a_activation == Activation::bf16 && a.format == Format::bf16)
+      return bf16_panels(a, na, b, nb, x, tile_a, tile_b);
+  }
 #endif
   panel(a, x, a_activation, na, scratch, tile_a);
   panel(b, x, b_activation, nb, scratch, tile_b);

@@ -154,4 +154,11 @@ inline Vec keep(Vec a, int n, float other) {
   return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(low_lanes(n)));
 }
 
+/// Four inputs of one row, in every lane.
+inline __m256i broadcast_word(const int8_t* x) {
+  int32_t word;
+  std::memcpy(&word, x, 4);
+  return _mm256_set1_epi32(word);
+}
+
 }  // namespace

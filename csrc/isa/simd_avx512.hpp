@@ -125,9 +125,6 @@ using Pairs = __m512bh;
 inline Pairs load_pairs(const uint16_t* p) {
   return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
 }
-inline Pairs load_pairs_part(const uint16_t* p, int n) {
-  return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << n) - 1u, p));
-}
 /// Stores 16 floats as bf16 and returns what they became. Subnormal numbers become 0.
 inline Vec store_bf16(uint16_t* p, Vec a) {
   const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a));

@@ -1,4 +1,5 @@
 // The AVX2 kernel table (with FMA and F16C, no VNNI).
+#define SPECFAST_AVX2 "avx2"
 #include "../kernels.hpp"
 #include "simd_avx2.hpp"
 // clang-format off: each header uses what the ones before it define
@@ -6,67 +7,16 @@
 #include "law_loops.hpp"
 #include "attend.hpp"
 #include "matmul_loads.hpp"
+#include "int8_avx2_dots.hpp"
 #include "int8_avx2.hpp"
 #include "matmul.hpp"
+#include "table_avx2.hpp"
 // clang-format on
-
-namespace {
-
-uint32_t read_bytes(const void* data, size_t bytes) {
-  const uint8_t* p = static_cast<const uint8_t*>(data);
-  __m256i seen[8];
-  SPECFAST_UNROLL
-  for (int i = 0; i < 8; i++) seen[i] = _mm256_setzero_si256();
-  const auto chunk = [p](size_t at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + at)); };
-  size_t at = 0;
-  for (; at + 256 <= bytes; at += 256) {
-    SPECFAST_UNROLL
-    for (int i = 0; i < 8; i++) seen[i] = _mm256_or_si256(seen[i], chunk(at + 32 * static_cast<size_t>(i)));
-  }
-  for (; at + 32 <= bytes; at += 32) seen[0] = _mm256_or_si256(seen[0], chunk(at));
-  for (int i = 1; i < 8; i++) seen[0] = _mm256_or_si256(seen[0], seen[i]);
-  const __m128i half = _mm_or_si128(_mm256_castsi256_si128(seen[0]), _mm256_extracti128_si256(seen[0], 1));
-  const uint64_t all = static_cast<uint64_t>(_mm_cvtsi128_si64(half) | _mm_extract_epi64(half, 1));
-  return static_cast<uint32_t>(all | (all >> 32));
-}
-
-uint64_t peak_dot(Activation activation, uint64_t iterations) {
-  if (activation == Activation::int8) {  // a nibble's product and its addition, the two steps of a dot
-    const __m256i a = _mm256_set1_epi8(1);
-    return 32 * run_chains(_mm256_setzero_si256(), iterations, [a](__m256i& acc) {
-             __m256i product;
-             __asm__ volatile("vpmaddubsw %2, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(a));
-           });
-  }
-  const Vec a = broadcast(0.5f);
-  return 8 * run_chains(zero(), iterations, [a](Vec& acc) {
-           __asm__ volatile("vfmadd231ps %1, %1, %0" : "+x"(acc) : "x"(a));
-         });
-}
-
-const KernelInfo kInfos[] = {
-    {"matmul_rows", "matmul_rows_q4_int8_4x8_avx2"},   {"matmul_rows", "matmul_rows_q8_int8_4x8_avx2"},
-    {"matmul_rows", "matmul_rows_any_f32_4x4_avx2"},   {"matmul_rows", "matmul_rows_any_bf16_4x4_avx2"},
-    {"swiglu_rows", "swiglu_rows_any_any_16x16_avx2"}, {"qkv_rope_append", "qkv_rope_append_f32_f32_1x8_avx2"},
-    {"attend_rows", "attend_rows_bf16_f32_4x16_avx2"}, {"logits_rows", "logits_rows_f32_f32_1x8_avx2"},
-    {"embed_rows", "embed_rows_any_f32_1x8_avx2"},
-};
-
-}  // namespace
 
 namespace specfast {
 
 const KernelTable& avx2_kernels() {
-  static const KernelTable table{"avx2",      "AVX2, FMA and F16C",
-                                 kInfos,      sizeof(kInfos) / sizeof(kInfos[0]),
-                                 sum_squares, scale_row,
-                                 round_bf16,  quantise_int8,
-                                 matmul_rows, nullptr,
-                                 swiglu_rows, rope_head,
-                                 append_head, attend_rows,
-                                 merge_spans, logits_rows,
-                                 kLawLoops,   embed_row,
-                                 read_bytes,  peak_dot};
+  static const KernelTable table = avx2_table("AVX2, FMA and F16C");
   return table;
 }
 

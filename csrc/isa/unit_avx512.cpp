@@ -8,6 +8,7 @@
 #include "matmul_loads.hpp"
 #include "int8_avx512.hpp"
 #include "int8_packed_avx512.hpp"
+#include "bf16_avx512.hpp"
 #include "matmul.hpp"
 // clang-format on
 
@@ -26,6 +27,10 @@ uint32_t read_bytes(const void* data, size_t bytes) {
   for (; at + 64 <= bytes; at += 64) seen[0] = _mm512_or_si512(seen[0], _mm512_loadu_si512(p + at));
   for (int i = 1; i < 8; i++) seen[0] = _mm512_or_si512(seen[0], seen[i]);
   return static_cast<uint32_t>(_mm512_reduce_or_epi32(seen[0]));
+}
+
+void pack_panel(const Matrix& w, int n, uint8_t* out) {
+  return is_quantised(w.format) ? pack_quantised(w, n, out) : pack_bf16(w, n, out);
 }
 
 uint64_t peak_dot(Activation activation, uint64_t iterations) {
@@ -47,7 +52,7 @@ uint64_t peak_dot(Activation activation, uint64_t iterations) {
 
 const KernelInfo kInfos[] = {
     {"matmul_rows", "matmul_rows_q4_int8_12x32_avx512"},  {"matmul_rows", "matmul_rows_q8_int8_12x32_avx512"},
-    {"matmul_rows", "matmul_rows_any_f32_4x4_avx512"},    {"matmul_rows", "matmul_rows_bf16_bf16_9x4_avx512"},
+    {"matmul_rows", "matmul_rows_any_f32_4x4_avx512"},    {"matmul_rows", "matmul_rows_bf16_bf16_7x32_avx512"},
     {"swiglu_rows", "swiglu_rows_any_any_16x16_avx512"},  {"qkv_rope_append", "qkv_rope_append_f32_f32_1x16_avx512"},
     {"attend_rows", "attend_rows_bf16_bf16_4x64_avx512"}, {"logits_rows", "logits_rows_f32_f32_1x16_avx512"},
     {"embed_rows", "embed_rows_any_f32_1x16_avx512"},

@@ -52,7 +52,10 @@ __all__ = [
 
 
 def build_info() -> dict[str, Any]:
-    """Version, compiler, compiled and supported instruction sets, kernels by name, the selected ones, threads."""
+    """Version, compiler, compiled and supported instruction sets, kernels by name, the selected ones, threads.
+
+    Where SPECFAST_ISA names no usable instruction set, `isa` is None and `isa_problem` says why.
+    """
     return dict(_core.build_info())
 
 
@@ -61,7 +64,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        """`__version__`, when asked for: an impossible SPECFAST_ISA must not keep the package from being imported."""
+        """`__version__`, when asked for: it comes with the number of usable cores, which an import must not settle."""
         if name == "__version__":
             return str(_core.build_info()["version"])
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -135,7 +135,8 @@ class Model:
     """
     A decoder's weights, used in place, bound to the kernels of one instruction set and one precision.
 
-    pack gives quantised matrices a second copy in the order the kernels stream, where they have one (int8 on AVX-512);
+    pack gives quantised and bf16 matrices a second copy in the order the kernels stream, where they have one (AVX-512, at
+    precision int8 and bf16);
     False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, whose
     memory is given back once packed. Results of a row are the same bits for any
     number of rows and threads, packed or not.
@@ -240,13 +241,27 @@ class Cache:
 
 def build_info() -> dict[str, object]:
     """
-    Version, compiled and supported instruction sets, kernels by name, the selected ones, threads.
+    Version, compiled and supported instruction sets, kernels by name, the selected ones, threads. Where SPECFAST_ISA names no usable table, `isa` is None and `isa_problem` says why.
     """
 
 def set_num_threads(threads: int) -> None:
-    """Threads of every native call; results do not depend on it."""
+    """
+    Threads of every native call, 1 to 256; results do not depend on it. More than usable_cpus() makes calls slow.
+    """
 
-def num_threads() -> int: ...
+def num_threads() -> int:
+    """Threads asked for: set, else one per core."""
+
+def start_threads() -> int:
+    """
+    Starts the threads if they are not there yet; how many there are, which is fewer than num_threads() where the system
+    starts no more. Calls run on those, with the same results.
+    """
+
+def usable_cpus() -> int:
+    """
+    Hardware threads this process may use: its affinity, cut by the cgroup's quota.
+    """
 
 def peak_dot(kind: str, isa: str | None = None, milliseconds: float = 50.0) -> float:
     """

@@ -39,7 +39,10 @@ class Quantisation:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's sizes. Everything is checked; the weights are still to be compared with it."""
+    """A decoder's sizes. Everything is checked; the weights are still to be compared with it.
+
+    `tied` says whether the embedding is the head too; None means that config.json leaves it to the weights.
+    """
 
     model_type: str
     hidden: int
@@ -51,7 +54,7 @@ class ModelConfig:
     vocab: int
     rms_eps: float
     max_context: int
-    tied: bool
+    tied: bool | None
     rope_inv_freq: tuple[float, ...]
     quantisation: Quantisation | None
     eos_ids: tuple[int, ...]
@@ -165,14 +168,17 @@ def _quantisation(reader: _Reader) -> Quantisation | None:
     return Quantisation(bits, group, overrides)
 
 
-def _eos_ids(directory: Path, values: dict[str, Any]) -> tuple[int, ...]:
-    generation = directory / "generation_config.json"
-    found = read_json(generation).get("eos_token_id") if generation.is_file() else None
+def _eos_ids(directory: Path, values: dict[str, Any], vocab: int) -> tuple[int, ...]:
+    path = directory / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
     if found is None:
-        found = values.get("eos_token_id")
+        path, found = directory / "config.json", values.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ModelFormatError(f"{directory}: 'eos_token_id' is {found!r}, but must be token ids")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab for i in ids):
+        raise ModelFormatError(
+            f"{path}: 'eos_token_id' is {found!r}, but must be token ids from 0 to {vocab - 1} (vocab_size {vocab}), or no "
+            "text would end there; correct it, or take the file that belongs to the weights"
+        )
     return tuple(ids)
 
 
@@ -211,6 +217,10 @@ def read_config(directory: Path) -> ModelConfig:
     head_dim = reader.integer("head_dim", 2, 1024, hidden // heads)
     if head_dim % 2:
         raise ModelFormatError(f"{path}: 'head_dim' is {head_dim}, but RoPE needs an even number")
+    tied = values.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise ModelFormatError(f"{path}: 'tie_word_embeddings' is {tied!r}, but must be true or false")
+    vocab = reader.integer("vocab_size", 1, 1 << 21)
     return ModelConfig(
         model_type=str(model_type),
         hidden=hidden,
@@ -219,11 +229,11 @@ def read_config(directory: Path) -> ModelConfig:
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=reader.integer("intermediate_size", 1, 1 << 20),
-        vocab=reader.integer("vocab_size", 1, 1 << 21),
+        vocab=vocab,
         rms_eps=reader.number(values, "rms_norm_eps", 0.0, 1.0, 1e-6),
         max_context=reader.integer("max_position_embeddings", 1, 1 << 28, 2048),
-        tied=values.get("tie_word_embeddings") is True,
+        tied=tied,
         rope_inv_freq=tuple(_rope_inv_freq(reader, head_dim).tolist()),
         quantisation=_quantisation(reader),
-        eos_ids=_eos_ids(directory, values),
+        eos_ids=_eos_ids(directory, values, vocab),
     )

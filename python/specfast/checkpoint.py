@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from . import _core
 from .architecture import ModelConfig, read_config, read_json
 from .errors import ConfigurationError, ModelFormatError, ShapeError, UnsupportedModelError
-from .safetensors_file import TensorView, open_safetensors
+from .safetensors_file import MappedFile, TensorView, open_safetensors
 
 FLOAT_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 PRECISIONS = ("int8", "bf16", "f32")
@@ -31,17 +32,27 @@ _PROJECTIONS = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A native model with what was read beside it."""
+    """A native model with what was read beside it, and the files that it runs from."""
 
     model: _core.Model
     config: ModelConfig
     directory: Path
     precision: str
+    files: tuple[MappedFile, ...]
 
     @property
     def name(self) -> str:
         """The directory's name, for messages."""
         return self.directory.name
+
+    def require_unchanged(self) -> None:
+        """Looks at the files, packed or not: the embedding is read from them for every token.
+
+        Raises:
+            ModelFormatError: one was written in place since.
+        """
+        for file in self.files:
+            file.require_unchanged()
 
 
 def open_weights(directory: Path) -> dict[str, TensorView]:
@@ -157,6 +168,30 @@ class _Weights:
             group=group, scales=scales.data, biases=biases.data, scale_format=FLOAT_FORMATS[scales.dtype],
         )  # fmt: skip
 
+    def head(self) -> _core.Matrix | None:
+        """The output matrix; None where it is the embedding."""
+        name = self.prefix.removesuffix("model.") + "lm_head"
+        if self.config.tied:
+            return None
+        if any(f"{name}.{part}" in self.tensors for part in ("weight", "scales")):
+            return self.matrix(name, self.config.vocab, self.config.hidden)
+        if self.config.tied is None:
+            return None
+        raise ModelFormatError(
+            f"{self.directory}: tensor '{name}.weight' is missing, but config.json says that the head is a matrix of its own "
+            "(tie_word_embeddings is false); download or convert the model again, or correct config.json if it is not"
+        )
+
+    def require_no_more_layers(self) -> None:
+        """The architectures that are supported have nothing beyond num_hidden_layers."""
+        layer = re.compile(re.escape(f"{self.prefix}layers.") + r"([0-9]{1,9})\.")
+        layers = 1 + max((int(found[1]) for found in map(layer.match, self.tensors) if found), default=-1)
+        if layers > self.config.layers:
+            raise ModelFormatError(
+                f"{self.directory}: the weights have {layers} layers, but config.json says {self.config.layers} "
+                "(num_hidden_layers); the two files belong to different models, download them again"
+            )
+
     def layer(self, index: int) -> dict[str, Any]:
         c = self.config
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -187,11 +222,16 @@ def default_precision(formats: set[str]) -> str:
     return "bf16" if formats & {"bf16", "f16"} else "f32"
 
 
-def _check_isa(isa: str | None) -> None:
-    try:
-        supported = cast(list[str], _core.build_info()["isas_supported"])
-    except ShapeError as error:  # SPECFAST_ISA names none of this build's
-        raise ConfigurationError(str(error)) from None
+def check_isa(isa: str | None) -> None:
+    """Refuses a kernel table that cannot be used here.
+
+    Raises:
+        ConfigurationError: `isa`, or SPECFAST_ISA where that is None, is unknown or not for this CPU; names the others.
+    """
+    info = _core.build_info()
+    if isa is None and info["isa_problem"]:
+        raise ConfigurationError(str(info["isa_problem"]))
+    supported = cast(list[str], info["isas_supported"])
     if isa is not None and isa not in supported:
         raise ConfigurationError(f"isa {isa!r} cannot be used here; choose one of {', '.join(supported)}, or none")
 
@@ -206,8 +246,10 @@ def load_model(
 ) -> LoadedModel:
     """Loads a model directory in Hugging Face or MLX layout.
 
-    Files are mapped. Weights stay there, or are packed for kernels that stream a layout of their own (int8 on AVX-512), matrix by
-    matrix: the packed copy takes the place of the mapped pages, so that memory holds the weights once.
+    Files are mapped. Weights stay there, or are packed for kernels that stream a layout of their own (quantised and bf16
+    weights on AVX-512), matrix by matrix: the packed copy takes the place of the mapped pages, so that memory holds the weights once. Replace the files of a
+    running model by rename, never in place: `LoadedModel.require_unchanged`, which an engine calls before each request, finds
+    files written in place, but one that is cut short during a request ends the process (SIGBUS).
 
     Args:
         directory: config.json, *.safetensors and generation_config.json if any.
@@ -222,15 +264,14 @@ def load_model(
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    _check_isa(isa)
+    check_isa(isa)
     config = read_config(directory)
     if max_context is not None and not 1 <= max_context <= config.max_context:
         raise ConfigurationError(f"a context of {max_context} is outside 1 to the model's {config.max_context}")
     weights = _Weights(directory, config, open_weights(directory))
     embed = weights.matrix(f"{weights.prefix}embed_tokens", config.vocab, config.hidden)
-    head_name = weights.prefix.removesuffix("model.") + "lm_head"
-    has_head = any(f"{head_name}.{part}" in weights.tensors for part in ("weight", "scales"))
-    head = weights.matrix(head_name, config.vocab, config.hidden) if has_head and not config.tied else None
+    weights.require_no_more_layers()
+    head = weights.head()
     layers = [weights.layer(index) for index in range(config.layers)]
     matrices = [embed, *([head] if head else []), *(layer[key] for layer in layers for key in _PROJECTIONS)]
     chosen = precision or default_precision({matrix.format for matrix in matrices})
@@ -256,4 +297,5 @@ def load_model(
         )
     except ShapeError as error:
         raise ModelFormatError(f"{directory}: {error}") from None
-    return LoadedModel(model, config, directory, chosen)
+    files = {tensor.file: None for tensor in weights.tensors.values() if tensor.file}
+    return LoadedModel(model, config, directory, chosen, tuple(files))

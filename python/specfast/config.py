@@ -16,6 +16,7 @@ Source = Literal["request", "typed", "host", "family", "default"]
 ENGINES = ("mlx", "tinygrad", "native")
 RULES = ("token", "block", "coupled")
 DRAFTERS = ("model", "suffix", "prompt-lookup", "combined", "none")
+NO_DRAFT: Final = "none"
 
 
 class _Unset:
@@ -85,6 +86,11 @@ def _name(value: Any) -> str | None:
     return value
 
 
+def _draft_name(value: Any) -> str | None:
+    name = _name(value)
+    return NO_DRAFT if name is not None and name.lower() == NO_DRAFT else name
+
+
 def _flag(name: str) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         if not isinstance(value, bool):
@@ -96,7 +102,7 @@ def _flag(name: str) -> Callable[[Any], bool]:
 
 _CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "target_model": _name,
-    "draft_model": _name,
+    "draft_model": _draft_name,
     "auto_config": _flag("auto_config"),
     "target_engine": _choice("target_engine", ENGINES),
     "draft_engine": _choice("draft_engine", ENGINES),
@@ -126,7 +132,8 @@ class SpeculativeConfig:
 
     Attributes:
         target_model: directory, repo id or short name; None is the embedded pair's target.
-        draft_model: the same for the draft; None means a suggestion (auto_config) or plain decoding.
+        draft_model: the same for the draft; "none" is no draft, whatever else is given. None means the embedded draft for
+            the embedded target, else a suggestion (auto_config) or plain decoding.
         auto_config: take draft and options from the target's family.
         target_engine, draft_engine: "mlx", "tinygrad" or "native"; None chooses (draft: as the target).
         gamma: tokens drafted per round, 1 to 20, or "auto".

@@ -127,6 +127,16 @@ def _converted(name: str, tensor: TensorView, bits: int, group_size: int) -> Ite
         yield name, tensor
 
 
+def require_absent(destination: Path) -> None:
+    """Refuses a destination that is there already.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if destination.exists():
+        raise ConfigurationError(f"{destination} exists already; remove it or choose another name")
+
+
 def convert(
     source: Path, destination: Path, *, bits: int = 4, group_size: int = 64, progress: Progress | None = None
 ) -> Conversion:
@@ -149,8 +159,7 @@ def convert(
         raise ConfigurationError(
             f"{bits} bits in groups of {group_size} are not supported; choose {BITS} bits and groups of {GROUP_SIZES}"
         )
-    if destination.exists():
-        raise ConfigurationError(f"{destination} exists already; remove it or choose another name")
+    require_absent(destination)
     if read_config(source).quantisation:
         raise ConfigurationError(f"{source} is quantised already; convert the original weights")
     tensors = open_weights(source)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import _core, hub
-from .config import ResolvedConfig, SpeculativeConfig, resolve_config
+from .checkpoint import check_isa
+from .config import NO_DRAFT, ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, FixedGamma
 from .drafters import CombinedDrafter, CopyDrafter, Drafter, ModelDrafter, NoDrafter
@@ -16,7 +17,7 @@ from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
 from .measurements import Measurements
 from .measurements_file import load_measurements, measurements_path, save_measurements
-from .models import ModelPair, Notify, Resolve, print_notice
+from .models import EMPTY_PROMPT, ModelPair, Notify, Resolve, print_notice
 from .sampling import SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
@@ -40,7 +41,7 @@ class Engine:
         resolve: finds a model's directory by its name; None is `hub.resolve`.
 
     Raises:
-        ConfigurationError: something this version cannot do.
+        ConfigurationError: something this version cannot do, a context below 1, or a kernel table that cannot be used.
     """
 
     def __init__(
@@ -54,6 +55,11 @@ class Engine:
     ) -> None:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
+        check_isa(isa)
+        if max_context is not None and max_context < 1:
+            raise ConfigurationError(
+                f"a context of {max_context} is too small; give at least 1, or none for the model's"
+            )
         self.stats = SpeculationStats()
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
         self._resolve = resolve or hub.resolve
@@ -83,7 +89,14 @@ class Engine:
         return self._drafter_name(self.resolved, self.pair)
 
     def _load(self, config: SpeculativeConfig) -> ModelPair:
-        return ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        pair = ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        asked, started = _core.num_threads(), _core.start_threads()
+        if started < asked:
+            self._say_once(
+                f"the system started {started} of {asked} threads, which do all the work: the same results, more slowly. "
+                "Raise its limits on processes and memory (ulimit -u, ulimit -v), or ask for fewer threads"
+            )
+        return pair
 
     def describe(self) -> str:
         """One line with every effective value and where it came from; loads the models."""
@@ -172,6 +185,7 @@ class Engine:
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
             ContextFullError: a prompt that leaves no room in the context.
+            ModelFormatError: a file of the models was written in place since they were loaded.
             NumericalError: logits that are not finite.
         """
         models = sorted(set(request) & {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine"})
@@ -186,8 +200,15 @@ class Engine:
             raise ConfigurationError(f"max_tokens is {max_tokens!r}, but must be a whole number, at least 1")
         sampling = self._sampling(resolved, top_k, top_p, min_p, secrets.randbits(53) if seed is None else seed)
         stops = StopStrings(stop)
+        if len(prompt) == 0:
+            raise ConfigurationError(EMPTY_PROMPT)
+        if system and (raw or not isinstance(prompt, str)):
+            raise ConfigurationError(
+                "a system message needs a text prompt, and a chat template to put both in; leave raw out"
+            )
 
         pair = self.pair
+        pair.require_unchanged()
         tokens = pair.encode(prompt, raw=raw, system=system)
         capacity = pair.target.model.max_context
         if len(tokens) >= capacity:
@@ -254,7 +275,7 @@ class Engine:
     def _drafter_name(resolved: ResolvedConfig, pair: ModelPair) -> str:
         """Who drafts: the one typed, else both where there is a draft, else the suffix drafter.
 
-        A draft that was named and refused means plain decoding, as its warning says.
+        A draft that was named and refused means plain decoding, as its warning says, and so does the draft "none".
 
         Raises:
             ConfigurationError: a drafter that needs a draft where none was named.
@@ -262,7 +283,8 @@ class Engine:
         config = resolved.config
         if config.disabled:
             return "none"
-        refused = pair.draft is None and config.draft_model is not None and not config.auto_config
+        named = config.draft_model is not None and (config.draft_model == NO_DRAFT or not config.auto_config)
+        refused = pair.draft is None and named
         if config.drafter in ("model", "combined") and pair.draft is None and not refused:
             raise ConfigurationError(
                 f"the {config.drafter} drafter needs a draft model, and there is none; name one with "

@@ -20,6 +20,9 @@ def rounds(
     """Speculative decoding (Leviathan et al. 2022, Alg. 1, arXiv:2211.17192): yields what each round keeps.
 
     The context is the truth, the caches follow it: whatever of its tokens a cache lacks is read in the next round.
+
+    A round drafts up to `room` tokens, one more than its own last token leaves room for: cut to room - 1, the last round would
+    draw that token where a longer text checks a drafted one, and a seed's text would depend on max_tokens.
     """
     clock = time.perf_counter
     while not context.done:

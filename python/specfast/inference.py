@@ -33,12 +33,12 @@ def load(
 
     Args:
         target: directory, repo id or short name; None is the embedded pair.
-        draft: the same for the draft; None takes the embedded draft with the embedded target, a suggestion with
-            auto_config=True, and no draft otherwise.
+        draft: the same for the draft, or "none" for no draft; None takes the embedded draft with the embedded target, a
+            suggestion with auto_config=True, and no draft otherwise.
         precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.
         max_context: bounds the context below the model's own.
         isa: kernel table; None is the best this CPU runs.
-        threads: of native calls, for the whole process.
+        threads: of native calls, for the whole process; at most the CPUs this process may use, which is said.
         notify: told, once each, what people should know; prints to stderr.
         **options: the fields of SpeculativeConfig (gamma, temperature, top_k_threshold, lenience, auto_config, ...).
 
@@ -46,7 +46,7 @@ def load(
         ConfigurationError: an unknown option or a value outside its range.
         ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
     """
-    set_threads(threads)
+    set_threads(threads, notify)
     typed = dict(options)
     if target is not None:
         typed["target_model"] = str(target)
@@ -57,8 +57,15 @@ def load(
     return engine
 
 
-def set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None, notify: Notify = print_notice) -> None:
     """Sets the threads of native calls; None leaves them.
+
+    More than the CPUs this process may use are cut to those: threads that share one cost a scheduler's time slice
+    at each of the many barriers of a pass.
+
+    Args:
+        threads: of native calls, for the whole process. Results do not depend on it.
+        notify: told when they are cut.
 
     Raises:
         ConfigurationError: not 1 to 256.
@@ -67,7 +74,10 @@ def set_threads(threads: int | None) -> None:
         return
     if isinstance(threads, bool) or not 1 <= threads <= 256:
         raise ConfigurationError(f"threads is {threads!r}, but must be in 1 to 256; leave it out for all cores")
-    _core.set_num_threads(threads)
+    usable = _core.usable_cpus()
+    if threads > usable:
+        notify(f"{threads} threads were asked for, but this process may use {usable} CPUs: {usable} threads are used")
+    _core.set_num_threads(min(threads, usable))
 
 
 def get_inference_engine(

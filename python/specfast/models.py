@@ -13,12 +13,13 @@ from . import embedded
 from .chat import chat_template, render_chat
 from .checkpoint import LoadedModel, load_model
 from .compatibility import Status, compare_models
-from .config import SpeculativeConfig
-from .errors import ConfigurationError, SpecfastError
+from .config import NO_DRAFT, SpeculativeConfig
+from .errors import ConfigurationError, ModelFormatError, SpecfastError
 from .families import explain_suggestion, parameters, ranked_drafts, suggested_drafts
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
+EMPTY_PROMPT = "the prompt has 0 tokens; give some text, or at least one token id"
 
 
 class Resolve(Protocol):
@@ -95,6 +96,11 @@ class ModelPair:
                     f"of weights, {_target_name(config)} {target.model.weight_bytes / 1e6:.0f} MB; expect no speed-up"
                 )
         end = tokenizer.token_id(tokenizer.special_text("eos_token"))
+        if end is not None and end >= target.config.vocab:
+            raise ModelFormatError(
+                f"{directory}: the tokenizer's end token is {end}, but the model's tokens are 0 to {target.config.vocab - 1}, so "
+                "that no text would end there; take the tokenizer that belongs to the weights"
+            )
         return cls(
             target=target,
             draft=draft,
@@ -107,6 +113,16 @@ class ModelPair:
             eos_ids=tuple(sorted({*target.config.eos_ids, *(() if end is None else (end,))})),
         )
 
+    def require_unchanged(self) -> None:
+        """Looks at the files both models run from.
+
+        Raises:
+            ModelFormatError: one was written in place since it was loaded.
+        """
+        for loaded in (self.target, self.draft):
+            if loaded:
+                loaded.require_unchanged()
+
     def encode(
         self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], *, raw: bool = False, system: str | None = None
     ) -> list[int]:
@@ -116,14 +132,12 @@ class ModelPair:
             ConfigurationError: a prompt of 0 tokens, ids outside the vocabulary, or a message without a template.
         """
         chat = not raw and self.template is not None
-        if system and not (chat and isinstance(prompt, str)):
+        if system and self.template is None:
             raise ConfigurationError(
-                "a system message needs a text prompt and a model with a chat template, without raw"
+                "the model has no chat template, which a system message needs; put it in the prompt"
             )
         if isinstance(prompt, str):
-            if not prompt:
-                tokens = []
-            elif chat:
+            if chat:
                 first = [{"role": "system", "content": system}] if system else []
                 tokens = self._encode_chat([*first, {"role": "user", "content": prompt}])
             else:
@@ -133,7 +147,7 @@ class ModelPair:
         else:
             tokens = [int(token) for token in prompt if not isinstance(token, Mapping)]
         if not tokens:
-            raise ConfigurationError("the prompt has 0 tokens; give some text, or at least one token id")
+            raise ConfigurationError(EMPTY_PROMPT)
         if not 0 <= min(tokens) <= max(tokens) < self.target.config.vocab:
             raise ConfigurationError(
                 f"the prompt has token ids from {min(tokens)} to {max(tokens)}, but the model's are 0 to "
@@ -158,7 +172,8 @@ def _draft_precision(precision: str | None) -> str | None:
 
 def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolve: Resolve) -> DraftChoice:
     """The draft a configuration names or its family suggests, compared with the target's directory; says why there is none."""
-    if config.disabled or config.drafter in ("suffix", "prompt-lookup", "none"):
+    without = config.drafter in ("suffix", "prompt-lookup", "none")
+    if config.disabled or config.draft_model == NO_DRAFT or without:
         return DraftChoice()
     if config.target_model is None and config.draft_model is None:
         return DraftChoice("compatible", embedded.path("draft"), "embedded")

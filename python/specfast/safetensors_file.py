@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,43 @@ ITEM_BYTES = {
 
 
 @dataclass(frozen=True)
+class MappedFile:
+    """A file as it was when it was mapped: what is read through the mapping is whatever the file holds by then."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    def require_unchanged(self) -> None:
+        """Compares the file with what was mapped. A file replaced by rename, or removed, is no change: the mapping
+        holds the old one.
+
+        Raises:
+            ModelFormatError: it was written in place. Pages that it lost would end the process when read (SIGBUS).
+        """
+        try:
+            now = self.path.stat()
+        except OSError:
+            return
+        if (now.st_dev, now.st_ino) != (self.device, self.inode):
+            return
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise ModelFormatError(
+                f"{self.path}: was changed in place while a model runs from it ({self.size} bytes when loaded, "
+                f"{now.st_size} now); load the model again, and replace files by renaming new ones over them"
+            )
+
+
+@dataclass(frozen=True)
 class TensorView:
-    """One tensor of a mapped file; `data` is a read-only uint8 view of the file's own pages."""
+    """One tensor; `data` is a read-only uint8 view of the pages of `file`, or of memory where there is none."""
 
     dtype: str
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
+    file: MappedFile | None = None
 
     def as_float32(self) -> npt.NDArray[np.float32]:
         """The tensor's values as a new float32 array; F32, F16 and BF16 only."""
@@ -99,7 +131,8 @@ def open_safetensors(path: Path) -> dict[str, TensorView]:
     """Maps a file and returns its tensors by name.
 
     Args:
-        path: a .safetensors file. It stays mapped for as long as a returned view lives.
+        path: a .safetensors file. It stays mapped for as long as a returned view lives, and must not be written in
+            place by then: see MappedFile.
 
     Raises:
         ModelFormatError: the file cannot be read, or its header does not describe its bytes exactly: every tensor in
@@ -107,13 +140,15 @@ def open_safetensors(path: Path) -> dict[str, TensorView]:
     """
     try:
         with path.open("rb") as file:
-            if path.stat().st_size == 0:
+            status = os.fstat(file.fileno())
+            if status.st_size == 0:
                 raise _damaged(path, "the file is empty")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise ModelFormatError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from None
+    mapped = MappedFile(path.absolute(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     view = memoryview(mapping)
     header, data_start = _read_header(path, view)
     data = np.frombuffer(view, dtype=np.uint8)[data_start:]
@@ -122,7 +157,7 @@ def open_safetensors(path: Path) -> dict[str, TensorView]:
         if name == "__metadata__":
             continue
         dtype, shape, first, last = _check_entry(path, name, entry, len(data))
-        tensors[name] = TensorView(dtype, shape, data[first:last])
+        tensors[name] = TensorView(dtype, shape, data[first:last], mapped)
         spans.append((first, last, name))
     end = 0
     for first, last, name in sorted(spans):

@@ -63,6 +63,18 @@ class Maker:
         return _core.Matrix(self.format, N, K, np.resize(raw, N * K * (4 if self.format == "f32" else 2)))
 
 
+def check_groups(shape: Shape, quant: str) -> None:
+    """Refuses a quantisation whose groups do not divide a shape.
+
+    Raises:
+        ConfigurationError: names the sizes.
+    """
+    group = int(quant.partition("g")[2] or 0)
+    columns = (shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
+    if group and any(k % group for k in columns):
+        raise ConfigurationError(f"{shape.name} cannot be quantised in groups of {group}: its sizes are {columns}")
+
+
 def random_model(
     shape: Shape,
     quant: str,
@@ -79,9 +91,7 @@ def random_model(
         ConfigurationError: an unknown quantisation, or one whose groups do not divide the shape.
     """
     make = Maker(quant, seed)
-    columns = (shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
-    if make.group and any(k % make.group for k in columns):
-        raise ConfigurationError(f"{shape.name} cannot be quantised in groups of {make.group}: its sizes are {columns}")
+    check_groups(shape, quant)
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     ones = np.ones(shape.hidden, dtype=np.float32)
     layers: list[dict[str, Any]] = []

@@ -13,6 +13,7 @@ from .. import _core
 from ..errors import ConfigurationError
 
 Progress = Callable[[int, int], None]
+SPARE_POSITIONS = 32  # of the cache, for the rows of a pass
 _READ_BYTES = 1 << 28  # far more than a last-level cache
 
 
@@ -52,6 +53,16 @@ def kv_bytes_per_position(model: _core.Model) -> int:
     return 2 * model.layers * model.kv_heads * model.head_dim * (4 if model.precision == "f32" else 2)
 
 
+def check_rows(rows: Sequence[int]) -> None:
+    """Refuses row counts that no pass has.
+
+    Raises:
+        ConfigurationError: none, or one outside 1 to 21.
+    """
+    if any(not 1 <= m <= 21 for m in rows) or not rows:
+        raise ConfigurationError(f"row counts {list(rows)} must lie in 1 to 21 (gamma + 1)")
+
+
 def measure_rows(
     model: _core.Model, rows: Sequence[int], context: int, *, repeats: int = 9, progress: Progress | None = None
 ) -> Roofline:
@@ -63,13 +74,12 @@ def measure_rows(
     Raises:
         ConfigurationError: a row count outside 1 to 21, or a context that does not fit.
     """
-    if any(not 1 <= m <= 21 for m in rows) or not rows:
-        raise ConfigurationError(f"row counts {list(rows)} must lie in 1 to 21 (gamma + 1)")
-    if not 1 <= context <= model.max_context - 32:
-        raise ConfigurationError(f"a context of {context} is outside 1 to {model.max_context - 32}")
+    check_rows(rows)
+    if not 1 <= context <= model.max_context - SPARE_POSITIONS:
+        raise ConfigurationError(f"a context of {context} is outside 1 to {model.max_context - SPARE_POSITIONS}")
     counts = sorted({1, *rows})
     random = np.random.default_rng(1)
-    cache = _core.Cache(model, context + 32)
+    cache = _core.Cache(model, context + SPARE_POSITIONS)
     model.prefill(cache, random.integers(0, model.vocab, context).astype(np.int32))
     greedy, proposal = _core.Law(temperature=0.0), _core.Proposal()
     buffer = np.resize(random.integers(0, 256, 1 << 22, dtype=np.uint8), _READ_BYTES)

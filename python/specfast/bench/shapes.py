@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from .. import embedded
 from ..architecture import read_config
@@ -42,18 +43,22 @@ SHAPES = {
 }
 
 
+_EMBEDDED: dict[str, Literal["target", "draft"]] = {"demo": "target", "demo-draft": "draft"}
+
+
 def find_shape(name: str) -> Shape:
-    """A shape by name; `demo` is the embedded target; anything else is a model directory.
+    """A shape by name; `demo` and `demo-draft` are the embedded pair's; anything else is a model directory.
 
     Raises:
         ConfigurationError: neither a known name nor a directory.
     """
     if name in SHAPES:
         return SHAPES[name]
-    directory = embedded.path("target") if name == "demo" else Path(name)
+    directory = embedded.path(_EMBEDDED[name]) if name in _EMBEDDED else Path(name)
     if not directory.is_dir():
-        raise ConfigurationError(f"shape {name!r} is unknown; choose {', '.join(SHAPES)}, demo, or a model directory")
+        known = ", ".join((*SHAPES, *_EMBEDDED))
+        raise ConfigurationError(f"shape {name!r} is unknown; choose {known}, or a model directory")
     c = read_config(directory)
     return Shape(
-        name, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocab, c.tied, c.model_type == "qwen2"
+        name, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocab, bool(c.tied), c.model_type == "qwen2"
     )  # fmt: skip

@@ -58,6 +58,24 @@ class _SetAcceptance(ModelDrafter):
         return proposal
 
 
+def check_terms(gamma: int, acceptance: float) -> None:
+    """Refuses terms that no run has.
+
+    Raises:
+        ConfigurationError: gamma outside 1 to 20, or an acceptance that is no probability.
+    """
+    if not 0 <= acceptance <= 1:
+        raise ConfigurationError(f"acceptance is {acceptance:g}, but must be in 0 to 1")
+    if not 1 <= gamma <= 20:
+        raise ConfigurationError(f"gamma is {gamma}, but must be in 1 to 20")
+
+
+def positions_needed(context: int, tokens: int, gamma: int) -> int:
+    """Positions of the caches: the recorded run is gamma tokens longer than the speculative one, so that every draft has its
+    right token."""
+    return context + tokens + gamma
+
+
 def measure_speculation(
     target: _core.Model,
     draft: _core.Model,
@@ -78,16 +96,18 @@ def measure_speculation(
         ConfigurationError: a value out of range, or vocabularies of different size.
         SpecfastError: the runs gave different tokens.
     """
-    if not 0 <= acceptance <= 1:
-        raise ConfigurationError(f"acceptance is {acceptance:g}, but must be in 0 to 1")
-    if not 1 <= gamma <= 20:
-        raise ConfigurationError(f"gamma is {gamma}, but must be in 1 to 20")
+    check_terms(gamma, acceptance)
+    capacity = positions_needed(context, tokens, gamma)
+    if context < 1 or tokens < 1 or capacity > min(target.max_context, draft.max_context):
+        raise ConfigurationError(
+            f"{context} tokens of context, {tokens} to decode and {gamma} drafted do not fit: each is at least 1, and their sum "
+            f"at most the models' context, {min(target.max_context, draft.max_context)}"
+        )
     if target.vocab != draft.vocab:
         raise ConfigurationError(
             f"the target has {target.vocab} tokens and the draft {draft.vocab}; choose shapes of one vocabulary"
         )
     prompt = np.random.default_rng(seed).integers(0, target.vocab, context).tolist()
-    capacity = context + tokens + gamma + 2
 
     def decode(
         count: int, drafter: ModelDrafter | NoDrafter, gamma: int, done: int

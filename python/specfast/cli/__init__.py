@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from ..errors import ConfigurationError, SpecfastError
 
 COMMANDS = ("generate", "bench", "suggest", "convert", "doctor")
@@ -26,8 +27,6 @@ EXAMPLES = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each module of COMMANDS has add_parser(subparsers) and run(options)."""
-    from .. import __version__  # noqa: PLC0415 - may fail, and main tells why
-
     parser = argparse.ArgumentParser(
         prog="specfast",
         description="Speculative decoding with compiled kernels: faster tokens, the same words.",
@@ -54,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(options.run(options))
         sys.stdout.flush()
         return code
-    except ConfigurationError as error:
-        return _fail(command, str(error), 2)
     except SpecfastError as error:
-        return _fail(command, str(error), 1)
+        return _fail(command, str(error), 2 if isinstance(error, ConfigurationError) else 1)
     except MemoryError:
         return _fail(command, "not enough memory; use a smaller model, or less context (--context)", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
         return 1
+    except OSError as error:  # a full disk, a file that went away
+        return _fail(command, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except KeyboardInterrupt:
         return _fail(command, "interrupted", 130)
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import dataclasses
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .. import _core
-from ..bench.random_model import QUANTS, random_model
-from ..bench.roofline import Roofline, measure_rows
-from ..bench.shapes import SHAPES, find_shape
-from ..bench.speculate import SpeculationRun, measure_speculation
+from ..bench.machine import environment
+from ..bench.random_model import QUANTS, check_groups, random_model
+from ..bench.roofline import SPARE_POSITIONS, Roofline, check_rows, measure_rows
+from ..bench.shapes import SHAPES, Shape, find_shape
+from ..bench.speculate import SpeculationRun, check_terms, measure_speculation, positions_needed
+from ..checkpoint import check_isa
 from ..errors import ConfigurationError
+from ..inference import set_threads
+
+_ROWS: dict[str, Any] = {"rows": "1,2,4,6,8,9", "repeats": 9, "context": 512}
+_SPECULATION: dict[str, Any] = {"acceptance": 0.8, "gamma": 6, "draft_shape": None, "tokens": 256, "context": 64}
 
 EPILOG = """examples:
   specfast bench --shape llama-3.2-1b --quant q4g64 --rows 1,2,4,6,8,9 --context 512 --json rows.json
@@ -36,57 +41,40 @@ def add_parser(commands: Any) -> None:
         description="Measures forward passes of real shapes with random weights.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
+    isas = ", ".join(cast(list[str], _core.build_info()["isas_supported"]))
     parser.add_argument(
         "--shape", default="llama-3.2-1b", metavar="SHAPE", help=f"{', '.join(SHAPES)}, demo, or a model directory"
     )
     parser.add_argument(
         "--quant", default="q4g64", choices=QUANTS, metavar="QUANT", help=f"{', '.join(QUANTS)} (q4g64)"
     )
-    parser.add_argument("--rows", default="1,2,4,6,8,9", metavar="M,M,...", help="row counts, 1 to 21")
     parser.add_argument(
-        "--context",
-        type=int,
-        default=None,
-        metavar="N",
-        help="positions already in the cache (512; 64 with --speculate)",
+        "--context", type=int, metavar="N", help="positions already in the cache (512; 64 with --speculate)"
     )
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timed passes per row count (9)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of native calls (all cores)")
-    parser.add_argument("--isa", help="kernel table (the best this CPU runs)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of native calls (one per core; at most one per CPU)")
+    parser.add_argument("--isa", metavar="ISA", help=f"kernel table: {isas} (the best this CPU runs)")
     parser.add_argument("--in-place", action="store_true", help="no packed copy of the weights")
-    parser.add_argument(
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file (- for stdout)")
+    rows = parser.add_argument_group("T(M)")
+    rows.add_argument("--rows", metavar="M,M,...", help="row counts, 1 to 21 (1,2,4,6,8,9)")
+    rows.add_argument("--repeats", type=int, metavar="N", help="timed passes per row count (9)")
+    speculation = parser.add_argument_group("speculation")
+    speculation.add_argument(
         "--speculate", action="store_true", help="plain against speculative decoding with a set acceptance"
     )
-    parser.add_argument(
-        "--acceptance", type=float, default=0.8, metavar="P", help="probability that a drafted token is right (0.8)"
+    speculation.add_argument(
+        "--acceptance", type=float, metavar="P", help="probability that a drafted token is right (0.8)"
     )
-    parser.add_argument("--gamma", type=int, default=6, metavar="N", help="tokens drafted per round (6)")
-    parser.add_argument(
-        "--draft-shape", default="draft-128k", metavar="SHAPE", help="shape of the draft (draft-128k, 81 M parameters)"
+    speculation.add_argument("--gamma", type=int, metavar="N", help="tokens drafted per round, 1 to 20 (6)")
+    speculation.add_argument(
+        "--draft-shape",
+        metavar="SHAPE",
+        help="shape of the draft, over the target's vocabulary (draft-128k, 81 M parameters; demo-draft for demo)",
     )
-    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens to decode with --speculate (256)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file (- for stdout)")
-
-
-def cpu_model() -> str:
-    """The processor's name, for records and baselines."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    info = _core.build_info()
-    return {
-        "version": info["version"], "compiler": info["compiler"], "threads": _core.num_threads(), "cpu": cpu_model(),
-        "python": platform.python_version(), "numpy": importlib.metadata.version("numpy"),
-    }  # fmt: skip
+    speculation.add_argument("--tokens", type=int, metavar="N", help="tokens to decode (256)")
 
 
 @contextmanager
@@ -104,54 +92,61 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures and prints."""
-    if options.threads is not None:
-        if not 1 <= options.threads <= 256:
-            raise ConfigurationError(f"--threads is {options.threads}, but must be in 1 to 256")
-        _core.set_num_threads(options.threads)
-    if not 1 <= options.repeats <= 1000 or not 1 <= options.tokens <= 100_000:
-        raise ConfigurationError("--repeats must be in 1 to 1000 and --tokens in 1 to 100000")
-    try:
-        rows = [int(text) for text in options.rows.split(",")]
-    except ValueError:
-        raise ConfigurationError(f"--rows {options.rows!r} is not a list of integers such as 1,2,4") from None
+    """Checks everything, then measures and prints."""
+    set_threads(options.threads)
+    check_isa(options.isa)
+    _settle(options)
     shape = find_shape(options.shape)
-    context = options.context if options.context is not None else 64 if options.speculate else 512
-    with _bar(f"making random weights of {shape.name}") as progress:
-        target = random_model(
-            shape,
-            options.quant,
-            max_context=max(8192, context + 64),
-            isa=options.isa,
-            pack=not options.in_place,
-            progress=progress,
-        )
+    check_groups(shape, options.quant)
+    draft_shape = _draft_shape(options, shape) if options.speculate else None
+    rows = [] if options.speculate else _row_counts(options.rows)
+    _require_range("--context", options.context, 1, 1_000_000)
+    if draft_shape:
+        check_groups(draft_shape, options.quant)
+        check_terms(options.gamma, options.acceptance)
+        _require_range("--tokens", options.tokens, 1, 100_000)
+        max_context = positions_needed(options.context, options.tokens, options.gamma)
+    else:
+        _require_range("--repeats", options.repeats, 1, 1000)
+        max_context = options.context + SPARE_POSITIONS
+    if options.json:
+        _require_writable(options.json)
+
+    def make(of: Shape, seed: int) -> _core.Model:
+        with _bar(f"making random weights of {of.name}") as progress:
+            return random_model(
+                of, options.quant, max_context=max_context, seed=seed, isa=options.isa, pack=not options.in_place,
+                progress=progress,
+            )  # fmt: skip
+
+    target = make(shape, 0)
     record: dict[str, Any] = {
         "shape": shape.name,
         "quant": options.quant,
         "precision": target.precision,
         "isa": target.isa,
+        "in_place": options.in_place,
         **environment(),
     }
     out = sys.stderr if str(options.json) == "-" else sys.stdout
     print(f"{shape.name} {options.quant}, {target.weight_bytes / 1e6:.0f} MB a pass, {target.precision} activations, "
-          f"{target.isa}, {_core.num_threads()} threads, random weights", file=out)  # fmt: skip
+          f"{target.isa}, {_core.start_threads()} threads, random weights", file=out)  # fmt: skip
     if target.weight_bytes < 64 << 20:
         print(
             "note: these weights fit in a large last-level cache; the figures are not those of cold weights", file=out
         )
-    if options.speculate:
-        draft_shape = find_shape(options.draft_shape)
-        draft = random_model(draft_shape, options.quant, max_context=max(8192, context + 64), seed=1, isa=options.isa)
+    if draft_shape:
+        draft = make(draft_shape, 1)
         with _bar("decoding") as progress:
             result = measure_speculation(
-                target, draft, gamma=options.gamma, acceptance=options.acceptance, tokens=options.tokens, context=context, progress=progress,
+                target, draft, gamma=options.gamma, acceptance=options.acceptance, tokens=options.tokens,
+                context=options.context, progress=progress,
             )  # fmt: skip
-        record |= {"draft_shape": draft_shape.name, "context": context, "speculate": vars(result)}
+        record |= {"draft_shape": draft_shape.name, "context": options.context, "speculate": vars(result)}
         print_speculation(result, draft, out)
     else:
         with _bar("timing passes") as progress:
-            roofline = measure_rows(target, rows, context, repeats=options.repeats, progress=progress)
+            roofline = measure_rows(target, rows, options.context, repeats=options.repeats, progress=progress)
         record |= roofline.as_dict()
         print_rows(roofline, out)
     if options.json:
@@ -161,6 +156,52 @@ def run(options: argparse.Namespace) -> int:
         else:
             options.json.write_text(text, encoding="utf-8")
     return 0
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """Fills in the defaults of the measurement that was chosen, and refuses options of the other one."""
+    mine, other = (_SPECULATION, _ROWS) if options.speculate else (_ROWS, _SPECULATION)
+    for name in other.keys() - mine.keys():
+        if getattr(options, name) is not None:
+            remedy = "leave one of them out" if options.speculate else "add it, or leave the option out"
+            goes = "does not go" if options.speculate else "goes only"
+            raise ConfigurationError(f"--{name.replace('_', '-')} {goes} with --speculate; {remedy}")
+    for name, default in mine.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+
+
+def _row_counts(text: str) -> list[int]:
+    try:
+        rows = [int(count) for count in text.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"--rows {text!r} is not a list of integers such as 1,2,4") from None
+    check_rows(rows)
+    return rows
+
+
+def _draft_shape(options: argparse.Namespace, target: Shape) -> Shape:
+    """The draft's shape over the target's vocabulary: what it proposes must be the target's tokens."""
+    default = "demo-draft" if target.name == "demo" else "draft-128k"
+    return dataclasses.replace(find_shape(options.draft_shape or default), vocab=target.vocab)
+
+
+def _require_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ConfigurationError(f"{name} is {value}, but must be in {low} to {high}")
+
+
+def _require_writable(path: Path) -> None:
+    """Refuses a file that could not be written after minutes of measuring; leaves no file behind."""
+    if str(path) == "-":
+        return
+    there = path.exists()
+    try:
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise ConfigurationError(f"--json {path} cannot be written ({error.strerror}); choose another place") from None
 
 
 def print_rows(result: Roofline, out: Any) -> None:

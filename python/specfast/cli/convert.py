@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
         "convert",
         help="quantise a model directory",
         description="Quantises a Hugging Face model directory into MLX's affine layout.",
+        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     parser.add_argument("source", help="directory or repo id with F32, F16 or BF16 weights")
@@ -31,6 +32,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Converts, with a bar on a terminal."""
+    conversion.require_absent(options.destination)  # before anything is downloaded
     source = hub.resolve(options.source)
     if sys.stderr.isatty():
         from rich.console import Console  # noqa: PLC0415

@@ -10,7 +10,7 @@ import os
 import platform
 from typing import Any
 
-from .. import build_info, embedded
+from .. import _core, build_info, embedded
 from ..exo.detection import find_exo
 
 _NATIVE_READS_THE_SAME = "this version runs every model natively, from the same checkpoints"
@@ -36,6 +36,7 @@ def add_parser(commands: Any) -> None:
 def examine() -> dict[str, Any]:
     """Version, kernels, hosts and the embedded pair."""
     info = build_info()
+    problem = info["isa_problem"]
     roles = ("target", "draft")
     return {
         "version": info["version"],
@@ -43,13 +44,22 @@ def examine() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "compiler": info["compiler"],
         "isa": info["isa"],
+        "isa_problem": problem,
         "isa_forced": os.environ.get("SPECFAST_ISA"),
         "isas_compiled": info["isas_compiled"],
         "isas_supported": info["isas_supported"],
         "threads": info["threads"],
+        "threads_started": _core.start_threads(),
         "kernels": info["kernels"],
         "selected": info["selected"],
-        "hosts": {"native": {"found": True, "used": True, "version": info["version"], "why": "always there"}}
+        "hosts": {
+            "native": {
+                "found": True,
+                "used": not problem,
+                "version": info["version"],
+                "why": problem or "always there",
+            }
+        }
         | {name: _look_for(*host) for name, host in _HOSTS.items()}
         | {"exo": _look_for_exo()},
         "embedded_pair": all((embedded.path(role) / "model.safetensors").is_file() for role in roles),  # type: ignore[arg-type]
@@ -84,20 +94,24 @@ def _look_for_exo() -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the examination."""
+    """Prints the examination; 1 where no kernels can be used."""
     report = examine()
+    code = 1 if report["isa_problem"] else 0
     if options.json:
         print(json.dumps(report))
-        return 0
+        return code
     print(f"specfast {report['version']}, Python {report['python']}, {report['machine']}, {report['compiler']}")
     forced = f" (SPECFAST_ISA={report['isa_forced']})" if report["isa_forced"] else ""
-    print(f"kernels: {report['isa']} selected{forced}, {report['threads']} threads")
+    refused = report["threads_started"] < report["threads"]
+    only = f", of which the system starts {report['threads_started']} (ulimit -u, ulimit -v)" if refused else ""
+    print(f"kernels: {report['isa'] or 'none'} selected{forced}, {report['threads']} threads{only}")
+    if report["isa_problem"]:
+        print(f"  problem: {report['isa_problem']}")
     for isa in report["isas_compiled"]:
         if isa != report["isa"]:
             runs = isa in report["isas_supported"]
-            print(f"  {isa}: compiled, {'not the best here' if runs else 'but this CPU lacks its instructions'}")
-    selected = report["selected"]
-    for name in selected.values() if isinstance(selected, dict) else selected:
+            print(f"  {isa}: compiled, {'not selected' if runs else 'but this CPU lacks its instructions'}")
+    for name in report["selected"]:
         print(f"  {name}")
     print("hosts:")
     for name, host in report["hosts"].items():
@@ -106,4 +120,4 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"embedded pair: {'there' if report['embedded_pair'] else 'missing; install a release wheel, or name a model'}"
     )
-    return 0
+    return code

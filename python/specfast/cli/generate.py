@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..config import resolve_config
+from ..config import NO_DRAFT, SpeculativeConfig, resolve_config
 from ..engine import Engine
 from ..errors import ConfigurationError
 from ..generation import Result
@@ -26,6 +26,7 @@ def count_lines(path):
     """Return the number of lines in the file at path."""
 '''
 LONG_PROMPT_CHARACTERS = 8000
+_NEEDS_DRAFT = "needs a draft that fits; give --draft-model, --auto-config, or --drafter suffix"
 
 
 def add_parser(commands: Any) -> None:
@@ -44,14 +45,16 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generates; with --compare twice."""
-    engine = Engine(resolve_config(typed_options(options)), options.precision, options.context)
+    if options.time and options.quiet and not options.compare:
+        raise ConfigurationError("--time prints to stderr, where --quiet allows nothing; give one of them")
     set_threads(options.threads)
+    engine = Engine(resolve_config(typed_options(options)), options.precision, options.context)
+    if options.compare:
+        _require_draft_named(engine.config)
     prompt = _read_prompt(options)
-    if not options.quiet:
-        print(f"specfast: {engine.describe()}", file=sys.stderr)
     if options.compare:
         return _compare(engine, prompt, options)
-    result = _generate(engine, prompt, options, show=True)
+    result = _generate(engine, prompt, options, announce=True)
     if not options.quiet:
         _print_figures(result.stats, "", options, sys.stderr)
     if options.json:
@@ -59,16 +62,27 @@ def run(options: argparse.Namespace) -> int:
     return 130 if result.finish_reason == "interrupted" else 0
 
 
+def _require_draft_named(config: SpeculativeConfig) -> None:
+    """Refuses to compare where no draft can come of the options, before anything is loaded."""
+    if config.disabled:
+        raise ConfigurationError("--compare runs with and without the draft, and --plain has none; give one of them")
+    if config.drafter in ("suffix", "prompt-lookup"):
+        return
+    named = config.target_model is None or config.draft_model is not None or config.auto_config
+    if config.draft_model == NO_DRAFT or config.drafter == "none" or not named:
+        raise ConfigurationError(f"--compare {_NEEDS_DRAFT}")
+
+
 def _compare(engine: Engine, prompt: str, options: argparse.Namespace) -> int:
-    if engine.drafter == "none":
-        raise ConfigurationError("--compare needs speculation; leave --plain out, or give a draft that fits")
     options.seed = secrets.randbits(32) if options.seed is None else options.seed
     runs: list[Result] = []
     cold = {"max_tokens": min(8, options.max_tokens)}  # the first run pays for cold weights
-    for show, request in ((False, cold), (False, {"disabled": True}), (True, {})):
-        runs.append(_generate(engine, prompt, options, show=show, **request))
+    for number, request in enumerate((cold, {"disabled": True}, {})):
+        runs.append(_generate(engine, prompt, options, announce=number == 0, show=number == 2, **request))
         if runs[-1].finish_reason == "interrupted":
             return 130
+        if engine.drafter == "none" or (engine.pair.draft is None and engine.config.drafter is None):
+            raise ConfigurationError(f"--compare {_NEEDS_DRAFT}")
     _, plain, speculative = runs
     identical = plain.token_ids == speculative.token_ids
     greedy = engine.config.greedy
@@ -89,12 +103,22 @@ def _why_different(identical: bool, greedy: bool, engine: Engine) -> str:
     return " (sampled: the law is the same, the draws are not)" if engine.config.lossless else " (lenience above 1)"
 
 
-def _generate(engine: Engine, prompt: str, options: argparse.Namespace, *, show: bool, **request: Any) -> Result:
-    """One run; after Ctrl-C what there is by then."""
+def _generate(
+    engine: Engine,
+    prompt: str,
+    options: argparse.Namespace,
+    *,
+    announce: bool = False,
+    show: bool = True,
+    **request: Any,
+) -> Result:
+    """One run; after Ctrl-C what there is by then. The engine checks the options before it loads the models."""
     with _prompt_progress(len(prompt)) as progress:
         names = ("max_tokens", "seed", "stop", "top_k", "top_p", "min_p", "raw", "system", "ignore_eos")
         typed = {name: getattr(options, name) for name in names}
         generation = engine.stream(prompt, progress=progress, **{**typed, **request})
+        if announce and not options.quiet:
+            print(f"specfast: {engine.describe()}", file=sys.stderr)
         try:
             for chunk in generation:
                 if show and not options.no_stream:

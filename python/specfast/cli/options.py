@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--precision", choices=("int8", "bf16", "f32"), help="of activations (int8 for quantised weights, else theirs)"
     )
-    machine.add_argument("--threads", type=int, metavar="N", help="of native calls (all cores)")
+    machine.add_argument("--threads", type=int, metavar="N", help="of native calls (one per core; at most one per CPU)")
     machine.add_argument("--context", type=int, metavar="N", help="bound the context below the model's")
     output = parser.add_argument_group("output")
     output.add_argument("--time", action="store_true", help="prompt tok/s, time to first token, split of the time")
@@ -73,8 +73,8 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
     )
     add(
         *("--draft-model", "--speculative-draft-model"),
-        **{"dest": "draft_model", "type": _model, "metavar": "MODEL"},
-        help="draft, of the same tokens",
+        **{"dest": "draft_model", "metavar": "MODEL"},
+        help="draft, of the same tokens; none for plain decoding",
     )
     add(
         *("--auto-config", "--speculative-auto-config"),

@@ -228,7 +228,6 @@ class SpeculativeEngine:
         Raises:
             ConfigurationError: a model nobody knows.
         """
-        draft = None if draft is not None and draft.lower() == "none" else draft
         if wrong := unknown_model(model_cards(), target, draft):
             raise ConfigurationError(wrong)
         self.resolved = self.resolved.with_models(target, draft)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import hub
 from ..cli.options import add_speculation, typed_options
-from ..config import UNSET, ResolvedConfig, resolve_config
+from ..config import NO_DRAFT, UNSET, ResolvedConfig, resolve_config
 from ..errors import ConfigurationError
 
 __all__ = ["CommandLine", "add_options", "command_line", "typed_options", "watch_parser"]
@@ -132,7 +132,13 @@ def unknown_model(registry: Registry, target: str | None, draft: str | None) -> 
     """What is wrong with the names of a pair: exo must know a target; a draft may also be a repo id or a directory."""
     if target is not None and target not in registry:
         return f"the target {_unknown(target, registry)}"
-    if draft is None or draft in registry or hub.repository(draft) is not None or Path(draft).is_dir():
+    if (
+        draft is None
+        or draft.lower() == NO_DRAFT
+        or draft in registry
+        or hub.repository(draft) is not None
+        or Path(draft).is_dir()
+    ):
         return None
     return f"the draft {_unknown(draft, registry)}, nor a repo id (org/name) or a directory"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compatibility import Status
-from ..config import ResolvedConfig, resolve_config
+from ..config import NO_DRAFT, ResolvedConfig, resolve_config
 from ..engine import Engine
 from ..errors import UnsupportedModelError
 from ..models import choose_draft
@@ -211,6 +211,6 @@ def _config_of(model: str, resolved: ResolvedConfig) -> ResolvedConfig:
     native = without_engines(resolved)
     target = native.config.target_model
     typed: dict[str, Any] = {**native.typed, "target_model": model}
-    if target is not None and model != target:
+    if target is not None and model != target and native.config.draft_model != NO_DRAFT:
         typed.pop("draft_model", None)
     return resolve_config(typed, host=native.host)
