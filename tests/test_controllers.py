@@ -45,7 +45,7 @@ class Machine:
         jitter = 1 + self.noise * self.random.random()
         draft = self.c * (plan.gamma + (self.unread - 1) / 12) if drafter == "model" else 0.0
         self.unread = 1 if drafter == "model" else self.unread + tau + 1
-        times = (PASS * draft * jitter, PASS * (1 + self.v * plan.gamma) * jitter)
+        times = (PASS * draft * jitter, PASS * self.verify(plan.gamma) * jitter)
         self.context.tokens += [0] * (tau + 1)
         self.tokens += tau + 1
         self.seconds += sum(times)
@@ -58,9 +58,12 @@ class Machine:
             self.round(controller)
         return (self.tokens - before[0]) / (self.seconds - before[1]) * PASS * (1 + self.noise / 2), self.plans
 
+    def verify(self, gamma):
+        return 1 + self.v * gamma
+
     def rate(self, gamma):
         """What a fixed gamma of the model gives."""
-        return sum(self.a**i for i in range(gamma + 1)) / (1 + gamma * (self.c + self.v))
+        return sum(self.a**i for i in range(gamma + 1)) / (self.verify(gamma) + gamma * self.c)
 
 
 PAYS = [(0.8, 0.05, 0.02), (0.9, 0.1, 0.05), (0.6, 0.02, 0.1), (0.95, 0.02, 0.01), (0.8, 0.1, 0.1)]
@@ -95,6 +98,22 @@ def test_the_best_gamma_is_found_within_a_hundred_rounds(machine):
     _, plans = machine.run(controller, rounds=50)
     chosen = sorted(plan.gamma for plan in plans)[25]
     assert rates[chosen] > 0.93 * max(rates)
+
+
+@pytest.mark.parametrize("machine", [(0.9, 0.05, 0.02), (0.7, 0.05, 0.02), (0.8, 0.15, 0.02)], ids=str)
+def test_a_knee_in_the_cost_of_rows_is_found(machine):
+    class Knee(Machine):
+        """More than 5 rows take another 0.4 passes each."""
+
+        def verify(self, gamma):
+            return super().verify(gamma) + 0.4 * max(0, gamma - 4)
+
+    machine = Knee(*machine)
+    controller = AutoGamma()
+    machine.run(controller, rounds=100)
+    rate, plans = machine.run(controller, rounds=500)
+    assert rate > 0.92 * max(machine.rate(gamma) for gamma in range(21))
+    assert sum(plan.gamma > 5 for plan in plans) < 10
 
 
 @pytest.mark.parametrize("copies", [None, (0.5, 0.0)], ids=["model", "copies too"])

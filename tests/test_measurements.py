@@ -30,11 +30,29 @@ def test_a_cell_forgets_cold_samples_and_does_not_believe_interruptions():
     for seconds in (9.0, 1.0, 1.2):
         table.add(3, seconds)
     assert table.at(3) == 1.0
-    table.add(3, 1000.0)
-    assert table.at(3) == pytest.approx(1.2)
-    for _ in range(100):
+    for _ in range(CostTable.SETTLED - 3):
+        assert table.add(3, 1.1) == 1.0
+    settled = table.at(3)
+    assert 1.05 < settled < 1.1
+    assert table.add(3, 1000.0) == 2.0
+    assert table.at(3) < 1.05 * settled
+    for _ in range(200):
         table.add(3, 2.0)
     assert table.at(3) == pytest.approx(2.0, rel=0.01)
+
+
+def test_a_slower_machine_is_slower_for_passes_that_were_not_measured_since():
+    measured = Measurements()
+    for _ in range(CostTable.SETTLED):
+        for rows, seconds in ((1, 1.0), (4, 1.2)):
+            measured.add_verify(rows, 100, seconds)
+        measured.add_draft(MODEL, 3, 0.3)
+    for _ in range(30):
+        measured.add_verify(4, 100, 2.4)
+    assert measured.verify_seconds(4, 100) == pytest.approx(2.4, rel=0.02)
+    assert measured.verify_seconds(1, 100) == pytest.approx(2.0, rel=0.3)
+    assert measured.draft_seconds(MODEL, 3) == pytest.approx(0.6, rel=0.3)
+    assert measured.as_dict()["verify"]["0"]["1"] == 1.0  # at the usual pace
 
 
 @given(chances=st.lists(st.floats(0, 1), min_size=1, max_size=8), gamma=st.integers(0, 20))

@@ -153,7 +153,7 @@ class AutoGamma:
             self._since_plain = 0
             self._since_look += 1 + self._rested
             self._rested = 0
-            self._plain = self.measured.verify_seconds(1, length)
+        self._plain = self.measured.verify_seconds(1, length)
 
     def _learn(self, round_: Round, offer: Offer, seconds: float) -> None:
         kind = offer.kind

@@ -13,33 +13,39 @@ FEW = 4  # tokens a model reads in the pass that drafts anyhow
 class CostTable:
     """Seconds by a whole number; between and beyond measured numbers on the line through the neighbours.
 
-    A cell is the least of its first three samples (they are cold), then a moving average in which a sample counts as at
-    most three times the average: one interruption says nothing about the next pass.
+    A cell is the least of its first COLD samples, then the mean of more until there are SETTLED, then follows them slowly.
     """
+
+    COLD, SETTLED, FOLLOWING, FARTHEST = 3, 10, 0.05, 2.0
 
     def __init__(self, cells: Mapping[int, float] | None = None) -> None:
         self.cells: dict[int, float] = dict(cells or {})
-        self._samples = dict.fromkeys(self.cells, 3)
+        self._samples = dict.fromkeys(self.cells, self.SETTLED)
 
-    def add(self, number: int, seconds: float) -> None:
-        """Adds a sample."""
-        samples = self._samples.get(number, 0)
-        if samples < 3:
+    def add(self, number: int, seconds: float) -> float:
+        """Adds a sample; returns how far it is from what was expected, once that is settled, as a factor from 1 / FARTHEST
+        to FARTHEST: one interruption says nothing about the next pass."""
+        samples, value = self._samples.get(number, 0), self.cells.get(number, seconds)
+        if samples < self.SETTLED or value <= 0:
             self._samples[number] = samples + 1
-            self.cells[number] = min(seconds, self.cells.get(number, seconds))
-        else:
-            value = self.cells[number]
-            self.cells[number] = value + 0.1 * (min(seconds, 3 * value) - value)
+            warm = samples + 1 - self.COLD
+            self.cells[number] = (
+                min(seconds, value) if warm < 1 else value + (min(seconds, 3 * value) - value) / (warm + 1)
+            )
+            return 1.0
+        factor = min(max(seconds / value, 1 / self.FARTHEST), self.FARTHEST)
+        self.cells[number] = float(value * factor**self.FOLLOWING)
+        return factor
 
     def at(self, number: int) -> float:
         """Seconds of a number; needs at least one cell. They do not fall as the number grows beyond a measured one."""
         if number in self.cells:
             return self.cells[number]
         known = sorted(self.cells)
-        if len(known) == 1:
+        if len(known) == 1 or number < known[0]:
             return self.cells[known[0]]
         above = next((i for i, seen in enumerate(known) if seen > number), len(known) - 1)
-        low, high = (known[0], known[-1]) if number > known[-1] else (known[max(above - 1, 0)], known[max(above, 1)])
+        low, high = (known[0], known[-1]) if number > known[-1] else (known[above - 1], known[above])
         slope = max(0.0, (self.cells[high] - self.cells[low]) / (high - low))
         return max(0.0, self.cells[low] + slope * (number - low))
 
@@ -80,9 +86,16 @@ class Acceptance:
 
 
 class Measurements:
-    """Costs and acceptances of a pair of models on this machine. Shared by the requests of an engine."""
+    """Costs and acceptances of a pair of models on this machine. Shared by the requests of an engine.
+
+    A machine is faster in one second and slower in the next, for all passes alike: tables hold seconds at its usual pace,
+    and every pass tells something about the present one.
+    """
+
+    PACING = 0.15
 
     def __init__(self) -> None:
+        self.pace = 1.0  # seconds now over those in the tables
         self.verify: dict[int, CostTable] = {}  # by class of context length, then by rows
         self.draft: dict[str, CostTable] = {}  # by drafter, then by gamma
         self.reading: dict[str, float] = {}  # seconds per token of the context a drafter had not read
@@ -102,7 +115,8 @@ class Measurements:
 
     def add_verify(self, rows: int, length: int, seconds: float) -> None:
         """Adds the time of a pass of the target over a number of rows after a context of this length."""
-        self.verify.setdefault(self.context_class(length), CostTable()).add(rows, seconds)
+        table = self.verify.setdefault(self.context_class(length), CostTable())
+        self.pace *= float(table.add(rows, seconds / self.pace) ** self.PACING)
 
     def verify_seconds(self, rows: int, length: int) -> float:
         """What a pass costs; where nothing was measured at such contexts, as at the nearest, in proportion to what was measured here."""
@@ -110,14 +124,15 @@ class Measurements:
         table = self.verify.get(wanted)
         others = [known for known in self.verify if known != wanted]
         if table and (not others or rows in table.cells or (1 in table.cells and len(table.cells) > 1)):
-            return table.at(rows)
-        nearest = self.verify[max(others, key=lambda known: (len(self.verify[known].cells) > 1, -abs(known - wanted)))]
+            return self.pace * table.at(rows)
+        nearest = self.verify[max(others, key=lambda known: (1 in self.verify[known].cells, -abs(known - wanted)))]
         cells = table.cells if table else {}
         ratios = [seconds / max(nearest.at(number), 1e-9) for number, seconds in cells.items()]
-        return nearest.at(rows) * (sum(ratios) / len(ratios) if ratios else 1.0)
+        return self.pace * nearest.at(rows) * (sum(ratios) / len(ratios) if ratios else 1.0)
 
     def add_draft(self, offer: Offer, gamma: int, seconds: float) -> None:
         """Adds the time of drafting; where much had to be read first, what is beyond drafting is reading."""
+        seconds /= self.pace
         table = self.draft.setdefault(offer.drafter, CostTable({0: 0.0}))
         if offer.unread <= FEW or len(table.cells) == 1:
             table.add(gamma, seconds)
@@ -129,14 +144,14 @@ class Measurements:
     def draft_seconds(self, offer: Offer, gamma: int) -> float:
         """What drafting costs once the context is read; 0 until it was measured."""
         table = self.draft.get(offer.drafter)
-        return table.at(gamma) if table else 0.0
+        return self.pace * table.at(gamma) if table else 0.0
 
     def reading_seconds(self, offer: Offer) -> float:
         """What the offer's drafter needs to read the context first."""
-        return self.reading.get(offer.drafter, 0.0) * offer.unread if offer.unread > FEW else 0.0
+        return self.pace * self.reading.get(offer.drafter, 0.0) * offer.unread if offer.unread > FEW else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Everything at the usual pace, as JSON takes it."""
         return {
             "verify": {str(known): _texts(table) for known, table in self.verify.items()},
             "draft": {name: _texts(table) for name, table in self.draft.items()},
