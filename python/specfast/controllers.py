@@ -82,7 +82,7 @@ class AutoGamma:
 
     GRANT, BALANCE, EARNED, PLAIN_EVERY, STRETCH = 2.0, 4.0, 0.01, 64, 24
     PATIENCE = (16, 512)
-    MARGIN, THINKING, THINKING_OF_GAINS, MOST_THOUGHT, CHOOSING_SECONDS = 0.02, 0.003, 0.2, 32, 25e-6
+    MARGIN, THINKING, THINKING_OF_GAINS, MOST_THOUGHT, CHOOSING_SECONDS = 0.02, 0.002, 0.3, 64, 15e-6
     AMORTISED = 64  # tokens over which reading what was sat out is to pay
 
     def __init__(self, ceiling: int = 20, measured: Measurements | None = None) -> None:
@@ -135,11 +135,11 @@ class AutoGamma:
 
     def update(self, round_: Round) -> None:
         gamma, length = round_.gamma, round_.length
-        if self._rested:
-            if self._rest:
-                return
-        else:
+        if not self._rested:
             self._planning += 0.1 * (round_.plan_seconds - self._planning)
+        if self._rest:
+            self._rested += not self._rested  # the round that began the rest
+            return
         passing = round_.verify_seconds + round_.keep_seconds + (round_.plan_seconds if gamma else 0.0)
         seconds = round_.draft_seconds + passing
         self.measured.add_verify(gamma + 1, length, passing)
