@@ -60,7 +60,7 @@ format: $(VENV)/tools ## format all sources
 
 stubs: $(VENV)/installed $(VENV)/tools ## write the type stub of the native module
 	$(BIN)/python -m nanobind.stubgen -q -m specfast._core -o python/specfast/_core.pyi
-	sed -i -E 's/layers: list,/layers: list[dict[str, object]],/; s/-> dict:/-> dict[str, object]:/; s/Annotated\[NDArray,/Annotated[NDArray[Any],/g; s/^from typing import Annotated/from typing import Annotated, Any/' python/specfast/_core.pyi
+	sed -i -E 's/layers: list,/layers: list[dict[str, object]],/; s/-> dict:/-> dict[str, object]:/; s/logit_bias: dict /logit_bias: dict[int, float] /; s/Annotated\[NDArray,/Annotated[NDArray[Any],/g; s/^from typing import Annotated/from typing import Annotated, Any/' python/specfast/_core.pyi
 
 bench: $(VENV)/installed $(VENV)/tools ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks

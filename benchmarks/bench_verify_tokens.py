@@ -50,12 +50,19 @@ def verify_in_two_steps(logits, q, tokens, u, law):
     return _core.verify_tokens(_core.law_rows(logits, law), q, tokens, u)
 
 
+def verify_block(logits, q, tokens, u, law):
+    return _core.verify_logits(logits, q, tokens, u, law, rule="block")
+
+
+VERIFY = {"verify_logits": _core.verify_logits, "block": verify_block, "two_steps": verify_in_two_steps}
+
+
 @pytest.mark.parametrize("name", LAWS)
 @pytest.mark.parametrize("tau", [GAMMA, GAMMA - 1])
-@pytest.mark.parametrize("verify", [_core.verify_logits, verify_in_two_steps], ids=["verify_logits", "two_steps"])
-def test_verify_cold(benchmark, record, cold, bandwidth, verify, tau, name):
-    """All tokens kept, which reads every row; or the last rejected, which reads one row less and a row of q."""
-    cases = []
+@pytest.mark.parametrize("rule", VERIFY)
+def test_verify_cold(benchmark, record, cold, bandwidth, rule, tau, name):
+    """All tokens kept, which reads every row; or the last rejected, for which the token rule reads one row less and a row of q."""
+    cases, verify = [], VERIFY[rule]
     for logits, q in cold:
         tokens, u = logits[:GAMMA].argmax(-1).astype(np.int32), np.array([0.0] * GAMMA + [0.5])
         if tau < GAMMA:
@@ -67,8 +74,28 @@ def test_verify_cold(benchmark, record, cold, bandwidth, verify, tau, name):
     benchmark.group = f"verify cold, {name}, tau {tau}"
     benchmark.pedantic(verify, setup=lambda: (next(rotation), {}), rounds=84, warmup_rounds=14)
     limit = (2 * GAMMA + 1) * V * 4 / (bandwidth() * 1e9)
-    series = f"{'verify_logits' if verify is _core.verify_logits else 'two_steps'}_{name}_tau_{tau}"
-    record(series=series, M=GAMMA + 1, roofline_s=limit, over_limit=benchmark.stats.stats.median / limit)
+    record(
+        series=f"{rule}_{name}_tau_{tau}",
+        M=GAMMA + 1,
+        roofline_s=limit,
+        over_limit=benchmark.stats.stats.median / limit,
+    )
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_coupled_cold(benchmark, record, cold, bandwidth, name):
+    """All tokens kept; no q is read."""
+    none, law = np.zeros(0, np.int32), LAWS[name]
+    cases = []
+    for logits, _ in cold:
+        chosen = [_core.couple_logits(logits[i : i + 1], none, law, 1, i)[1] for i in range(GAMMA)]
+        cases.append((logits, np.array(chosen, np.int32), law, 1, 0))
+        assert _core.couple_logits(*cases[-1])[0] == GAMMA
+    rotation = itertools.cycle(cases)
+    benchmark.group = f"verify cold, {name}, coupled"
+    benchmark.pedantic(_core.couple_logits, setup=lambda: (next(rotation), {}), rounds=84, warmup_rounds=14)
+    limit = (2 * GAMMA + 1) * V * 4 / (bandwidth() * 1e9)
+    record(series=f"coupled_{name}", M=GAMMA + 1, roofline_s=limit, over_limit=benchmark.stats.stats.median / limit)
 
 
 @pytest.mark.parametrize("name", LAWS)

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "attend_rows.hpp"
+#include "couple_tokens.hpp"
 #include "errors.hpp"
 #include "random.hpp"
 #include "regions.hpp"
@@ -30,9 +32,7 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
     work_.scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
     work_.best.resize(static_cast<size_t>(threads) * kTileRows);
   };
-  // Barriers of a pass this short cost more on a busy machine than its threads gain.
-  const bool alone = small_ && !pool.size_was_set();
-  pool.run(alone, prepare, [&](const Team& team) {
+  pool.run(alone(), prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
     embed_rows(pass);
     for (int layer = 0; layer < static_cast<int>(model.layers.size()); layer++) {
@@ -45,6 +45,11 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
     }
     if (first_logits_row < tile.M) logits_rows(pass, first_logits_row, limit, logits, best);
   });
+}
+
+bool Sequence::alone() const {
+  // Barriers of a pass this short cost more on a busy machine than its threads gain.
+  return small_ && !ThreadPool::instance().size_was_set();
 }
 
 void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit) {
@@ -87,22 +92,33 @@ void Sequence::require_finite(int32_t rows) const {
   }
 }
 
+void Sequence::adjust(Adjustments& adjustments, const Proposal& proposal, int32_t limit) {
+  adjustments.restart();
+  for (int32_t m = 0; m <= proposal.gamma(); m++) {
+    float* x = work_.logits.data() + static_cast<size_t>(m) * static_cast<size_t>(model_->vocab);
+    adjustments.edit(model_->kernels->law, x, limit, proposal.tokens.data(), m, &best_[static_cast<size_t>(m)]);
+    if (m == proposal.gamma()) return;
+    const int32_t drafted = proposal.tokens[static_cast<size_t>(m)];
+    // Rows after a token that may not follow decide nothing, and a mask need not know what comes after it.
+    if (drafted >= limit || x[drafted] == -std::numeric_limits<float>::infinity()) return;
+  }
+}
+
 int32_t Sequence::draw(const Law& law, double u, float* q) {
-  ThreadPool& pool = ThreadPool::instance();
   VerifyScratch& scratch = work_.verify;
   const auto prepare = [&](int threads) { scratch.reserve(threads, model_->vocab, law); };
   int32_t token = -1;
-  const bool alone = !law.plain(model_->vocab) || (small_ && !pool.size_was_set());
-  pool.run(alone, prepare, [&](const Team& team) {
+  const bool one_thread = !law.plain(model_->vocab) || alone();
+  ThreadPool::instance().run(one_thread, prepare, [&](const Team& team) {
     const int32_t drawn = draw_row(model_->kernels->law, team, work_.logits.data(), model_->vocab, best_[0].value, law,
-                                   u, q, scratch.threads[static_cast<size_t>(team.id)], scratch.shared);
+                                   u, q, scratch.laws[static_cast<size_t>(team.id)], scratch.shared);
     if (team.id == 0) token = drawn;
   });
   return token;
 }
 
 void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed,
-                     uint64_t round, Proposal& proposal) {
+                     uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
   const int32_t limit = law.limit(model_->vocab);
   const size_t vocab = static_cast<size_t>(model_->vocab);
   const int64_t needed = cache_.length() + count + std::max(gamma - 1, 0);
@@ -112,15 +128,29 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
   const int64_t length = cache_.length();
   proposal.tokens.assign(static_cast<size_t>(gamma), -1);
   proposal.vocab = model_->vocab;
-  proposal.q.resize(law.greedy() ? 0 : static_cast<size_t>(gamma) * vocab);
+  const bool coupled = rule == Rule::coupled;
+  proposal.q.resize(law.greedy() || coupled ? 0 : static_cast<size_t>(gamma) * vocab);
   try {
     forward(pending, count, gamma > 0 ? 1 : 0, limit);
     cache_.commit(count);
+    if (adjustments) adjustments->restart();
     for (int32_t i = 0; i < gamma; i++) {
       if (i > 0) forward(&proposal.tokens[static_cast<size_t>(i - 1)], 1, 1, limit);
       require_finite(1);
+      if (adjustments) {
+        adjustments->edit(model_->kernels->law, work_.logits.data(), limit, proposal.tokens.data(), i, best_.data());
+        if (status_of(best_[0].value) != LawStatus::ok) {
+          proposal.tokens.resize(static_cast<size_t>(i));
+          break;
+        }
+      }
       int32_t token = best_[0].index;
-      if (!law.greedy()) {
+      if (!law.greedy() && coupled) {
+        const uint64_t position = static_cast<uint64_t>(length + count + i);
+        token = couple_logits(model_->kernels->law, alone(), work_.logits.data(), model_->vocab, best_.data(), law,
+                              nullptr, 0, seed, position, work_.verify)
+                    .next_token;
+      } else if (!law.greedy()) {
         const double u = uniform(seed, round, static_cast<uint32_t>(i), Purpose::draft);
         token = draw(law, u, proposal.q.data() + static_cast<size_t>(i) * vocab);
       }
@@ -134,27 +164,37 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
 }
 
 Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law,
-                         double lenience, uint64_t seed, uint64_t round) {
+                         double lenience, uint64_t seed, uint64_t round, Rule rule, Adjustments* adjustments) {
   const int32_t gamma = proposal.gamma();
-  const int64_t before = cache_.provisional();
+  const int64_t before = cache_.provisional(), position = cache_.length() + before + count;
   std::vector<int32_t> tokens(pending, pending + count);
   tokens.insert(tokens.end(), proposal.tokens.begin(), proposal.tokens.end());
   forward(tokens.data(), static_cast<int64_t>(tokens.size()), gamma + 1, law.limit(model_->vocab));
   try {
     require_finite(gamma + 1);
+    if (adjustments) adjust(*adjustments, proposal, law.limit(model_->vocab));
     if (law.greedy()) {
       std::vector<int32_t> best;
       for (const RowMax& row : best_) best.push_back(row.index);
-      return verify_greedy(best.data(), proposal.tokens.data(), gamma);
+      const Verdict verdict = verify_greedy(best.data(), proposal.tokens.data(), gamma);
+      require_ok(status_of(best_[static_cast<size_t>(verdict.tau)].value), verdict.tau);
+      return verdict;
     }
+    const LawLoops& loops = model_->kernels->law;
+    const float *logits = work_.logits.data(), *q = proposal.q.empty() ? nullptr : proposal.q.data();
+    const int32_t *drafted = proposal.tokens.data(), V = model_->vocab;
+    if (rule == Rule::coupled)
+      return couple_logits(loops, alone(), logits, V, best_.data(), law, drafted, gamma, seed,
+                           static_cast<uint64_t>(position), work_.verify);
     std::vector<double> u(static_cast<size_t>(gamma) + 1);
     for (int32_t i = 0; i < gamma; i++)
       u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
     u.back() = uniform(seed, round, 0, Purpose::residual);  // one a round, the same draw whatever gamma is
-    const bool alone = small_ && !ThreadPool::instance().size_was_set();
-    return verify_logits(model_->kernels->law, alone, work_.logits.data(), model_->vocab, best_.data(), law,
-                         proposal.q.empty() ? nullptr : proposal.q.data(), proposal.vocab, proposal.tokens.data(),
-                         gamma, u.data(), lenience, work_.verify);
+    if (rule == Rule::block && q)
+      return verify_logits_block(loops, alone(), logits, V, best_.data(), law, q, proposal.vocab, drafted, gamma,
+                                 u.data(), work_.verify);
+    return verify_logits(loops, alone(), logits, V, best_.data(), law, q, proposal.vocab, drafted, gamma, u.data(),
+                         lenience, work_.verify);
   } catch (...) {
     cache_.drop_to(before);
     throw;

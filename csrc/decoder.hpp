@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "adjust_logits.hpp"
 #include "kv_cache.hpp"
 #include "workspace.hpp"
 
@@ -31,13 +32,17 @@ class Sequence {
   /// or std::bad_alloc with the cache as it was.
   void forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit);
 
-  /// Appends and commits `pending`, then drafts gamma tokens; gamma - 1 of them stay provisional.
+  /// Appends and commits `pending`, then drafts gamma tokens; gamma - 1 of them stay provisional. Under the coupled
+  /// rule they are chosen by the noise of their positions, and no laws are kept. `adjustments`, of the text that ends
+  /// with `pending`, come before the law; where they leave nothing to draft the proposal is shorter.
   void draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed, uint64_t round,
-             Proposal& proposal);
+             Proposal& proposal, Rule rule = Rule::token, Adjustments* adjustments = nullptr);
 
-  /// Appends `pending` and the drafted tokens provisionally and decides by the token rule, or greedily, what is kept.
+  /// Appends `pending` and the drafted tokens provisionally and decides by a rule, or greedily, what is kept. Without
+  /// laws of the draft the block rule is the token rule, which then keeps as much. Lenience is the token rule's.
+  /// `adjustments` as for draft: every row is edited as after its own prefix.
   Verdict verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law, double lenience,
-                 uint64_t seed, uint64_t round);
+                 uint64_t seed, uint64_t round, Rule rule = Rule::token, Adjustments* adjustments = nullptr);
 
   const float* logits() const { return work_.logits.data(); }
   const std::vector<RowMax>& best() const { return best_; }
@@ -46,7 +51,11 @@ class Sequence {
   void tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best);
   /// Writes the law of the last logits to q (vocab,) and draws from it.
   int32_t draw(const Law& law, double u, float* q);
+  /// Whether small calls on this sequence keep to the calling thread.
+  bool alone() const;
   void require_finite(int32_t rows) const;
+  /// Edits the logits of every row that may decide, and their maxima.
+  void adjust(Adjustments& adjustments, const Proposal& proposal, int32_t limit);
 
   std::shared_ptr<const Model> model_;
   KvCache cache_;

@@ -33,11 +33,6 @@ double total_of(const LawLoops& loops, const float* weights, int32_t count) noex
   return blocks.total(mass);
 }
 
-LawStatus status_of(float highest) noexcept {
-  if (!(highest < kInfinity)) return LawStatus::not_finite;
-  return highest == -kInfinity ? LawStatus::empty : LawStatus::ok;
-}
-
 /// What a truncation keeps: elements above `key`, and of those equal to it the first `equals`.
 struct Cut {
   uint32_t key;
@@ -83,6 +78,18 @@ Cut cut_at_count(const uint32_t* keys, int32_t count, int32_t k, int key_bits) n
   return cut_at_mass(count, k, key_bits, key_at, [](int32_t) { return int32_t{1}; });
 }
 
+/// Moves the ids that a cut keeps to the front; returns how many.
+int32_t keep(const Cut& cut, const uint32_t* keys, int32_t count, int32_t* ids) noexcept {
+  int32_t kept = 0, equals = cut.equals;
+  for (int32_t c = 0; c < count; c++) {
+    const bool equal = keys[c] == cut.key;
+    ids[kept] = ids[c];
+    kept += keys[c] > cut.key || (equal && equals > 0);
+    equals -= equal;
+  }
+  return kept;
+}
+
 /// A logit that the k-th largest of n is very likely not below, with few above it: from a sample of them.
 float likely_bound(const float* logits, int32_t n, int32_t k, uint32_t* sample) noexcept {
   constexpr int32_t kSample = 4096;
@@ -108,14 +115,7 @@ void select_top_k(const LawLoops& loops, const float* logits, int32_t n, int32_t
   const uint32_t lowest_key = key_of(least);
   for (int32_t c = 0; c < count; c++) keys[c] = key_of(logits[ids[c]]) - lowest_key;
 
-  const Cut cut = cut_at_count(keys, count, k, static_cast<int>(std::bit_width(key_of(highest) - lowest_key)));
-  int32_t kept = 0, equals = cut.equals;
-  for (int32_t c = 0; c < count; c++) {
-    const bool equal = keys[c] == cut.key;
-    ids[kept] = ids[c];
-    kept += keys[c] > cut.key || (equal && equals > 0);
-    equals -= equal;
-  }
+  keep(cut_at_count(keys, count, k, static_cast<int>(std::bit_width(key_of(highest) - lowest_key))), keys, count, ids);
 }
 
 /// Zeroes all but the fewest, largest weights that hold at least top_p of the mass.
@@ -137,6 +137,26 @@ void apply_top_p(const LawLoops& loops, float* weights, int32_t count, float top
 void apply_min_p(float* weights, int32_t count, float min_p) noexcept {  // the largest weight is 1
   const float least = std::min(min_p, 1.0f);
   for (int32_t i = 0; i < count; i++) weights[i] = weights[i] < least ? 0.0f : weights[i];
+}
+
+/// Fills scratch.ids, ascending, with what top-p, min-p and top-k each keep at temperature 1; returns how many.
+int32_t select_before_temperature(const LawLoops& loops, const float* logits, int32_t n, float highest, const Law& law,
+                                  LawScratch& scratch) noexcept {
+  float* weights = scratch.values.data();
+  int32_t* ids = scratch.ids.data();
+  loops.weigh(logits, n, highest, 1.0f, weights);
+  if (law.top_p < 1.0f) apply_top_p(loops, weights, n, law.top_p);
+  if (law.min_p > 0.0f) apply_min_p(weights, n, law.min_p);
+  int32_t count = 0;
+  for (int32_t i = 0; i < n; i++) {
+    ids[count] = i;
+    count += weights[i] > 0;
+  }
+  if (law.top_k <= 0 || law.top_k >= count) return count;
+  uint32_t* keys = scratch.keys.data();
+  for (int32_t c = 0; c < count; c++) keys[c] = key_of(logits[ids[c]]);
+  const Cut cut = cut_at_count(keys, count, law.top_k, 32);
+  return keep(cut, keys, count, ids);
 }
 
 }  // namespace
@@ -180,7 +200,7 @@ LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, f
   const LawStatus status = status_of(highest);
   if (status != LawStatus::ok) return status;
 
-  const bool list = law.greedy() || (law.top_k > 0 && law.top_k < n);
+  const bool list = law.keeps_list(vocab);
   if (list || !p) scratch.reserve(vocab);
   float* weights = list || !p ? scratch.values.data() : p;
   *row = RowLaw{.count = n, .weights = weights};
@@ -190,13 +210,15 @@ LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, f
     row->count = law.greedy() ? 1 : law.top_k;
     if (row->count == 1)
       *ids = argmax_row(loops, logits, n);
+    else if (law.temper_last && (law.top_p < 1.0f || law.min_p > 0.0f))
+      row->count = select_before_temperature(loops, logits, n, highest, law, scratch);
     else
       select_top_k(loops, logits, n, row->count, highest, scratch);
     for (int32_t c = 0; c < row->count; c++) weights[c] = logits[ids[c]];
   }
   loops.weigh(list ? weights : logits, row->count, highest, law.inverse_temperature(), weights);
-  if (law.top_p < 1.0f) apply_top_p(loops, weights, row->count, law.top_p);
-  if (law.min_p > 0.0f) apply_min_p(weights, row->count, law.min_p);
+  if (law.top_p < 1.0f && !law.temper_last) apply_top_p(loops, weights, row->count, law.top_p);
+  if (law.min_p > 0.0f && !law.temper_last) apply_min_p(weights, row->count, law.min_p);
   row->scale = 1.0 / total_of(loops, weights, row->count);
   return status;
 }
@@ -240,6 +262,11 @@ int32_t draw_row(const LawLoops& loops, const Team& team, const float* logits, i
   block_masses(loops, full, Drafted{}, blocks, first, last, shared[1].mass);
   team.barrier();
   return team.id == 0 ? pick_token(loops, full, Drafted{}, blocks, shared[1].mass, u) : -1;
+}
+
+LawStatus status_of(float highest) noexcept {
+  if (!(highest < kInfinity)) return LawStatus::not_finite;
+  return highest == -kInfinity ? LawStatus::empty : LawStatus::ok;
 }
 
 void require_ok(LawStatus status, int32_t row) {

@@ -15,12 +15,16 @@ namespace specfast {
 /// How logits become probabilities. Temperature 0 is greedy: all mass on the arg max.
 struct Law {
   float temperature = 1.0f;
-  int32_t top_k = 0;        // keep the k largest logits; 0 keeps all
-  float top_p = 1.0f;       // then keep the fewest tokens that hold at least this share of the mass
-  float min_p = 0.0f;       // then drop what is below this fraction of the largest probability
-  int32_t vocab_limit = 0;  // ids from here on get no mass (padded vocabulary rows); 0 cuts none
+  int32_t top_k = 0;         // keep the k largest logits; 0 keeps all
+  float top_p = 1.0f;        // then keep the fewest tokens that hold at least this share of the mass
+  float min_p = 0.0f;        // then drop what is below this fraction of the largest probability
+  bool temper_last = false;  // truncate at temperature 1 (mlx-lm), top-p by the mass of all tokens; then temper
+  int32_t vocab_limit = 0;   // ids from here on get no mass (padded vocabulary rows); 0 cuts none
 
   bool greedy() const noexcept { return temperature == 0.0f; }
+  bool keeps_list(int32_t vocab) const noexcept {
+    return greedy() || (top_k > 0 && top_k < limit(vocab)) || (temper_last && !plain(vocab));
+  }
   /// Finite whatever the temperature; 1 for a greedy law.
   float inverse_temperature() const noexcept {
     return greedy() ? 1.0f : std::min(1.0f / temperature, std::numeric_limits<float>::max());
@@ -58,11 +62,11 @@ struct LawScratch {
 /// (vocab,) float32, where the weights of a law that keeps no list go. `highest` is the largest logit below the limit,
 /// or NaN where it is not known.
 ///
-/// A truncation by top-k keeps a list, one by top-p or min-p alone all weights. A logit of -inf gets no mass; ids from
-/// the limit on are not looked at. Equal logits at the edge of a truncation are kept lowest id first, and -0 equals 0.
-/// Sums are float64 in a fixed order and nothing depends on the instruction set or the threads: the same bits on every
-/// machine. A weight below exp(-87.3) of the largest is 0. `scratch` should hold reserve(vocab): it is made to if it
-/// does not, and the process ends if there is no memory.
+/// A truncation by top-k, or before the temperature, keeps a list, another by top-p or min-p alone all weights. A logit
+/// of -inf gets no mass; ids from the limit on are not looked at. Equal logits at the edge of a truncation are kept
+/// lowest id first, and -0 equals 0. Sums are float64 in a fixed order and nothing depends on the instruction set or
+/// the threads: the same bits on every machine. A weight below exp(-87.3) of the largest is 0. `scratch` should hold
+/// reserve(vocab): it is made to if it does not, and the process ends if there is no memory.
 LawStatus brief_law(const LawLoops& loops, const float* logits, int32_t vocab, float highest, const Law& law,
                     LawScratch& scratch, float* p, RowLaw* row) noexcept;
 
@@ -90,6 +94,9 @@ int32_t draw_row(const LawLoops& loops, const Team& team, const float* logits, i
 /// the status is not ok, p is all zeros.
 LawStatus law_row(const LawLoops& loops, const float* logits, int32_t vocab, float highest, const Law& law, float* p,
                   LawScratch& scratch) noexcept;
+
+/// The status of a row by its largest logit.
+LawStatus status_of(float highest) noexcept;
 
 /// Throws NumericalError, naming row `row`, if the status of its law is not ok.
 void require_ok(LawStatus status, int32_t row);

@@ -19,10 +19,15 @@ struct LawLoops {
   void (*normalise)(const float* w, int n, double scale, float* p);
   /// sum(p[i]); n <= kChunk.
   double (*mass)(const float* p, int n);
-  /// sum(p[i] - min(q[i], kept p[i])); n <= kChunk. A NaN q stays NaN.
-  double (*residual_mass)(const float* p, const float* q, double kept, int n);
+  /// sum(c p - min(q[i], kept c p)) with c the prefix and p = w[i] * scale rounded to float; n <= kChunk. A NaN q stays
+  /// NaN.
+  double (*residual_mass)(const float* w, double scale, const float* q, double prefix, double kept, int n);
   /// Writes the i with x[i] >= least, ascending, and returns how many; ids has room for n + 16.
   int (*at_least)(const float* x, int n, float least, int32_t* ids);
+  /// Writes noise_word of the tokens of `groups` groups of kNoiseGroup, the first of them `group`.
+  void (*noise)(uint64_t seed, uint64_t position, int group, int groups, uint32_t* words);
+  /// Whether a word / 2 is at most bound * w, for one of n.
+  bool (*any_within)(const uint32_t* words, const float* w, int n, float bound);
 };
 
 }  // namespace specfast

@@ -10,23 +10,10 @@ inline float rounded(float weight, double scale) noexcept {
   return static_cast<float>(static_cast<double>(weight) * scale);
 }
 
-/// p - min(q, kept p). NaN stays NaN.
-inline double left_of(float p, double q, double kept) noexcept {
-  const double mass = static_cast<double>(p), most = kept * mass;
+/// c p - min(q, kept c p), c the prefix. NaN stays NaN.
+inline double left_of(float p, const Drafted& drafted, int32_t id) noexcept {
+  const double mass = drafted.prefix * static_cast<double>(p), most = drafted.kept * mass, q = drafted(id);
   return mass - (most < q ? most : q);
-}
-
-/// The probabilities of ids [first, first + n), n <= kChunk, of a law without a list; in `buffer` unless they exist.
-const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
-  const float* weights = row.weights ? row.weights + first : nullptr;
-  if (!weights) {
-    float* out = row.store ? row.store + first : buffer;
-    loops.weigh(row.logits + first, n, row.highest, row.inverse_temperature, out);
-    weights = out;
-  }
-  if (row.scale == 1.0) return weights;
-  loops.normalise(weights, n, row.scale, buffer);
-  return buffer;
 }
 
 /// What LawLoops::mass sums in lanes: one chunk's, added element by element.
@@ -55,19 +42,27 @@ void for_chunks(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t
 
 double block_mass(const LawLoops& loops, const RowLaw& row, const Drafted& drafted, int32_t first,
                   int32_t last) noexcept {
+  float buffer[kChunk], padded[kChunk];
   double total = 0;
-  for_chunks(loops, row, first, last, [&](int32_t i, int32_t n, const float* p) {
+  last = std::min(last, row.count);
+  for (int32_t i = first; i < last; i += kChunk) {
+    const int32_t n = std::min(kChunk, last - i);
     const bool touched = drafted.q ? i < drafted.Vq : i <= drafted.token && drafted.token < i + n;
-    if (!touched) {
-      total += loops.mass(p, n);
-    } else if (drafted.q && n <= drafted.Vq - i) {
-      total += loops.residual_mass(p, drafted.q + i, drafted.kept, n);
-    } else {
-      float q[kChunk];
-      for (int32_t j = 0; j < n; j++) q[j] = static_cast<float>(drafted(i + j));
-      total += loops.residual_mass(p, q, drafted.kept, n);
+    if (!touched && drafted.prefix == 1.0) {
+      total += loops.mass(chunk_of(loops, row, i, n, buffer), n);
+      continue;
     }
-  });
+    const float* q = drafted.q ? drafted.q + i : nullptr;
+    if (drafted.q && n <= drafted.Vq - i) {
+      constexpr int32_t kDistance = 4 * kChunk;
+      for (int32_t j = kDistance; j < kDistance + kChunk && i + j < drafted.Vq; j += 16) __builtin_prefetch(q + j);
+    } else {
+      for (int32_t j = 0; j < n; j++) padded[j] = static_cast<float>(drafted(i + j));
+      q = padded;
+    }
+    const float* weights = weights_of(loops, row, i, n, buffer);
+    total += loops.residual_mass(weights, row.scale, q, drafted.prefix, drafted.kept, n);
+  }
   return total;
 }
 
@@ -80,12 +75,26 @@ void list_masses(const RowLaw& row, const Drafted& drafted, const Blocks& blocks
     const int32_t chunk = *id / kChunk, block = *id / blocks.size;
     Lanes lanes;
     for (; id < end && *id / kChunk == chunk; id++)
-      lanes.add(*id, left_of(rounded(row.weights[id - row.ids], row.scale), drafted(*id), drafted.kept));
+      lanes.add(*id, left_of(rounded(row.weights[id - row.ids], row.scale), drafted, *id));
     mass[block] += lanes.total();
   }
 }
 
 }  // namespace
+
+const float* weights_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
+  if (row.weights) return row.weights + first;
+  float* out = row.store ? row.store + first : buffer;
+  loops.weigh(row.logits + first, n, row.highest, row.inverse_temperature, out);
+  return out;
+}
+
+const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept {
+  const float* weights = weights_of(loops, row, first, n, buffer);
+  if (row.scale == 1.0) return weights;
+  loops.normalise(weights, n, row.scale, buffer);
+  return buffer;
+}
 
 float RowLaw::probability(const LawLoops& loops, int32_t id) const noexcept {
   if (ids) {
@@ -118,7 +127,7 @@ int32_t pick_token(const LawLoops& loops, const RowLaw& row, const Drafted& draf
   }
   int32_t token = -1;
   const auto passes = [&](int32_t id, float p) {
-    const double left = left_of(p, drafted(id), drafted.kept);
+    const double left = left_of(p, drafted, id);
     if (!(left > 0) || (token >= 0 && before > wanted)) return;
     token = id;
     before += left;

@@ -21,13 +21,15 @@ struct RowLaw {
   float probability(const LawLoops& loops, int32_t id) const noexcept;
 };
 
-/// What a draft takes from the target's law p: min(q, kept p), where q is a law over Vq ids, or certain of `token`, or
-/// nothing. q is not read where p has no mass in a list.
+/// What a draft takes from the target's law p, of which a share `prefix` is left: of prefix p it takes min(q, kept
+/// prefix p), where q is a law over Vq ids, or certain of `token`, or nothing. q is not read where p has no mass in a
+/// list.
 struct Drafted {
   const float* q = nullptr;
   int32_t Vq = 0;
   int32_t token = -1;
   double kept = 1.0;
+  double prefix = 1.0;
 
   double operator()(int32_t id) const noexcept {
     return q ? (id < Vq ? static_cast<double>(q[id]) : 0.0) : (id == token ? 1.0 : 0.0);
@@ -52,7 +54,13 @@ struct Blocks {
   }
 };
 
-/// Writes what is left of the mass of blocks [first, last) to mass[first..last): sum(p - min(q, kept p)).
+/// The weights, or with chunk_of the probabilities, of ids [first, first + n), n <= kChunk, of a law without a list; in
+/// `buffer` unless they exist.
+const float* weights_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept;
+const float* chunk_of(const LawLoops& loops, const RowLaw& row, int32_t first, int32_t n, float* buffer) noexcept;
+
+/// Writes what is left of the mass of blocks [first, last) to mass[first..last): sum(c p - min(q, kept c p)), c the
+/// prefix.
 void block_masses(const LawLoops& loops, const RowLaw& row, const Drafted& drafted, const Blocks& blocks, int32_t first,
                   int32_t last, double* mass) noexcept;
 

@@ -48,7 +48,7 @@ Verdict verify_logits(const LawLoops& loops, bool alone, const float* logits, in
       for (int32_t m = team.id; m <= decisive; m += team.size) {
         const size_t i = static_cast<size_t>(m);
         status[i] = brief_law(loops, logits + i * vocab, V, highest_of(m), law,
-                              scratch.threads[static_cast<size_t>(team.id)], nullptr, &scratch.rows[i]);
+                              scratch.laws[static_cast<size_t>(team.id)], nullptr, &scratch.rows[i]);
         if (goes_on(m, status[i], scratch.rows[i])) continue;
         for (int32_t first = decisive; m < first && !decisive.compare_exchange_weak(first, m);) {
         }

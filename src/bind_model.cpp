@@ -147,29 +147,38 @@ void prefill(const BoundModel& self, BoundCache& cache, const Tokens& tokens) {
 }
 
 void draft(const BoundModel& self, BoundCache& cache, const Tokens& pending, int32_t gamma, const Law& law,
-           uint64_t seed, uint64_t round, Proposal& proposal) {
+           uint64_t seed, uint64_t round, Proposal& proposal, const std::string& rule,
+           std::optional<Adjustments*> adjustments) {
   Sequence& sequence = sequence_of(self, cache);
   require_tokens(pending);
+  const Rule named = rule_named(rule);
   if (gamma < 0 || gamma > 64) throw ShapeError("gamma " + std::to_string(gamma) + " is outside 0 to 64");
   CacheUse use(cache);
   nb::gil_scoped_release release;
   sequence.cache().drop_to(0);
-  sequence.draft(pending.data(), static_cast<int64_t>(pending.size()), gamma, law, seed, round, proposal);
+  sequence.draft(pending.data(), static_cast<int64_t>(pending.size()), gamma, law, seed, round, proposal, named,
+                 adjustments.value_or(nullptr));
 }
 
 Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending, const Proposal* proposal,
-               const Law& law, double lenience, uint64_t seed, uint64_t round) {
+               const Law& law, double lenience, uint64_t seed, uint64_t round, const std::string& rule,
+               std::optional<Adjustments*> adjustments) {
   Sequence& sequence = sequence_of(self, cache);
   require_tokens(pending);
   static const Proposal kNothing;
   const Proposal& drafted = proposal ? *proposal : kNothing;
+  const Rule named = rule_named(rule);
+  if (named != Rule::token && lenience != 1.0)
+    throw ShapeError("the " + rule + " rule takes lenience 1, not " + std::to_string(lenience) +
+                     "; use the token rule");
   if (drafted.gamma() > 64)
     throw ShapeError("a proposal of " + std::to_string(drafted.gamma()) + " tokens is longer than 64");
   if (!(lenience > 0.0)) throw ShapeError("lenience must be positive, not " + std::to_string(lenience));
   CacheUse use(cache);
   nb::gil_scoped_release release;
   sequence.cache().drop_to(0);
-  return sequence.verify(pending.data(), static_cast<int64_t>(pending.size()), drafted, law, lenience, seed, round);
+  return sequence.verify(pending.data(), static_cast<int64_t>(pending.size()), drafted, law, lenience, seed, round,
+                         named, adjustments.value_or(nullptr));
 }
 
 }  // namespace
@@ -195,11 +204,14 @@ void bind_model(nb::module_& m) {
       .def("prefill", &prefill, nb::arg("cache"), nb::arg("tokens"),
            "Appends and commits tokens (M,) int32 without logits.")
       .def("draft", &draft, nb::arg("cache"), nb::arg("pending"), nb::arg("gamma"), nb::arg("law"), nb::arg("seed"),
-           nb::arg("round"), nb::arg("proposal"),
-           "Commits pending (n,) int32, then drafts gamma tokens into proposal; gamma - 1 of them stay provisional.")
+           nb::arg("round"), nb::arg("proposal"), nb::arg("rule") = "token", nb::arg("adjustments") = nb::none(),
+           "Commits pending (n,) int32, then drafts gamma tokens into proposal; gamma - 1 of them stay provisional.\n\n"
+           "rule \"coupled\" chooses them by the noise of their positions in the text; seed and round key other draws.")
       .def("verify", &verify, nb::arg("cache"), nb::arg("pending"), nb::arg("proposal").none(), nb::arg("law"),
-           nb::arg("lenience"), nb::arg("seed"), nb::arg("round"),
-           "Appends pending and the drafted tokens provisionally in one pass and applies the token rule, or greedy.\n\n"
+           nb::arg("lenience"), nb::arg("seed"), nb::arg("round"), nb::arg("rule") = "token",
+           nb::arg("adjustments") = nb::none(),
+           "Appends pending and the drafted tokens provisionally in one pass and applies a rule, or greedy.\n\n"
+           "rule: token (with a lenience), block (which is token where the proposal has no laws), or coupled.\n"
            "Raises NumericalError on logits that are not finite, with the cache unchanged.")
       .def_prop_ro("hidden", [](const BoundModel& self) { return self.model->hidden; })
       .def_prop_ro("heads", [](const BoundModel& self) { return self.model->heads; })

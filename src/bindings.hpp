@@ -65,6 +65,7 @@ nb::ndarray<nb::numpy, T> make_array(T** data, std::initializer_list<size_t> sha
 
 specfast::Format format_named(const std::string& name);
 specfast::Precision precision_named(const std::string& name);
+specfast::Rule rule_named(const std::string& name);
 const char* precision_name(specfast::Precision precision);
 const specfast::KernelTable& kernels_named(const std::optional<std::string>& isa);
 

@@ -69,6 +69,8 @@ def test_a_top_k_count_given_as_the_threshold_names_the_option_for_counts():
         {"early_exit": 0},
         {"early_exit": True},
         {"rule": "typical"},
+        {"rule": "block", "lenience": 1.1},
+        {"rule": "coupled", "lenience": 0.9},
         {"disabled": "yes"},
         {"auto_config": 1},
         {"target_model": ""},
@@ -86,8 +88,6 @@ def test_values_that_are_none_of_the_choices_are_refused(options):
         ({"target_engine": "mlx"}, "native"),
         ({"draft_engine": "tinygrad"}, "native"),
         ({"early_exit": 3}, "draft model"),
-        ({"rule": "block"}, "token"),
-        ({"rule": "coupled"}, "token"),
     ],
 )
 def test_what_is_not_available_yet_says_what_is(options, words):
@@ -95,7 +95,22 @@ def test_what_is_not_available_yet_says_what_is(options, words):
     with pytest.raises(ConfigurationError, match="not available in this version") as error:
         config.require_available()
     assert words in str(error.value)
-    SpeculativeConfig(target_engine="native", draft_engine="native", rule="token").require_available()
+    SpeculativeConfig(target_engine="native", draft_engine="native", rule="block").require_available()
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({}, "block"),
+        ({"lenience": 1.1}, "token"),
+        ({"rule": "token"}, "token"),
+        ({"rule": "coupled"}, "coupled"),
+        ({"temperature": 0}, "greedy"),
+        ({"temperature": 0, "rule": "block", "lenience": 1.1}, "greedy"),  # lenience has no effect
+    ],
+)
+def test_the_rule_in_effect(options, rule):
+    assert SpeculativeConfig(**options).effective_rule == rule
 
 
 def test_precedence_from_default_to_request():

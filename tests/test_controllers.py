@@ -22,7 +22,7 @@ class Machine:
     def __init__(self, a, c, v, copies=None, seed=0, noise=0.1, model=True):
         self.a, self.c, self.v, self.copies, self.model, self.noise = a, c, v, copies, model, noise
         self.random, self.unread, self.match = random.Random(seed), 1, 0
-        self.context = SimpleNamespace(tokens=[0] * 100, room=10_000)
+        self.context = SimpleNamespace(tokens=[0] * 100, room=10_000, draft_room=10_000)
         self.seconds = self.tokens = 0
         self.plans = []
 

@@ -163,7 +163,9 @@ def test_without_a_draft_the_suffix_drafter_is_the_default(directories):
     assert seeded.terms.drafter == "none"
     assert seeded.token_ids == engine.generate("x", max_tokens=30, seed=4, disabled=True).token_ids
     asked = engine.generate("x", max_tokens=30, seed=4, drafter="suffix")
-    assert (asked.terms.drafter, asked.terms.gamma) == ("suffix", 5)
+    assert (asked.terms.drafter, asked.terms.gamma, asked.terms.rule) == ("suffix", "auto", "coupled")
+    coupled = engine.generate("x", max_tokens=30, seed=4, disabled=True, rule="coupled")
+    assert asked.token_ids == coupled.token_ids  # shared noise: the plain text, whatever was copied
     assert "drafter suffix (default)" in engine.describe()
     for drafter in ("model", "combined"):
         with pytest.raises(ConfigurationError, match="needs a draft model"):

@@ -208,7 +208,8 @@ def test_a_draft_that_is_not_smaller_is_told(directories):
         ("x", {"top_p": float("nan")}),
         ("x", {"top_p": None}),
         ("x", {"stop": [""]}),
-        ("x", {"rule": "block"}),
+        ("x", {"rule": "block", "lenience": 1.1}),
+        ("x", {"rule": "coupled", "lenience": 0.9}),
         ("x", {"draft_model": "other"}),
         ("x", {"gama": 3}),
         ([{"role": "user", "content": "x"}], {}),
@@ -302,10 +303,29 @@ def test_automatic_gamma_measures_and_with_a_seed_does_not(directories):
     assert greedy.terms.gamma == "auto"
     assert greedy.token_ids == tokens(engine, max_tokens=60, disabled=True, ignore_eos=True)
     assert told == []
-    texts = {tuple(engine.generate("def main", max_tokens=40, seed=3).token_ids) for _ in range(5)}
-    assert len(texts) == 1
-    assert len(told) == 1
-    assert "seed" in told[0]
+    for options in ({}, {"rule": "token"}, {"lenience": 0.9}):
+        runs = [engine.generate("def main", max_tokens=40, seed=3, **options) for _ in range(5)]
+        assert len({tuple(run.token_ids) for run in runs}) == 1
+        assert runs[0].terms.rule == ("token" if options else "coupled")
+        assert ["seed" in line for line in told] == ([True] if options else [])
+    assert engine.generate("def main", max_tokens=4).terms.rule == "block"
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_a_seeds_shorter_text_is_the_beginning_of_a_longer_one(directories, rule):
+    engine = specfast.load(*directories, gamma=5, rule=rule)
+    whole = tokens(engine, max_tokens=30, seed=2, ignore_eos=True)
+    for count in range(1, 30):
+        assert tokens(engine, max_tokens=count, seed=2, ignore_eos=True) == whole[:count]
+
+
+def test_the_coupled_rule_is_chosen_for_a_seed_whether_or_not_there_is_a_draft(directories):
+    engine = specfast.load(*directories, gamma="auto")
+    runs = [engine.generate("def main", max_tokens=40, seed=3, ignore_eos=True, **o) for o in ({}, {"disabled": True})]
+    assert runs[0].token_ids == runs[1].token_ids
+    assert "rule coupled" in engine.describe(seeded=True)
+    assert "rule block" in engine.describe()
+    assert engine.get_speculation_stats()["rule"] == "block"
 
 
 def test_new_models_apply_to_the_next_request(directories, tmp_path):
@@ -363,7 +383,7 @@ def test_progress_may_interrupt_reading(engine):
 
 
 def test_unavailable_options_are_refused_when_the_engine_is_built():
-    for options in ({"target_engine": "mlx"}, {"rule": "coupled"}, {"early_exit": 2}):
+    for options in ({"target_engine": "mlx"}, {"draft_engine": "tinygrad"}, {"early_exit": 2}):
         with pytest.raises(ConfigurationError, match="not available"):
             specfast.load(**options)
     with pytest.raises(ConfigurationError, match="'speculative'"):

@@ -105,7 +105,7 @@ def test_values_beside_the_range(start, value):
     [
         (["--speculative-target-engine", "cuda"], ["cuda", "mlx, tinygrad"]),
         (["--speculative-early-exit", "3"], ["early_exit 3", "not available"]),
-        (["--speculative-rule", "coupled"], ["coupled", "not available"]),
+        (["--speculative-rule", "coupled", "--speculative-lenience", "1.1"], ["coupled", "lenience 1"]),
         (["run", TARGET, "--speculative-target-model", OTHER], [TARGET, OTHER, "different models"]),
         (["--run-model", TARGET, "--speculative-target-model", OTHER], [TARGET, OTHER, "different models"]),
         (["--speculative-target-model", "llama-3.1-8"], ["--speculative-target-model", "'llama-3.1-8'", TARGET]),

@@ -120,6 +120,7 @@ def test_min_p(min_p):
             "top_k": st.integers(0, 70),
             "top_p": st.floats(0.01, 1.0),
             "min_p": st.floats(0.0, 0.9),
+            "temper_last": st.booleans(),
         }
     ),
 )
@@ -127,8 +128,14 @@ def test_everything_together(V, limit, seed, options):
     logits = np.float32(np.random.default_rng(seed).normal(0, 3, (1, V)))
     rounded = {name: float(np.float32(x)) if isinstance(x, float) else x for name, x in options.items()}
     visible = logits[0, : limit or V]
+    if temper_last := rounded.pop("temper_last"):
+        rounded |= {"temperature": 1.0, "top_k": 0}
     assume(oracle.smallest_margin(visible, **rounded) > 1e-5)
     compare(logits, vocab_limit=limit, **options)
+    if temper_last and not (options["temperature"] == 1.0 or V == 1):
+        whole = law_rows(logits[:, : limit or V], min_p=options["min_p"], top_p=options["top_p"])
+        kept = law_rows(logits, vocab_limit=limit, **options | {"top_k": 0})
+        assert (np.flatnonzero(whole) == np.flatnonzero(kept)).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.9}, {"temperature": 0.3, "min_p": 0.01}])

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEMS = ["law", "row_law", "verify_tokens", "verify_logits", "thread_pool", "isa/unit_scalar"]
+STEMS = [
+    "law",
+    "row_law",
+    "verify_tokens",
+    "verify_block",
+    "couple_tokens",
+    "verify_logits",
+    "thread_pool",
+    "isa/unit_scalar",
+]
 SOURCES = [ROOT / "tests/cpp/law_test.cpp", *(ROOT / f"csrc/{stem}.cpp" for stem in STEMS)]
 FLAGS = [
     "-std=c++20",

@@ -39,11 +39,18 @@ def one_thread():
     _core.set_num_threads(threads)
 
 
-def text_law(target, options):
+def text_law(target, options, edits=None, allowed=None):
     """The law of the first LENGTH tokens after the prompt, (V,) * LENGTH, by running the oracle on every text."""
     law = np.zeros((V,) * LENGTH)
     for text in itertools.product(range(V), repeat=LENGTH):
         logits = forward(target, [*PROMPT, *text[:-1]])[-LENGTH:]
+        if edits is not None:
+            before = [[*PROMPT, *text[:k]] for k in range(LENGTH)]
+            masks = [allowed(tokens) if allowed else None for tokens in before]
+            logits = [
+                law_oracle.adjust_logits(logits[k], before[k], len(PROMPT), allowed=masks[k], **edits)
+                for k in range(LENGTH)
+            ]
         law[text] = np.prod(law_oracle.law_rows(logits, **options)[range(LENGTH), text])
     return law
 
@@ -51,12 +58,13 @@ def text_law(target, options):
 class Writer:
     """Writes texts round by round, as the engine does."""
 
-    def __init__(self, pair, options, *, gamma=2, lenience=1.0, with_q=True):
+    def __init__(self, pair, options, *, gamma=2, lenience=1.0, with_q=True, rule="token", adjustments=lambda: None):
         self.target, self.draft = (native(decoder) for decoder in pair)
         self.caches = [_core.Cache(model) for model in (self.target, self.draft)]
         self.target.prefill(self.caches[0], PROMPT[:-1])
         self.draft.prefill(self.caches[1], PROMPT[:-1])
         self.law, self.gamma, self.lenience, self.with_q = _core.Law(**options), gamma, lenience, with_q
+        self.rule, self.adjustments = rule, adjustments
         self.kept = self.drafted = 0
 
     def text(self, seed, round_of=lambda number: number):
@@ -64,23 +72,29 @@ class Writer:
             cache.truncate(len(PROMPT) - 1)
         kv, draft_kv = self.caches
         pending = draft_pending = PROMPT[-1:]
-        text, proposal = [], _core.Proposal()
+        text, proposal, adjustments = [], _core.Proposal(), self.adjustments()
+        if adjustments:
+            adjustments.follow(PROMPT)
         for number in itertools.count():
             key = round_of(number)
-            self.draft.draft(draft_kv, draft_pending, self.gamma, self.law, seed, key, proposal)
+            self.draft.draft(draft_kv, draft_pending, self.gamma, self.law, seed, key, proposal, self.rule, adjustments)
             tokens = proposal.tokens
             if not self.with_q:
                 proposal.set_tokens(tokens)
-            verdict = self.target.verify(kv, pending, proposal, self.law, self.lenience, seed, key)
+            verdict = self.target.verify(
+                kv, pending, proposal, self.law, self.lenience, seed, key, self.rule, adjustments
+            )
             kv.commit(len(pending) + verdict.tau)
-            draft_kv.commit(min(verdict.tau, self.gamma - 1))
+            draft_kv.commit(min(verdict.tau, draft_kv.provisional))
             self.kept += verdict.tau
-            self.drafted += self.gamma
+            self.drafted += len(tokens)
             text += [*tokens[: verdict.tau].tolist(), verdict.next_token]
+            if adjustments:
+                adjustments.follow(np.array(text[adjustments.length - len(PROMPT) :], np.int32))
             if len(text) >= LENGTH:
                 return tuple(text[:LENGTH])
             pending = np.array([verdict.next_token], np.int32)
-            draft_pending = np.append(tokens[-1:], pending) if verdict.tau == self.gamma else pending
+            draft_pending = np.append(tokens[-1:], pending) if verdict.tau == len(tokens) > 0 else pending
         raise AssertionError
 
     def counts(self, texts, **keys):
@@ -90,16 +104,51 @@ class Writer:
         return counts
 
 
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 @pytest.mark.parametrize("options", LAWS.values(), ids=list(LAWS))
 @pytest.mark.parametrize("gamma", [1, 3])
-def test_sampled_text_follows_the_target(pair, options, gamma):
-    writer = Writer(pair, options, gamma=gamma)
+def test_sampled_text_follows_the_target(pair, options, gamma, rule):
+    writer = Writer(pair, options, gamma=gamma, rule=rule)
     assert excess(writer.counts(TEXTS), text_law(pair[0], options)) < 1
     assert 0.2 < writer.kept / writer.drafted < 0.99
 
 
 def test_drafted_tokens_without_a_law_follow_the_target(pair):
     assert excess(Writer(pair, {}, with_q=False).counts(TEXTS), text_law(pair[0], {})) < 1
+
+
+EDITS = {
+    "repetition_penalty": 1.25,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "penalty_window": 4,
+    "logit_bias": {2: 1.5, 4: -1.0},
+}
+
+
+def rising_or_even(tokens):
+    """A grammar that depends on the token before: after an odd one only larger ones or even ones may follow."""
+    last = tokens[-1]
+    return np.array([last % 2 == 0 or token > last or token % 2 == 0 for token in range(V)])
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_penalties_biases_and_masks_change_target_and_draft_position_by_position(pair, rule):
+    law = text_law(pair[0], {}, EDITS, rising_or_even)
+    edits = {**EDITS, "mask": rising_or_even}
+    writer = Writer(pair, {}, rule=rule, adjustments=lambda: _core.Adjustments(prompt_length=len(PROMPT), **edits))
+    assert excess(writer.counts(TEXTS), law) < 1
+    assert 0.2 < writer.kept / writer.drafted < 0.99
+    if rule == "token":
+        assert (
+            excess(
+                writer.counts(TEXTS),
+                text_law(pair[0], {}, {**EDITS, "presence_penalty": 0.0, "frequency_penalty": 0.0}, rising_or_even),
+            )
+            > 1
+        )
+        del edits["mask"]
+        assert excess(writer.counts(TEXTS), law) > 1
 
 
 def test_lenience_below_one_is_exact_and_above_one_is_not(pair):

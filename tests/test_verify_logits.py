@@ -56,6 +56,7 @@ LAWS = st.fixed_dictionaries(
         "top_p": st.floats(0.01, 1.0),
         "min_p": st.floats(0.0, 1.0),
         "vocab_limit": st.integers(0, 700),
+        "temper_last": st.booleans(),
     },
 )
 SPREADS = {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../law_loops.hpp"
+#include "../random.hpp"
 
 #if defined(__clang__)
 #define SPECFAST_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -127,9 +128,18 @@ double mass(const float* p, int n) {
   return sum_in_lanes(n, [p](int i) { return static_cast<double>(p[i]); });
 }
 
-double residual_mass(const float* p, const float* q, double kept, int n) {
-  return sum_in_lanes(n, [p, q, kept](int i) {
-    const double mass = static_cast<double>(p[i]), most = kept * mass, drafted = static_cast<double>(q[i]);
+double residual_mass(const float* w, double scale, const float* q, double prefix, double kept, int n) {
+  const auto mass_of = [w, scale, prefix](int i) {
+    return prefix * static_cast<double>(static_cast<float>(static_cast<double>(w[i]) * scale));
+  };
+  if (kept == 1.0) {
+    return sum_in_lanes(n, [q, mass_of](int i) {
+      const double mass = mass_of(i), drafted = static_cast<double>(q[i]);
+      return mass - (mass < drafted ? mass : drafted);
+    });
+  }
+  return sum_in_lanes(n, [q, mass_of, kept](int i) {
+    const double mass = mass_of(i), most = kept * mass, drafted = static_cast<double>(q[i]);
     return mass - (most < drafted ? most : drafted);
   });
 }
@@ -166,6 +176,62 @@ int at_least(const float* x, int n, float least, int32_t* ids) {
 }
 #endif
 
-constexpr LawLoops kLawLoops{highest, weigh, normalise, mass, residual_mass, at_least};
+#if defined(__AVX512F__)
+void noise(uint64_t seed, uint64_t position, int group, int groups, uint32_t* words) {
+  // Every 64-bit lane holds one word; its upper half is never read. Even counters are in one vector, odd in the other.
+  const auto all = [](uint64_t value) { return _mm512_set1_epi64(static_cast<int64_t>(value)); };
+  const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+  for (int g = 0; g < groups; g++) {
+    const uint32_t first = static_cast<uint32_t>(group + g) * kNoiseCounters;
+    __m512i c[2][4];
+    for (int v = 0; v < 2; v++) {
+      c[v][0] = _mm512_add_epi64(even, all(first + static_cast<uint32_t>(v)));
+      c[v][1] = all(position);
+      c[v][2] = all(position >> 32);
+      c[v][3] = all(static_cast<uint32_t>(Purpose::noise));
+    }
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    SPECFAST_UNROLL
+    for (int round = 0; round < 10; round++) {
+      SPECFAST_UNROLL
+      for (int v = 0; v < 2; v++) {
+        const __m512i a = _mm512_mul_epu32(c[v][0], all(0xD2511F53u)), b = _mm512_mul_epu32(c[v][2], all(0xCD9E8D57u));
+        c[v][0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c[v][1], all(k0), 0x96);  // xor of the three
+        c[v][2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c[v][3], all(k1), 0x96);
+        c[v][1] = b;
+        c[v][3] = a;
+      }
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    for (int w = 0; w < 4; w++) {
+      const __m512i odd = _mm512_slli_epi64(c[1][w], 32);
+      _mm512_storeu_si512(words + g * kNoiseGroup + w * kNoiseCounters, _mm512_mask_mov_epi32(c[0][w], 0xaaaa, odd));
+    }
+  }
+}
+#else
+void noise(uint64_t seed, uint64_t position, int group, int groups, uint32_t* words) {
+  for (int g = 0; g < groups; g++) {
+    uint32_t* out = words + g * kNoiseGroup;
+    SPECFAST_INDEPENDENT
+    for (int i = 0; i < kNoiseCounters; i++) {
+      const uint32_t counter[4] = {static_cast<uint32_t>((group + g) * kNoiseCounters + i),
+                                   static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32),
+                                   static_cast<uint32_t>(Purpose::noise)};
+      const Philox drawn = philox(counter, seed);
+      for (int w = 0; w < 4; w++) out[w * kNoiseCounters + i] = drawn.word[w];
+    }
+  }
+}
+#endif
+
+bool any_within(const uint32_t* words, const float* w, int n, float bound) {
+  int any = 0;
+  for (int i = 0; i < n; i++) any |= static_cast<float>(static_cast<int32_t>(words[i] >> 1)) <= bound * w[i];
+  return any != 0;
+}
+
+constexpr LawLoops kLawLoops{highest, weigh, normalise, mass, residual_mass, at_least, noise, any_within};
 
 }  // namespace

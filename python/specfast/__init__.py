@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _core
+from . import _core, ops
 from .config import SpeculativeConfig
 from .context import Chunk
 from .engine import Engine
@@ -47,6 +47,7 @@ __all__ = [
     "get_inference_engine",
     "get_model_family_variants",
     "load",
+    "ops",
     "suggest_speculative_config",
 ]
 

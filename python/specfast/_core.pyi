@@ -49,9 +49,11 @@ class Matrix:
 class Law:
     """
     How logits become the law that is sampled: temperature, then top_k, top_p and min_p; 0 is greedy.
+
+    temper_last truncates at temperature 1, top_p by the mass of all tokens, and then tempers (mlx-lm).
     """
 
-    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, vocab_limit: int = 0) -> None: ...
+    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, vocab_limit: int = 0, temper_last: bool = False) -> None: ...
 
     @property
     def temperature(self) -> float: ...
@@ -67,6 +69,26 @@ class Law:
 
     @property
     def vocab_limit(self) -> int: ...
+
+    @property
+    def temper_last(self) -> bool: ...
+
+class Adjustments:
+    """
+    Edits of logits before the law, with the text they depend on; for target and draft of one request.
+    """
+
+    def __init__(self, *, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, penalty_window: int = 0, prompt_length: int = 0, logit_bias: dict[int, float] = {}, mask: object | None = None) -> None: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far."""
+
+    def follow(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Appends kept tokens (n,) int32, the prompt's first."""
+
+    def edit_rows(self, logits: Annotated[NDArray[Any], dict(device='cpu', writable=False)], tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)]) -> tuple[NDArray[numpy.float32], list[int]]:
+        """Edited logits (gamma + 1, V) float32, and the arg max of each row."""
 
 class Proposal:
     """
@@ -103,22 +125,37 @@ def law_rows(logits: Annotated[NDArray[Any], dict(device='cpu', writable=False)]
     Raises ShapeError, or NumericalError on NaN, +infinity, or a row that allows no token.
     """
 
-def verify_tokens(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], q: Annotated[NDArray[Any], dict(device='cpu', writable=False)] | None, tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: Annotated[NDArray[Any], dict(device='cpu', writable=False)], lenience: float = 1.0, isa: str | None = None) -> tuple[int, int]:
+def verify_tokens(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], q: Annotated[NDArray[Any], dict(device='cpu', writable=False)] | None, tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: Annotated[NDArray[Any], dict(device='cpu', writable=False)], lenience: float = 1.0, isa: str | None = None, rule: str = 'token') -> tuple[int, int]:
     """
-    The token rule: how many of tokens (gamma,) int32 are kept, and the token that follows them.
+    How many of tokens (gamma,) int32 are kept, and the token that follows them; see specfast.ops.
 
     p: (gamma + 1, V) float32; q: (gamma, Vq) float32, or None for a drafter that was certain; u: (gamma + 1,)
-    float64 in [0, 1), the last for the residual or bonus. Leviathan et al. 2022, Alg. 1, arXiv:2211.17192.
-    Raises ShapeError, or NumericalError where p has no mass.
+    float64 in [0, 1), the last for the residual or bonus. Raises ShapeError, or NumericalError where p has no mass.
     """
 
-def verify_logits(logits: Annotated[NDArray[Any], dict(device='cpu', writable=False)], q: Annotated[NDArray[Any], dict(device='cpu', writable=False)] | None, tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: Annotated[NDArray[Any], dict(device='cpu', writable=False)], law: Law, lenience: float = 1.0, isa: str | None = None) -> tuple[int, int]:
+def verify_logits(logits: Annotated[NDArray[Any], dict(device='cpu', writable=False)], q: Annotated[NDArray[Any], dict(device='cpu', writable=False)] | None, tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: Annotated[NDArray[Any], dict(device='cpu', writable=False)], law: Law, lenience: float = 1.0, isa: str | None = None, rule: str = 'token') -> tuple[int, int]:
     """
     verify_tokens on the laws of logits (gamma + 1, V) float32, the same to the bit, without writing the laws.
 
-    Rows after the one whose token is rejected are not looked at, nor is q where the law keeps a list of ids (top_k,
-    or temperature 0) that does not hold them. Raises ShapeError, or NumericalError like law_rows for a row up to
-    the one that decides.
+    Rows that cannot matter are not looked at (after the first rejection, or after a token without target mass),
+    nor is q where the law keeps a list of ids (top_k, or temperature 0) that does not hold them. Raises ShapeError,
+    or NumericalError like law_rows for a row that is looked at.
+    """
+
+def couple_tokens(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)], seed: int, position: int, isa: str | None = None) -> tuple[int, int]:
+    """
+    The coupled rule on laws p (gamma + 1, V) float32, row i at position + i of the text; see specfast.ops.
+    """
+
+def couple_logits(logits: Annotated[NDArray[Any], dict(device='cpu', writable=False)], tokens: Annotated[NDArray[Any], dict(device='cpu', writable=False)], law: Law, seed: int, position: int, isa: str | None = None) -> tuple[int, int]:
+    """
+    couple_tokens on the laws of logits (gamma + 1, V) float32, without writing or normalising them.
+    """
+
+def noise(seed: int, position: int, token: int) -> float:
+    """
+    A token's noise under the coupled rule: an exponential number, the same on every machine. The token with the
+    least noise / p is chosen.
     """
 
 def sample_token(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: float, isa: str | None = None) -> int:
@@ -154,15 +191,18 @@ class Model:
     def prefill(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
         """Appends and commits tokens (M,) int32 without logits."""
 
-    def draft(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], gamma: int, law: Law, seed: int, round: int, proposal: Proposal) -> None:
+    def draft(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], gamma: int, law: Law, seed: int, round: int, proposal: Proposal, rule: str = 'token', adjustments: Adjustments | None = None) -> None:
         """
         Commits pending (n,) int32, then drafts gamma tokens into proposal; gamma - 1 of them stay provisional.
+
+        rule "coupled" chooses them by the noise of their positions in the text; seed and round key other draws.
         """
 
-    def verify(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], proposal: Proposal | None, law: Law, lenience: float, seed: int, round: int) -> Verdict:
+    def verify(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], proposal: Proposal | None, law: Law, lenience: float, seed: int, round: int, rule: str = 'token', adjustments: Adjustments | None = None) -> Verdict:
         """
-        Appends pending and the drafted tokens provisionally in one pass and applies the token rule, or greedy.
+        Appends pending and the drafted tokens provisionally in one pass and applies a rule, or greedy.
 
+        rule: token (with a lenience), block (which is token where the proposal has no laws), or coupled.
         Raises NumericalError on logits that are not finite, with the cache unchanged.
         """
 

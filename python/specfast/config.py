@@ -144,7 +144,8 @@ class SpeculativeConfig:
         disabled: plain decoding; no draft is fetched or loaded.
         drafter: "model", "suffix" (the longest suffix seen before, in prompt or output), "prompt-lookup" (the last 3
             tokens), "combined" (suffix and model) or "none"; None is combined where there is a draft, else suffix.
-        rule: how drafted tokens are accepted, "token", "block" or "coupled"; None is the best one there is.
+        rule: how drafted tokens are accepted, "token", "block" or "coupled" (see docs/lossless.md); None is block, or token
+            where lenience is not 1. Block and coupled need lenience 1, unless greedy.
 
     Raises:
         ConfigurationError: a value outside its range, with the limit and the remedy.
@@ -167,11 +168,22 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(getattr(self, name)))
+        if self.rule in ("block", "coupled") and self.lenience != 1.0 and not self.greedy:
+            raise ConfigurationError(
+                f"the {self.rule} rule takes lenience 1, not {self.lenience:g}; give lenience 1, or the token rule"
+            )
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token always follows."""
         return self.temperature == 0.0 or self.top_k_threshold == 1.0
+
+    @property
+    def effective_rule(self) -> str:
+        """The rule that accepts drafted tokens: "greedy", or the one asked for, or the one chosen."""
+        if self.greedy:
+            return "greedy"
+        return self.rule or ("block" if self.lenience == 1.0 else "token")
 
     @property
     def lossless(self) -> bool:
@@ -193,10 +205,6 @@ class SpeculativeConfig:
         if self.early_exit is not None:
             raise ConfigurationError(
                 f"early_exit {self.early_exit}: drafting by early exit is not available in this version; give a draft model"
-            )
-        if self.rule not in (None, "token"):
-            raise ConfigurationError(
-                f"the {self.rule} rule is not available in this version; leave it out or use 'token'"
             )
 
 

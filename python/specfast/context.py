@@ -28,6 +28,7 @@ class Context:
         max_tokens: most tokens to generate.
         capacity: most tokens altogether.
         eos_ids: tokens that end the text; such a token is kept as the last one and has no text.
+        whole_rounds: draft past max_tokens, as the block rule must for a seed: what it keeps depends on how many are drafted.
         text: turns kept tokens into text and ends it at stop strings; None for tokens only.
         prompt_length: how many tokens are the prompt.
         round: rounds so far; keys the random streams.
@@ -40,6 +41,7 @@ class Context:
     capacity: int
     eos_ids: Collection[int] = ()
     text: TextStream | None = None
+    whole_rounds: bool = False
     prompt_length: int = field(init=False)
     round: int = 0
     finish_reason: FinishReason | None = None
@@ -57,6 +59,11 @@ class Context:
     def room(self) -> int:
         """Tokens that may still be generated."""
         return min(self.max_tokens - self.generated, self.capacity - len(self.tokens))
+
+    @property
+    def draft_room(self) -> int:
+        """Tokens that a round may draft."""
+        return self.capacity - len(self.tokens) if self.whole_rounds else self.room
 
     @property
     def generated(self) -> int:

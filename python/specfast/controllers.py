@@ -29,7 +29,7 @@ class Controller(Protocol):
     """Chooses drafter and gamma before anything is drawn; gamma 0 is plain decoding."""
 
     def plan(self, context: Context, drafter: Drafter) -> Plan:
-        """What to draft next, of what the drafter offers: at most context.room tokens."""
+        """What to draft next, of what the drafter offers: at most context.draft_room tokens."""
 
     def update(self, round_: Round) -> None:
         """Learns from a finished round."""
@@ -43,7 +43,7 @@ class FixedGamma:
 
     def plan(self, context: Context, drafter: Drafter) -> Plan:
         offers = drafter.offers(context) if self._gamma else ()
-        gamma = min(self._gamma, context.room, offers[0].longest) if offers else 0
+        gamma = min(self._gamma, context.draft_room, offers[0].longest) if offers else 0
         return Plan(gamma, offers[0]) if gamma > 0 else PLAIN
 
     def update(self, round_: Round) -> None:

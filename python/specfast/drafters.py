@@ -9,6 +9,7 @@ import numpy as np
 
 from . import _core
 from .context import Context
+from .sampling import follow
 from .targets import Progress, prefill
 
 LONGEST_COPY = 64
@@ -67,10 +68,21 @@ class ModelDrafter:
         law: the target's law, so that both are truncated alike.
         seed: of the random streams.
         capacity: most tokens of the request.
+        rule: the target's; the coupled rule shares its noise.
+        adjustments: the target's edits of the logits before the law.
     """
 
-    def __init__(self, model: _core.Model, law: _core.Law, seed: int, capacity: int) -> None:
-        self._model, self._law, self._seed = model, law, seed
+    def __init__(
+        self,
+        model: _core.Model,
+        law: _core.Law,
+        seed: int,
+        capacity: int,
+        rule: str = "token",
+        adjustments: _core.Adjustments | None = None,
+    ) -> None:
+        self._adjustments = adjustments
+        self._model, self._law, self._seed, self._rule = model, law, seed, rule
         self.cache = _core.Cache(model, min(capacity, model.max_context))
         self._proposal = _core.Proposal()
 
@@ -86,7 +98,9 @@ class ModelDrafter:
 
     def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
         pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
-        self._model.draft(self.cache, pending, gamma, self._law, self._seed, context.round, self._proposal)
+        follow(self._adjustments, context)
+        draws = self._law, self._seed, context.round
+        self._model.draft(self.cache, pending, gamma, *draws, self._proposal, self._rule, self._adjustments)
         return self._proposal
 
     def commit(self, kept: int) -> None:

@@ -18,7 +18,7 @@ from .generation import Generation, Result, Terms
 from .measurements import Measurements
 from .measurements_file import load_measurements, measurements_path, save_measurements
 from .models import EMPTY_PROMPT, ModelPair, Notify, Resolve, print_notice
-from .sampling import SamplingParams
+from .sampling import Mask, SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
 from .text import StopStrings, StreamDecoder, TextStream
@@ -98,8 +98,12 @@ class Engine:
             )
         return pair
 
-    def describe(self) -> str:
-        """One line with every effective value and where it came from; loads the models."""
+    def describe(self, *, seeded: bool = False) -> str:
+        """One line with every effective value and where it came from; loads the models.
+
+        Args:
+            seeded: whether requests give a seed, which may choose the rule.
+        """
         pair = self.pair
         return self.resolved.describe(
             target_model=pair.target_name,
@@ -107,7 +111,7 @@ class Engine:
             target_engine=f"native {pair.target.precision}",
             drafter=self.drafter,
             gamma=self._gamma(self.resolved, self.drafter)[0],
-            rule="greedy" if self.config.greedy else "token",
+            rule=self._rule(self.resolved, self.drafter, seeded=seeded),
         )
 
     def set_models(self, target: str | None, draft: str | None = None) -> None:
@@ -127,14 +131,15 @@ class Engine:
 
         Returns:
             model_family_compatibility ("compatible", "incompatible" or "unknown"), acceptance_rate (a float),
-            lossless, lenience (no token gets more than max(1, lenience) times its probability), precision,
-            target_model, draft_model, drafter (None before a model is loaded, unless typed), and the counters of
-            SpeculationStats.
+            lossless, rule (of requests without a seed), lenience (no token gets more than max(1, lenience) times its
+            probability), precision, target_model, draft_model, drafter (None before a model is loaded, unless typed), and
+            the counters of SpeculationStats.
         """
         pair, config = self._pair, self.config
         return {
             "model_family_compatibility": pair.compatibility if pair else "unknown",
             "lossless": config.lossless or (pair is not None and self._drafter_name(self.resolved, pair) == "none"),
+            "rule": config.effective_rule,
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else (self._precision or "unknown"),
             "target_model": config.target_model,
@@ -160,6 +165,13 @@ class Engine:
         top_k: int | None = None,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        truncation: str = "hf",
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        penalty_window: int = 0,
+        logit_bias: Mapping[int, float] | None = None,
+        mask: Mask | None = None,
         raw: bool = False,
         system: str | None = None,
         ignore_eos: bool = False,
@@ -172,15 +184,18 @@ class Engine:
             prompt: text (put through the model's chat template if it has one, unless raw), messages with role and
                 content, or token ids taken as they are.
             max_tokens: most tokens to generate.
-            seed: of the random streams; None draws one.
+            seed: of the random streams; None draws one. With a seed, an automatic gamma and neither rule nor lenience given
+                the rule is coupled, so that timing cannot change the text.
             stop: strings that end the text and are not part of it.
             top_k: keeps this many tokens, 0 all. It replaces the threshold unless that was given too.
             top_p, min_p: further truncation of the law.
+            truncation, repetition_penalty, presence_penalty, frequency_penalty, penalty_window, logit_bias, mask: see
+                SamplingParams; target and draft are changed alike, at every position by the tokens before it.
             system: a system message put before a text prompt, through the chat template.
             ignore_eos: go on after end tokens (for measurements).
             progress: called with (done, total) while the prompt is read.
             **request: options of SpeculativeConfig for this request: gamma, temperature, top_k_threshold, lenience,
-                drafter, disabled.
+                drafter, rule, disabled.
 
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
@@ -198,7 +213,21 @@ class Engine:
         config.require_available()
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ConfigurationError(f"max_tokens is {max_tokens!r}, but must be a whole number, at least 1")
-        sampling = self._sampling(resolved, top_k, top_p, min_p, secrets.randbits(53) if seed is None else seed)
+        sampling = SamplingParams(
+            temperature=config.temperature,
+            top_k_threshold=self._threshold(resolved, top_k),
+            top_k=top_k or 0,
+            top_p=top_p,
+            min_p=min_p,
+            truncation=truncation,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            penalty_window=penalty_window,
+            logit_bias=logit_bias or {},
+            mask=mask,
+            seed=secrets.randbits(53) if seed is None else seed,
+        )
         stops = StopStrings(stop)
         if len(prompt) == 0:
             raise ConfigurationError(EMPTY_PROMPT)
@@ -217,27 +246,33 @@ class Engine:
                 "shorten the prompt"
             )
         law = sampling.law(pair.target.model.vocab, pair.vocab)
+        adjustments = sampling.adjustments(len(tokens), pair.vocab)
+        name = self._drafter_name(resolved, pair)
+        if seed is not None and law.temperature > 0 and not self._asked(resolved, pair):
+            name = "none"  # with a seed, the text is that of plain decoding unless someone asks for a drafter
+        rule = "greedy" if law.temperature == 0 else self._rule(resolved, name, seeded=seed is not None)
+        native_rule = "token" if rule == "greedy" else rule
         context = Context(
             tokens,
             max_tokens,
             capacity,
             frozenset() if ignore_eos else frozenset(pair.eos_ids),
             TextStream(StreamDecoder(pair.tokenizer, continues=True), stops),
+            whole_rounds=rule == "block",
         )
-        timed = seed is None or law.temperature == 0
-        name = self._drafter_name(resolved, pair)
-        if not timed and not self._asked(resolved, pair):
-            name = "none"  # with a seed, the text is that of plain decoding unless someone asks for a drafter
         exact = config.lenience <= 1 or law.temperature == 0 or name == "none"
         if not exact:
             self._say_once(
                 f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
-        gamma, ceiling = self._gamma(resolved, name)
-        if gamma == "auto" and not timed:
+        lenience = config.lenience if native_rule == "token" else 1.0
+        gamma, ceiling = self._gamma(resolved, name) if name != "none" else (0, 0)
+        if gamma == "auto" and seed is not None and rule not in ("greedy", "coupled"):
             gamma = min(ceiling, 5)
-            self._say_once(f"gamma is fixed at {gamma}: with a seed, timing must not change the text")
+            self._say_once(
+                f"gamma is fixed at {gamma}: with a seed, timing must not change the text; the coupled rule lets gamma vary"
+            )
         path = measurements_path(pair.target, pair.draft) if gamma == "auto" else None
 
         def ended(stats: SpeculationStats) -> None:
@@ -245,13 +280,20 @@ class Engine:
             if gamma == "auto" and stats.target_passes >= WORTH_KEEPING:
                 save_measurements(path, self._measured[path])
 
+        drafter: Drafter = NoDrafter()
+        if name in ("suffix", "prompt-lookup"):
+            drafter = CopyDrafter(name)
+        elif pair.draft and name != "none":
+            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity, native_rule, adjustments)
+            if name == "combined":
+                drafter = CombinedDrafter({"suffix": CopyDrafter("suffix"), "model": drafter})
         return Generation(
             context,
-            NativeTarget(pair.target.model, law, config.lenience, sampling.seed, capacity),
-            _build_drafter(name, pair, law, sampling.seed, capacity),
+            NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule, adjustments),
+            drafter,
             FixedGamma(gamma) if gamma != "auto" else AutoGamma(ceiling, self._measurements(path)),
             progress=progress,
-            terms=Terms(sampling.seed, gamma, name, exact, pair.target.precision),
+            terms=Terms(sampling.seed, gamma, name, exact, pair.target.precision, rule),
             on_draft_failure=self._draft_failed,
             on_end=ended,
         )
@@ -260,16 +302,10 @@ class Engine:
         self._say_once(f"drafting failed, and plain decoding goes on ({type(error).__name__}: {error})")
 
     @staticmethod
-    def _sampling(resolved: ResolvedConfig, top_k: int | None, top_p: float, min_p: float, seed: int) -> SamplingParams:
+    def _threshold(resolved: ResolvedConfig, top_k: int | None) -> float:
+        """The threshold, unless a typed top_k replaces an untyped one."""
         given = resolved.sources["top_k_threshold"] in ("request", "typed")
-        return SamplingParams(
-            temperature=resolved.config.temperature,
-            top_k_threshold=resolved.config.top_k_threshold if given or top_k is None else 0.0,
-            top_k=top_k or 0,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-        )
+        return resolved.config.top_k_threshold if given or top_k is None else 0.0
 
     @staticmethod
     def _drafter_name(resolved: ResolvedConfig, pair: ModelPair) -> str:
@@ -305,8 +341,6 @@ class Engine:
         """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling, and for copies
         it is automatic unless typed."""
         gamma, source = resolved.config.gamma, resolved.sources["gamma"]
-        if drafter == "none":
-            return 0, 0
         if gamma == "auto" or (source == "default" and drafter in ("suffix", "prompt-lookup")):
             return "auto", 20
         return ("auto" if source == "family" else gamma), gamma
@@ -316,17 +350,14 @@ class Engine:
             self._measured[path] = load_measurements(path)
         return self._measured[path]
 
+    @classmethod
+    def _rule(cls, resolved: ResolvedConfig, drafter: str, *, seeded: bool) -> str:
+        """The rule of a request: coupled where a seed must give the same text whatever an automatic gamma does."""
+        config = resolved.config
+        automatic = cls._gamma(resolved, drafter)[0] == "auto" and config.rule is None and config.lenience == 1.0
+        return "coupled" if seeded and automatic and not config.greedy else config.effective_rule
+
     def _say_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
             self._notify(message)
-
-
-def _build_drafter(name: str, pair: ModelPair, law: _core.Law, seed: int, capacity: int) -> Drafter:
-    if name == "none":
-        return NoDrafter()
-    if name in ("suffix", "prompt-lookup"):
-        return CopyDrafter(name)
-    assert pair.draft
-    model = ModelDrafter(pair.draft.model, law, seed, capacity)
-    return model if name == "model" else CombinedDrafter({"suffix": CopyDrafter("suffix"), "model": model})

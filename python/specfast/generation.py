@@ -22,7 +22,8 @@ def rounds(
     The context is the truth, the caches follow it: whatever of its tokens a cache lacks is read in the next round.
 
     A round drafts up to `room` tokens, one more than its own last token leaves room for: cut to room - 1, the last round would
-    draw that token where a longer text checks a drafted one, and a seed's text would depend on max_tokens.
+    draw that token where a longer text checks a drafted one, and a seed's text would depend on max_tokens. Of a context
+    of whole rounds max_tokens cuts none.
     """
     clock = time.perf_counter
     while not context.done:
@@ -58,6 +59,7 @@ class Terms:
         drafter: who drafts: "model", "suffix", "prompt-lookup", "combined" (suffix and model), or "none".
         lossless: whether the tokens follow the target's law at this precision.
         precision: of the target's activations.
+        rule: how drafted tokens are accepted: "greedy", "token", "block" or "coupled".
     """
 
     seed: int = 0
@@ -65,6 +67,7 @@ class Terms:
     drafter: str = "none"
     lossless: bool = True
     precision: str = "unknown"
+    rule: str = "unknown"
 
 
 @dataclass(frozen=True)

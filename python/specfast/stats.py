@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .drafters import Offer
+if TYPE_CHECKING:
+    from .drafters import Offer
 
 
 def expected_tokens(acceptance: float, gamma: int) -> float:

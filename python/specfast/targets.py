@@ -9,6 +9,7 @@ import numpy as np
 
 from . import _core
 from .context import Context
+from .sampling import follow
 
 PREFILL_CHUNK = 256
 Progress = Callable[[int, int], None]
@@ -45,10 +46,22 @@ class NativeTarget:
         lenience: of acceptance; 1 is exact.
         seed: of the random streams.
         capacity: most tokens of the request.
+        rule: "token", "block" (which is token for proposals without laws) or "coupled"; the last two at lenience 1.
+        adjustments: edits of the logits before the law.
     """
 
-    def __init__(self, model: _core.Model, law: _core.Law, lenience: float, seed: int, capacity: int) -> None:
-        self._model, self._law, self._lenience, self._seed = model, law, lenience, seed
+    def __init__(
+        self,
+        model: _core.Model,
+        law: _core.Law,
+        lenience: float,
+        seed: int,
+        capacity: int,
+        rule: str = "token",
+        adjustments: _core.Adjustments | None = None,
+    ) -> None:
+        self._adjustments = adjustments
+        self._model, self._law, self._lenience, self._seed, self._rule = model, law, lenience, seed, rule
         self.cache = _core.Cache(model, capacity)
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
@@ -56,7 +69,9 @@ class NativeTarget:
 
     def verify(self, context: Context, proposal: _core.Proposal | None) -> _core.Verdict:
         pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
-        return self._model.verify(self.cache, pending, proposal, self._law, self._lenience, self._seed, context.round)
+        follow(self._adjustments, context)
+        draws = self._law, self._lenience, self._seed, context.round, self._rule
+        return self._model.verify(self.cache, pending, proposal, *draws, self._adjustments)
 
     def commit(self, kept: int) -> None:
         self.cache.commit(kept)

@@ -348,8 +348,10 @@ void check_law_loops(const KernelTable& kernels) {
       same(p, plain_p, "normalise");
       if (n > kChunk) continue;
       for (const double kept : {0.5, 1.0})
-        expect(loops.residual_mass(w.data(), q.data(), kept, n) == plain.residual_mass(w.data(), q.data(), kept, n),
-               kernels.isa, "residual_mass");
+        for (const double prefix : {1.0, 0.3})
+          expect(loops.residual_mass(w.data(), 0.7, q.data(), prefix, kept, n) ==
+                     plain.residual_mass(w.data(), 0.7, q.data(), prefix, kept, n),
+                 kernels.isa, "residual_mass");
       const double mass = plain.mass(p.data(), n);
       expect(loops.mass(p.data(), n) == mass, kernels.isa, "mass");
       if (n == 0 || mass == 0) continue;
@@ -363,6 +365,20 @@ void check_law_loops(const KernelTable& kernels) {
       expect(count == plain.at_least(x.data(), n, least, plain_ids.data()), kernels.isa, "at_least");
       ids.resize(static_cast<size_t>(count));
       same(ids, plain_ids, "at_least's ids");
+    }
+    std::vector<uint32_t> words(size / kNoiseGroup * kNoiseGroup), plain_words(words.size());
+    loops.noise(~0ull - 7, (1ull << 40) + 3, 5, n / kNoiseGroup, words.data());
+    plain.noise(~0ull - 7, (1ull << 40) + 3, 5, n / kNoiseGroup, plain_words.data());
+    same(words, plain_words, "noise");
+    for (size_t i = 0; i < words.size(); i++)
+      expect(words[i] ==
+                 noise_word(~0ull - 7, (1ull << 40) + 3, 5 * kNoiseGroup + static_cast<int32_t>(i), Purpose::noise),
+             kernels.isa, "a word of noise");
+    for (const float bound : {0.0f, 1e4f, 1e8f, 1e12f, INFINITY}) {
+      const int most = static_cast<int>(words.size());
+      expect(loops.any_within(words.data(), w.data(), most, bound) ==
+                 plain.any_within(words.data(), w.data(), most, bound),
+             kernels.isa, "any_within");
     }
     if (n == 0) continue;
     x[generator() % size] = generator() % 2 ? NAN : -NAN;

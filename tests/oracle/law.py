@@ -1,4 +1,6 @@
-"""From logits to the law that is sampled, by sorting: temperature, then top-k, top-p and min-p."""
+"""From logits to the law that is sampled: edits, and then, by sorting, temperature, top-k, top-p and min-p."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,8 +14,12 @@ def law_rows(
     top_p: float = 1.0,
     min_p: float = 0.0,
     vocab_limit: int = 0,
+    temper_last: bool = False,
 ) -> NDArray[np.float64]:
-    """Probabilities (M, V) of logits (M, V). Temperature 0 puts all mass on the arg max; an integer 0 means off."""
+    """Probabilities (M, V) of logits (M, V). Temperature 0 puts all mass on the arg max; an integer 0 means off.
+
+    temper_last: each truncation looks at the whole law at temperature 1, and the temperature comes after them (mlx-lm).
+    """
     laws = []
     for row in np.asarray(logits, np.float64):
         x = row.copy()
@@ -26,6 +32,15 @@ def law_rows(
             continue
         with np.errstate(under="ignore"):
             p = np.exp((x - x.max()) / temperature)
+            whole = np.exp(x - x.max())
+        if temper_last:
+            if top_k:
+                p[by_rank[top_k:]] = 0
+            if top_p < 1:
+                p[by_rank[np.argmax(np.cumsum(whole[by_rank]) / whole.sum() >= top_p) + 1 :]] = 0
+            p[whole < min_p] = 0
+            laws.append(p / p.sum())
+            continue
         if top_k:
             p[by_rank[top_k:]] = 0
         if top_p < 1:
@@ -34,6 +49,37 @@ def law_rows(
         p[p < min_p * p.max()] = 0
         laws.append(p / p.sum())
     return np.array(laws)
+
+
+def adjust_logits(
+    logits: ArrayLike,
+    text: Sequence[int],
+    prompt_length: int,
+    *,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    penalty_window: int = 0,
+    logit_bias: Mapping[int, float] = {},
+    allowed: Sequence[bool] | None = None,
+) -> NDArray[np.float32]:
+    """One row (V,) after `text`, of which the first tokens are the prompt; float32 as the kernels, one operation each."""
+    x = np.array(logits, np.float32)
+    for token, bias in logit_bias.items():
+        x[token] += np.float32(bias)
+    first = max(0, len(text) - penalty_window) if penalty_window else 0
+    for token in set(text[first:]):
+        x[token] = (
+            x[token] / np.float32(repetition_penalty) if x[token] > 0 else x[token] * np.float32(repetition_penalty)
+        )
+        generated = list(text[max(first, prompt_length) :]).count(token)
+        if generated:
+            x[token] -= np.float32(presence_penalty)
+            x[token] -= np.float32(frequency_penalty) * np.float32(generated)
+    if allowed is not None:
+        x[: len(allowed)][~np.asarray(allowed, bool)] = -np.inf
+        x[len(allowed) :] = -np.inf
+    return x
 
 
 def smallest_margin(logits: ArrayLike, *, temperature: float, top_k: int, top_p: float, min_p: float) -> float:

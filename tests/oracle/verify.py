@@ -1,4 +1,4 @@
-"""The token rule of speculative sampling, and the exact law of the text it writes.
+"""The rules of speculative sampling, and the exact law of the text they write.
 
 p: (gamma + 1, V), the target's laws; q: (gamma, V), the draft's; tokens: (gamma,), drawn from q; u: (gamma + 1,).
 """
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 Rule = Callable[[Array, Array, Sequence[int], Array, float], tuple[int, int]]
+Breakpoints = Callable[[Array, Array, Sequence[int], float], list[Array]]
 
 
 def one_hot(tokens: Sequence[int], V: int) -> Array:
@@ -36,6 +37,46 @@ def verify_tokens(p: Array, q: Array, tokens: Sequence[int], u: Array, lenience:
         if not u[i] * q[i, x] < lenience * p[i, x]:
             return i, inverse_cdf(residual(p[i], q[i], lenience), u[gamma])
     return gamma, inverse_cdf(p[gamma], u[gamma])
+
+
+def prefixes(p: Array, q: Array, tokens: Sequence[int]) -> tuple[list[float], list[float]]:
+    """c_i, the share of the target that is left after i tokens, and h_i, the chance that i tokens pass; i = 0..gamma."""
+    gamma, c, h = len(tokens), [1.0], [1.0]
+    for i, x in enumerate(tokens, 1):
+        c.append(min(1.0, c[-1] * p[i - 1, x] / q[i - 1, x]))
+        s = np.maximum(c[i] * p[i] - q[i], 0).sum() if i < gamma else c[i]
+        h.append(c[i] if i == gamma else s / (s + 1 - c[i]) if s > 0 else 0.0)
+    return c, h
+
+
+def verify_block(p: Array, q: Array, tokens: Sequence[int], u: Array, lenience: float = 1.0) -> tuple[int, int]:
+    """Sun et al. 2024, Alg. 2 (arXiv:2403.10444): the longest prefix that passes and the token that follows it."""
+    gamma = len(tokens)
+    c, h = prefixes(p, q, tokens)
+    tau = max(i for i in range(gamma + 1) if i == 0 or u[i - 1] < h[i])
+    if tau == gamma:
+        return tau, inverse_cdf(p[gamma], u[gamma])
+    return tau, inverse_cdf(residual(c[tau] * p[tau], q[tau]), u[gamma])
+
+
+def block_breakpoints(p: Array, q: Array, tokens: Sequence[int], lenience: float = 1.0) -> list[Array]:
+    """Where in each u the block rule's outcome may change."""
+    c, h = prefixes(p, q, tokens)
+    laws = [p[-1], *(residual(c[i] * p[i], q[i]) for i in range(len(tokens)) if c[i] > 0)]
+    return [*(np.array([x]) for x in h[1:]), np.concatenate([np.cumsum(law) / law.sum() for law in laws])]
+
+
+def couple_tokens(p: Array, tokens: Sequence[int], noise: Array) -> tuple[int, int]:
+    """Target samples by the Gumbel-max trick, argmax(log p + noise); drafted tokens stay while they are those.
+
+    p, noise: (gamma + 1, V).
+    """
+    with np.errstate(divide="ignore"):
+        chosen = np.argmax(np.log(p) + noise, axis=1)
+    tau = 0
+    while tau < len(tokens) and tokens[tau] == chosen[tau]:
+        tau += 1
+    return tau, int(chosen[tau])
 
 
 def breakpoints(p: Array, q: Array, tokens: Sequence[int], lenience: float) -> list[Array]:
@@ -72,7 +113,9 @@ def joint(laws: list[Array], prefix: tuple[int, ...] = ()) -> Array:
     return out
 
 
-def text_law(rule: Rule, p: list[Array], q: list[Array], lenience: float = 1.0) -> Array:
+def text_law(
+    rule: Rule, p: list[Array], q: list[Array], lenience: float = 1.0, breakpoints: Breakpoints = breakpoints
+) -> Array:
     """The law of the first gamma + 1 tokens written with one round of `rule`, the rest drawn from the target.
 
     p[k], k = 0..gamma, and q[k], k = 0..gamma - 1: (V,) * k + (V,), laws of token k given those before it. Sums over
@@ -86,7 +129,8 @@ def text_law(rule: Rule, p: list[Array], q: list[Array], lenience: float = 1.0) 
             continue
         given_p = np.array([p[k][tokens[:k]] for k in range(gamma + 1)])
         given_q = np.array([q[k][tokens[:k]] for k in range(gamma)]).reshape(gamma, V)
-        law = verdict_law(rule, given_p, given_q, tokens, lenience)
+        points = breakpoints(given_p, given_q, tokens, lenience)
+        law = verdict_law(rule, given_p, given_q, tokens, lenience, points=points)
         for tau, token in zip(*np.nonzero(law), strict=True):
             text = (*tokens[:tau], int(token))
             out[text] += drafted[tokens] * law[tau, token] * joint(p, text)

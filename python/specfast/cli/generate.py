@@ -114,11 +114,14 @@ def _generate(
 ) -> Result:
     """One run; after Ctrl-C what there is by then. The engine checks the options before it loads the models."""
     with _prompt_progress(len(prompt)) as progress:
-        names = ("max_tokens", "seed", "stop", "top_k", "top_p", "min_p", "raw", "system", "ignore_eos")
-        typed = {name: getattr(options, name) for name in names}
+        names = (
+            *("max_tokens", "seed", "stop", "top_k", "top_p", "min_p", "truncation", "raw", "system", "ignore_eos"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_window"),
+        )
+        typed = {name: getattr(options, name) for name in names} | {"logit_bias": dict(options.logit_bias)}
         generation = engine.stream(prompt, progress=progress, **{**typed, **request})
         if announce and not options.quiet:
-            print(f"specfast: {engine.describe()}", file=sys.stderr)
+            print(f"specfast: {engine.describe(seeded=options.seed is not None)}", file=sys.stderr)
         try:
             for chunk in generation:
                 if show and not options.no_stream:
@@ -202,6 +205,7 @@ def _as_json(result: Result, engine: Engine) -> dict[str, Any]:
         "drafter": result.terms.drafter,
         "gamma": result.terms.gamma,
         "lossless": result.terms.lossless,
+        "rule": result.terms.rule,
         "precision": result.terms.precision,
         "model_family_compatibility": engine.pair.compatibility,
         "config": {

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import DRAFTERS, ENGINES, FIELDS, RULES, UNSET, check_option
 from ..errors import ConfigurationError
+from ..sampling import TRUNCATIONS
 
 EPILOG = """examples:
   specfast generate --prompt "def fibonacci(n):" --max-tokens 64 --temperature 0
@@ -115,7 +116,7 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
     add(
         *("--rule", "--speculative-rule"),
         **{"dest": "rule", "choices": RULES, "metavar": "RULE"},
-        help="token in this version",
+        help="token, block or coupled (block; with --seed and an automatic gamma coupled; token where lenience is not 1)",
     )
     add(
         *("--drafter", "--speculative-drafter"),
@@ -143,6 +144,32 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the fewest tokens with mass P")
     group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest")
+    group.add_argument(
+        "--truncation",
+        choices=TRUNCATIONS,
+        default="hf",
+        help="hf tempers, then truncates (hf); mlx the other way round",
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="on tokens of prompt and text; 1.0 is none"
+    )
+    group.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="A", help="on generated tokens, -2 to 2; 0 is none"
+    )
+    group.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="A", help="the same, times their number; 0 is none"
+    )
+    group.add_argument(
+        "--penalty-window", type=int, default=0, metavar="N", help="penalties look at the last N tokens (0, all)"
+    )
+    group.add_argument(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        default=[],
+        metavar="ID=B",
+        help="added to a logit; may be repeated",
+    )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
 
@@ -173,6 +200,14 @@ def _gamma(text: str) -> int | str:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer in 1 to 20 nor 'auto'") from None
     return value if value == "auto" else int(_in_range("gamma", value))
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a token id, =, and a number, such as 13=-1.5") from None
 
 
 def _model(text: str) -> str | None:

@@ -80,7 +80,7 @@ class SpeculativeEngine:
             draft_model=config.draft_model or automatic,
             drafter="none" if config.disabled else config.drafter or "combined with a draft, else suffix",
             target_engine=engine,
-            rule="greedy" if config.greedy else "token",
+            rule=config.effective_rule,
         )
 
     # What exo's base class declares.
