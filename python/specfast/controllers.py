@@ -80,7 +80,7 @@ class AutoGamma:
         measured: what is known already; it is added to.
     """
 
-    GRANT, BALANCE, EARNED, PLAIN_EVERY, STRETCH = 2.0, 4.0, 0.01, 64, 24
+    GRANT, BALANCE, EARNED, PLAIN_EVERY, STRETCH = 1.5, 4.0, 0.01, 64, 24
     PATIENCE = (16, 512)
     MARGIN, THINKING, THINKING_OF_GAINS, MOST_THOUGHT, CHOOSING_SECONDS = 0.02, 0.002, 0.3, 64, 15e-6
     AMORTISED = 64  # tokens over which reading what was sat out is to pay
