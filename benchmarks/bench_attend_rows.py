@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from specfast import _core
 from specfast.bench.random_model import random_model
-from specfast.bench.roofline import kv_bytes_per_position
 from specfast.bench.shapes import Shape
 
 CONTEXT, HEADS, ROUNDS = 8192 - 16, 32, 25
@@ -21,7 +20,7 @@ def cold(request):
         model.prefill(cache, (np.arange(positions) % 256).astype(np.int32))
         return cache
 
-    count = 1 + (96 << 20) // (kv_bytes_per_position(model) * CONTEXT)
+    count = 1 + (96 << 20) // (model.kv_bytes_per_position * CONTEXT)
     return model, [filled(CONTEXT) for _ in range(count)], filled(16)
 
 
@@ -46,5 +45,5 @@ def test_attend_rows(benchmark, cold, record, big, M):
     benchmark.pedantic(passes, setup=look_around, rounds=ROUNDS, warmup_rounds=2)
     bandwidth, peak = np.median(machine, axis=0) * 1e9
     macs = 2 * CONTEXT * model.head_dim * HEADS * M
-    roofline = max(kv_bytes_per_position(model) * CONTEXT / bandwidth, macs / peak)
+    roofline = max(model.kv_bytes_per_position * CONTEXT / bandwidth, macs / peak)
     record(series=f"attend_rows_{model.head_dim}", M=M, roofline_s=roofline + float(np.median(rest)))

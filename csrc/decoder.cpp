@@ -16,16 +16,14 @@ namespace specfast {
 
 Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
     : model_(std::move(model)),
-      cache_({static_cast<int32_t>(model_->layers.size()), model_->kv_heads, model_->head_dim,
-              model_->precision != Precision::f32},
-             model_->rope_inv_freq, capacity),
+      cache_(model_->kv_shape(), model_->windows(), capacity),
       work_(*model_),
       small_(model_->pass_bytes() < (size_t{16} << 20)) {}
 
 void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best) {
   const Model& model = *model_;
   ThreadPool& pool = ThreadPool::instance();
-  const size_t partial = Attention::partial_floats(cache_.shape(), model.heads, tile.M, tile.position + tile.M);
+  const size_t partial = Attention::partial_floats(cache_, model.heads, tile.M, tile.position);
   if (work_.partial.size() < partial) work_.partial.resize(partial);
   const auto prepare = [&](int threads) {
     const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
@@ -34,6 +32,7 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   };
   pool.run(alone(), prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
+    rope_angles(pass);
     embed_rows(pass);
     for (int layer = 0; layer < static_cast<int>(model.layers.size()); layer++) {
       const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
@@ -132,7 +131,6 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
   proposal.q.resize(law.greedy() || coupled ? 0 : static_cast<size_t>(gamma) * vocab);
   try {
     forward(pending, count, gamma > 0 ? 1 : 0, limit);
-    cache_.commit(count);
     if (adjustments) adjustments->restart();
     for (int32_t i = 0; i < gamma; i++) {
       if (i > 0) forward(&proposal.tokens[static_cast<size_t>(i - 1)], 1, 1, limit);
@@ -157,10 +155,11 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
       proposal.tokens[static_cast<size_t>(i)] = token;
     }
   } catch (...) {
-    cache_.truncate(length);
+    cache_.drop_to(0);
     proposal.tokens.clear();
     throw;
   }
+  cache_.commit_first(count);
 }
 
 Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law,

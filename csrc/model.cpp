@@ -57,6 +57,12 @@ float Model::attention_scale() const {
   return 1.0f / std::sqrt(static_cast<float>(head_dim));
 }
 
+std::vector<int64_t> Model::windows() const {
+  std::vector<int64_t> of_layers;
+  for (const LayerWeights& layer : layers) of_layers.push_back(layer.window);
+  return of_layers;
+}
+
 size_t Model::pass_bytes() const {
   size_t total = 0;
   for_each_matrix(*this, [&](const Matrix& w) { total += w.bytes(); });
@@ -148,6 +154,7 @@ void Model::check() const {
     expect(layer.v_bias, kv_columns(), at + "v_bias", true);
     expect(layer.q_norm, head_dim, at + "q_norm", true);
     expect(layer.k_norm, head_dim, at + "k_norm", true);
+    expect_range(layer.window, 0, int64_t{1} << 30, (at + "window").c_str());
   }
 }
 

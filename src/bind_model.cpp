@@ -50,7 +50,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
                 int32_t intermediate, int32_t vocab, float rms_eps, const Floats& rope_inv_freq, int64_t max_context,
                 const BoundMatrix& embed, std::optional<const BoundMatrix*> head, const Floats& norm,
                 const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa, bool pack,
-                bool mapped) {
+                bool mapped, int32_t kv_bits) {
   auto model = std::make_shared<Model>();
   std::vector<BoundMatrix> owners{embed};
   model->hidden = hidden;
@@ -70,6 +70,11 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   }
   model->norm = floats_of(norm);
   model->precision = precision_named(precision);
+  if (kv_bits != 8 && kv_bits != 16)
+    throw ShapeError("keys and values of " + std::to_string(kv_bits) + " bits are not supported; supported: 8, 16");
+  model->kv_format = kv_bits == 8                         ? KvFormat::int8
+                     : model->precision == Precision::f32 ? KvFormat::f32
+                                                          : KvFormat::bf16;
   model->kernels = &kernels_named(isa);
   for (nb::handle item : layers) {
     if (!nb::isinstance<nb::dict>(item)) throw ShapeError("a layer is a dictionary of its matrices and vectors");
@@ -89,6 +94,8 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
     w.v_bias = optional_floats(layer, "v_bias");
     w.q_norm = optional_floats(layer, "q_norm");
     w.k_norm = optional_floats(layer, "k_norm");
+    if (layer.contains("window") && !nb::object(layer["window"]).is_none())
+      w.window = nb::cast<int64_t>(layer["window"]);
     model->layers.push_back(std::move(w));
   }
   model->check();
@@ -191,12 +198,15 @@ void bind_model(nb::module_& m) {
       "(AVX-512, at\nprecision int8 and bf16);\n"
       "False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, "
       "whose\nmemory is given back once packed. Results of a row are the same bits for any\n"
-      "number of rows and threads, packed or not.")
+      "number of rows and threads, packed or not. A layer's \"window\" is how many positions up to its own a row "
+      "attends "
+      "to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as "
+      "float32\nwhen the precision is f32.")
       .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
            nb::arg("max_context"), nb::arg("embed"), nb::arg("head").none(), nb::arg("norm"), nb::arg("layers"),
            nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
-           nb::arg("mapped") = false)
+           nb::arg("mapped") = false, nb::arg("kv_bits") = 16)
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens"), nb::arg("logits_rows") = 1,
            "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
            "rows.\n\n"
@@ -224,6 +234,16 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("precision", [](const BoundModel& self) { return precision_name(self.model->precision); })
       .def_prop_ro("isa", [](const BoundModel& self) { return self.model->kernels->isa; })
       .def_prop_ro(
+          "kv_bits", [](const BoundModel& self) { return 8 * self.model->kv_shape().element_bytes(); },
+          "Bits of an element of a key or value.")
+      .def_prop_ro(
+          "kv_bytes_per_position",
+          [](const BoundModel& self) {
+            const KvShape shape = self.model->kv_shape();
+            return shape.head_page_bytes() / kPagePositions * static_cast<size_t>(shape.layers * shape.kv_heads);
+          },
+          "Bytes of keys, values and scales that one position takes in all layers.")
+      .def_prop_ro(
           "weight_bytes", [](const BoundModel& self) { return self.model->pass_bytes(); },
           "Bytes of weights one pass streams.")
       .def_prop_ro("packed_bytes", [](const BoundModel& self) { return self.model->packed_bytes(); })
@@ -234,7 +254,8 @@ void bind_model(nb::module_& m) {
   nb::class_<BoundCache>(m, "Cache",
                          "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
                          "committed or dropped.\n\n"
-                         "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed.")
+                         "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
+                         "layers with a\nwindow need no more of them than the window and the provisional rows.")
       .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::keep_alive<1, 2>())
       .def_prop_ro(
           "length", [](const BoundCache& self) { return self.sequence->cache().length(); }, "Committed positions.")
@@ -268,6 +289,11 @@ void bind_model(nb::module_& m) {
             if (length < 0 || length > self.sequence->cache().length())
               throw ShapeError("cannot truncate to " + std::to_string(length) + ": the cache holds " +
                                std::to_string(self.sequence->cache().length()));
+            const int64_t least = self.sequence->cache().least_length();
+            if (length > 0 && length < least)
+              throw ShapeError("cannot truncate to " + std::to_string(length) +
+                               ": the window has moved on, and the shortest possible length is " +
+                               std::to_string(least) + ", or 0");
             self.sequence->cache().truncate(length);
           },
           nb::arg("length"), "Drops committed positions from the end, and everything provisional.");

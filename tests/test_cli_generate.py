@@ -71,6 +71,18 @@ def test_the_last_line_is_json(run, pair):
     assert out.startswith(expected.text)
 
 
+def test_8_bit_keys_and_values_are_said(run, pair):
+    code, out, err = run(
+        "generate", "--prompt", "x", "--max-tokens", "9", "--temperature", "0", "--kv-bits", "8", "--json"
+    )
+    values = as_json(out)
+    engine = specfast.load(*pair, kv_bits=8)
+    expected = engine.generate("x", max_tokens=9, temperature=0.0, disabled=True)
+    assert (code, values["token_ids"], values["precision"]) == (0, expected.token_ids, "f32, kv 8 bit")
+    assert "native f32, kv 8 bit" in err
+    assert expected.terms.precision == engine.get_speculation_stats()["precision"] == "f32, kv 8 bit"
+
+
 def test_quiet_and_no_stream(run):
     code, out, err = run("generate", "--prompt", "x", "--max-tokens", "5", "--seed", "1", "--quiet")
     assert (code, err) == (0, "")
@@ -185,6 +197,7 @@ USAGE = {
     "unknown": ("--speculate",),
     "abbreviated": ("--speculative-gam", "3"),
     "file": ("--precision", "int3"),
+    "bits": ("--kv-bits", "4"),
 }
 
 

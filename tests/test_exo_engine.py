@@ -293,11 +293,12 @@ def test_the_requests_own_options_count(home, steps):
     ],
 )
 def test_the_temperature_is_the_nearest_that_was_given(home, typed, host, request_, model, expected):
-    typed = {**typed, "disabled": True, "top_k_threshold": 0.5}
+    law = {"top_k_threshold": 0.5, "rule": "block"}  # unset, an automatic gamma and a seed would choose another
+    typed = {**typed, "disabled": True, **law}
     options._command_line = options.CommandLine(typed, host, max_tokens=24)
     session = Session()
     got = asyncio.run(session.ask(TEXTS[0], model, seed=3, **request_))
-    plain = reference(home, model, top_k_threshold=0.5)
+    plain = reference(home, model, **law)
     texts = {t: plain(TEXTS[0], seed=3, temperature=t) for t in (0.3, 0.5, 0.8, 1.0, 1.5)}
     assert len({tuple(text) for text in texts.values()}) == 5
     assert got == texts[expected]

@@ -176,10 +176,11 @@ class Model:
     precision int8 and bf16);
     False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, whose
     memory is given back once packed. Results of a row are the same bits for any
-    number of rows and threads, packed or not.
+    number of rows and threads, packed or not. A layer's "window" is how many positions up to its own a row attends to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as float32
+    when the precision is f32.
     """
 
-    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False) -> None: ...
+    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False, kv_bits: int = 16) -> None: ...
 
     def forward(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_rows: int = 1) -> NDArray[numpy.float32]:
         """
@@ -237,6 +238,16 @@ class Model:
     def isa(self) -> str: ...
 
     @property
+    def kv_bits(self) -> int:
+        """Bits of an element of a key or value."""
+
+    @property
+    def kv_bytes_per_position(self) -> int:
+        """
+        Bytes of keys, values and scales that one position takes in all layers.
+        """
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights one pass streams."""
 
@@ -251,7 +262,8 @@ class Cache:
     """
     Keys and values of one sequence, as a transaction: rows are appended provisionally, then committed or dropped.
 
-    capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed.
+    capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; layers with a
+    window need no more of them than the window and the provisional rows.
     """
 
     def __init__(self, model: Model, capacity: int = 0) -> None: ...
@@ -314,11 +326,11 @@ def read_bandwidth(buffer: Annotated[NDArray[numpy.uint8], dict(order='C', devic
 def matmul_rows(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], matrix: Matrix, precision: str = 'int8', isa: str | None = None) -> NDArray[numpy.float32]:
     """x (M, K) float32 times matrix (N, K) transposed: (M, N) float32."""
 
-def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], half: bool = True, isa: str | None = None) -> NDArray[numpy.float32]:
+def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], kv_bits: int = 16, isa: str | None = None, window: int = 0) -> NDArray[numpy.float32]:
     """
     Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all float32.
 
-    half stores keys and values as bf16, as the cache does unless the precision is f32.
+    kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it; window 0 is all.
     """
 
 class SuffixAutomaton:

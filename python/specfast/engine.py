@@ -39,6 +39,7 @@ class Engine:
         isa: kernel table to use; None is the best.
         notify: told, once each, what people should know.
         resolve: finds a model's directory by its name; None is `hub.resolve`.
+        kv_bits: of keys and values, 8 or 16; None is 16 (f32 with f32 activations).
 
     Raises:
         ConfigurationError: something this version cannot do, a context below 1, or a kernel table that cannot be used.
@@ -52,6 +53,7 @@ class Engine:
         isa: str | None = None,
         notify: Notify = print_notice,
         resolve: Resolve | None = None,
+        kv_bits: int | None = None,
     ) -> None:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
@@ -63,6 +65,7 @@ class Engine:
         self.stats = SpeculationStats()
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
         self._resolve = resolve or hub.resolve
+        self._kv_bits = kv_bits
         self._pair: ModelPair | None = None
         self._said: set[str] = set()
         self._measured: dict[Path | None, Measurements] = {}
@@ -89,7 +92,9 @@ class Engine:
         return self._drafter_name(self.resolved, self.pair)
 
     def _load(self, config: SpeculativeConfig) -> ModelPair:
-        pair = ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        pair = ModelPair.load(
+            config, self._precision, self._max_context, self._isa, self._say_once, self._resolve, self._kv_bits
+        )
         asked, started = _core.num_threads(), _core.start_threads()
         if started < asked:
             self._say_once(

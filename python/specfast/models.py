@@ -75,6 +75,7 @@ class ModelPair:
         isa: str | None,
         notify: Notify,
         resolve: Resolve,
+        kv_bits: int | None = None,
     ) -> ModelPair:
         """Finds and loads what a configuration names; a draft that does not fit is refused with a warning.
 
@@ -84,12 +85,12 @@ class ModelPair:
             ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
         """
         directory = embedded.path("target") if config.target_model is None else resolve(config.target_model)
-        target = load_model(directory, precision=precision, isa=isa, max_context=max_context)
+        target = load_model(directory, precision=precision, isa=isa, max_context=max_context, kv_bits=kv_bits)
         tokenizer = Tokenizer(directory)
         choice = choose_draft(config, directory, notify, resolve)
         draft = None
         if choice.directory:
-            draft = load_model(choice.directory, isa=isa, precision=_draft_precision(precision))
+            draft = load_model(choice.directory, isa=isa, precision=_draft_precision(precision), kv_bits=kv_bits)
             if draft.model.weight_bytes >= target.model.weight_bytes:
                 notify(
                     f"check that the draft model is actually smaller: {choice.name} has {draft.model.weight_bytes / 1e6:.0f} MB "

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if options.time and options.quiet and not options.compare:
         raise ConfigurationError("--time prints to stderr, where --quiet allows nothing; give one of them")
     set_threads(options.threads)
-    engine = Engine(resolve_config(typed_options(options)), options.precision, options.context)
+    engine = Engine(resolve_config(typed_options(options)), options.precision, options.context, kv_bits=options.kv_bits)
     if options.compare:
         _require_draft_named(engine.config)
     prompt = _read_prompt(options)

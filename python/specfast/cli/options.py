@@ -37,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--precision", choices=("int8", "bf16", "f32"), help="of activations (int8 for quantised weights, else theirs)"
     )
+    machine.add_argument("--kv-bits", type=int, choices=(8, 16), help="of keys and values: 8 halves their memory (16)")
     machine.add_argument("--threads", type=int, metavar="N", help="of native calls (one per core; at most one per CPU)")
     machine.add_argument("--context", type=int, metavar="N", help="bound the context below the model's")
     output = parser.add_argument_group("output")
