@@ -171,35 +171,41 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Runs what is asked for and prints a table."""
     prompts = tomllib.loads((Path(__file__).parent / "prompt_classes.toml").read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", nargs="*", default=list(prompts), choices=list(prompts))
-    parser.add_argument("--only", nargs="*", default=[*DRAFTERS, "controller"], choices=[*DRAFTERS, "controller"])
-    parser.add_argument("--tokens", type=int, default=512, help="of a continuation (512)")
+    parser.add_argument("--classes", nargs="+", default=list(prompts), choices=list(prompts))
+    parser.add_argument("--only", nargs="+", default=[*DRAFTERS, "controller"], choices=[*DRAFTERS, "controller"])
+    parser.add_argument("--tokens", type=_positive, default=512, help="of a continuation (512)")
     parser.add_argument("--gamma", type=int, default=5, help="of the drafters; the controller chooses (5)")
-    parser.add_argument("--pairs", type=int, default=15, help="pairs of runs that count (15)")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
-    arguments = parser.parse_args()
+    parser.add_argument("--pairs", type=_positive, default=15, help="pairs of runs that count (15)")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
+    arguments = parser.parse_args(argv)
     engine = specfast.load()
-    rows = []
-    print("| prompts | drafter | acceptance | tokens per pass | speed against plain | loops left out |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    if not arguments.json:
+        print("| prompts | drafter | acceptance | tokens per pass | speed against plain | loops left out |")
+        print("| --- | --- | --- | --- | --- | --- |")
     for name in arguments.classes:
         runs = Runs(engine, name, prompts[name], arguments.tokens, arguments.gamma)
         for drafter in arguments.only:
             row = measure(runs, name, drafter, arguments.pairs)
-            rows.append(row)
-            speed = f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
-            print(
-                f"| {name} | {drafter} | {row.acceptance:.2f} | {row.tokens_per_pass:.2f} | {speed} | "
-                f"{row.loops} of {row.loops + row.pairs} |",
-                flush=True,
-            )
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+            print(json.dumps(asdict(row)) if arguments.json else _line(row), flush=True)
+    return 0
+
+
+def _line(row: Row) -> str:
+    return (
+        f"| {row.prompts} | {row.drafter} | {row.acceptance:.2f} | {row.tokens_per_pass:.2f} | "
+        f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) | {row.loops} of {row.loops + row.pairs} |"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
