@@ -76,7 +76,7 @@ def test_the_threshold_keeps_its_share_and_a_typed_count_replaces_it(directories
     assert law({"top_k_threshold": 0.5}, top_k=200).top_k == 160  # both given: both hold
     assert law({"top_k_threshold": 0.5}, top_k=7).top_k == 7
     stream = specfast.load(*directories).stream("x", top_p=0.5, min_p=0.1, temperature=0.5)
-    assert stream._drafter._drafter._law is stream._target.law  # one law for p and q
+    assert stream._drafter._drafter._parts["model"]._law is stream._target.law  # one law for p and q
     assert (stream._target.law.top_p, stream._target.law.temperature) == (0.5, 0.5)
 
 
@@ -172,7 +172,7 @@ def test_a_draft_with_less_context_stops_drafting_and_decoding_goes_on(directori
     told = []
     engine = specfast.load(target, tmp_path / "short", notify=told.append)
     for length in (10, 39, 60):
-        options = {"max_tokens": 80, "temperature": 0.0, "ignore_eos": True}
+        options = {"max_tokens": 80, "temperature": 0.0, "ignore_eos": True, "drafter": "model"}
         result = engine.generate([7] * length, **options)
         assert result.token_ids == engine.generate([7] * length, **options, disabled=True).token_ids
         assert (result.stats.drafted > 0) == (length < 40)
@@ -395,7 +395,7 @@ def test_a_target_without_a_draft_says_how_to_get_one(directories):
     told = []
     engine = specfast.load(directories[0], notify=told.append)
     assert engine.pair.draft is None
-    assert "plain decoding" in told[0]
+    assert "suffix" in told[0]
     assert "--speculative-draft-model" in told[0]
     assert specfast.load(directories[0], disabled=True, notify=told.append) is not None
     assert len(told) == 1

@@ -361,3 +361,65 @@ def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu
 
     kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it; window 0 is all.
     """
+
+class SuffixAutomaton:
+    """
+    The longest suffix of a growing text that occurred before, at its last known earlier end. Amortised constant time a token, at most 216 bytes a token.
+    """
+
+    def __init__(self) -> None: ...
+
+    def append(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Appends tokens (n,) int32, which are copied."""
+
+    def push(self, token: int) -> int:
+        """Appends one token; returns match_length."""
+
+    def propose(self, max_tokens: int, min_match: int, proposal: Proposal) -> int:
+        """
+        Puts what followed the match into proposal, without laws (each token is certain), and returns how many tokens: max_tokens (at most 64), or 0 if fewer than min_match tokens match. A match that reaches the end goes on periodically.
+        """
+
+    @property
+    def match_length(self) -> int:
+        """Tokens at the end that occurred before."""
+
+    @property
+    def match_end(self) -> int:
+        """Where the earlier occurrence ends; -1 without a match."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+class PromptLookup:
+    """
+    The last 3 tokens of a growing text, else 2, else 1, at their latest earlier occurrence. Constant time and at most 104 bytes a token.
+    """
+
+    def __init__(self) -> None: ...
+
+    def append(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Appends tokens (n,) int32, which are copied."""
+
+    def push(self, token: int) -> int:
+        """Appends one token; returns match_length."""
+
+    def propose(self, max_tokens: int, min_match: int, proposal: Proposal) -> int:
+        """
+        Puts what followed the match into proposal, without laws (each token is certain), and returns how many tokens: max_tokens (at most 64), or 0 if fewer than min_match tokens match. A match that reaches the end goes on periodically.
+        """
+
+    @property
+    def match_length(self) -> int:
+        """Tokens at the end that occurred before."""
+
+    @property
+    def match_end(self) -> int:
+        """Where the earlier occurrence ends; -1 without a match."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...

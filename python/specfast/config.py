@@ -16,6 +16,7 @@ EarlyExit = int | Literal["auto"] | None
 Source = Literal["request", "typed", "host", "family", "default"]
 ENGINES = ("mlx", "tinygrad", "native")
 RULES = ("token", "block", "coupled")
+DRAFTERS = ("model", "suffix", "prompt-lookup", "combined", "none")
 NO_DRAFT: Final = "none"
 
 
@@ -115,6 +116,7 @@ _CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "early_exit": _layer,
     "disabled": _flag("disabled"),
     "rule": _choice("rule", RULES),
+    "drafter": _choice("drafter", DRAFTERS),
 }
 
 
@@ -143,6 +145,8 @@ class SpeculativeConfig:
         lenience: 0.5 to 2.0; a drafted token is accepted with min(1, lenience p / q). Above 1 the law changes.
         early_exit: draft with this many of the target's first layers, or "auto"; None does not. There is no other draft then.
         disabled: plain decoding; no draft is fetched or loaded.
+        drafter: "model", "suffix" (the longest suffix seen before, in prompt or output), "prompt-lookup" (the last 3
+            tokens), "combined" (suffix and model) or "none"; None is combined where there is a draft, else suffix.
         rule: how drafted tokens are accepted, "token", "block" or "coupled" (see docs/lossless.md); None is block, or token
             where lenience is not 1. Block and coupled need lenience 1, unless greedy.
 
@@ -162,6 +166,7 @@ class SpeculativeConfig:
     early_exit: EarlyExit = None
     disabled: bool = False
     rule: str | None = None
+    drafter: str | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -190,7 +195,7 @@ class SpeculativeConfig:
     @property
     def lossless(self) -> bool:
         """Whether the output law is the target's: always, except for a lenience above 1 when sampling."""
-        return self.lenience <= 1.0 or self.greedy or self.disabled
+        return self.lenience <= 1.0 or self.greedy or self.disabled or self.drafter == "none"
 
     def require_available(self) -> None:
         """Refuses what this version cannot do yet.
@@ -211,6 +216,7 @@ assert set(_CHECKS) == set(FIELDS)
 _SHOWN = {
     "target_model": "target",
     "draft_model": "draft",
+    "drafter": "drafter",
     "target_engine": "engine",
     "gamma": "gamma",
     "temperature": "temperature",

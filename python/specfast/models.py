@@ -50,7 +50,7 @@ class ModelPair:
     """A target, its draft if there is one that fits, and their tokenizer.
 
     Attributes:
-        target, draft: the native models.
+        target, draft: the native models; without a draft, drafting is copying, or early exit.
         early_exit: how many of the target's first layers draft, or "auto"; there is no draft then.
         target_name, draft_name: what people call them.
         template: the target's chat template, if any.
@@ -69,11 +69,6 @@ class ModelPair:
     compatibility: Status
     vocab: int
     eos_ids: tuple[int, ...]
-
-    @property
-    def drafts(self) -> bool:
-        """Whether there is something to draft with; else decoding is plain."""
-        return self.draft is not None or self.early_exit is not None
 
     @classmethod
     def load(
@@ -187,7 +182,8 @@ def _draft_precision(precision: str | None) -> str | None:
 
 def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolve: Resolve) -> DraftChoice:
     """The draft a configuration names or its family suggests, compared with the target's directory; says why there is none."""
-    if config.disabled or config.early_exit is not None or config.draft_model == NO_DRAFT:
+    without = config.early_exit is not None or config.drafter in ("suffix", "prompt-lookup", "none")
+    if config.disabled or config.draft_model == NO_DRAFT or without:
         return DraftChoice()
     if config.target_model is None and config.draft_model is None:
         return DraftChoice("compatible", embedded.path("draft"), "embedded")
@@ -204,7 +200,7 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
             if drafts
             else "name one with --speculative-draft-model"
         )
-        notify(f"{name} has no draft: plain decoding; {hint}")
+        notify(f"{name} has no draft: its own text so far is copied where that pays (the suffix drafter); {hint}")
         return typed
     free = _free_bytes()
     for candidate in ranked_drafts(name):
@@ -221,7 +217,7 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
             continue
         if choice.directory:
             return choice
-    notify(f"no draft is known to fit {name}: plain decoding" if ranked_drafts(name) else explain_suggestion(name))
+    notify(f"no draft is known to fit {name}: suffix drafter" if ranked_drafts(name) else explain_suggestion(name))
     return typed
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import ENGINES, FIELDS, RULES, UNSET, check_option
+from ..config import DRAFTERS, ENGINES, FIELDS, RULES, UNSET, check_option
 from ..errors import ConfigurationError
 from ..sampling import TRUNCATIONS
 
@@ -118,6 +118,11 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
         *("--rule", "--speculative-rule"),
         **{"dest": "rule", "choices": RULES, "metavar": "RULE"},
         help="token, block or coupled (block; with --seed and an automatic gamma coupled; token where lenience is not 1)",
+    )
+    add(
+        *("--drafter", "--speculative-drafter"),
+        **{"dest": "drafter", "choices": DRAFTERS, "metavar": "DRAFTER"},
+        help="model, suffix, prompt-lookup, combined or none (combined where there is a draft, else suffix)",
     )
     add(
         *("--early-exit", "--speculative-early-exit"),

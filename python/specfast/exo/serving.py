@@ -144,8 +144,10 @@ class ServedModels:
         except UnsupportedModelError as error:
             choice = await self._compute(choose_draft, config.config, path, self._say_once, locate.metadata)
             return await self._load_host(shard, engine, str(error), choice.status)
-        draft = f"draft {pair.draft_name} ({pair.compatibility})" if pair.drafts else "no draft, plain decoding"
-        lossless = "lossless" if config.config.lossless or not pair.drafts else "not lossless: lenience above 1"
+        copying = "no draft, plain decoding" if native.drafter == "none" else f"no draft, {native.drafter} drafter"
+        draft = f"draft {pair.draft_name} ({pair.compatibility})" if pair.draft_name else copying
+        exact = config.config.lossless or native.drafter == "none"
+        lossless = "lossless" if exact else "not lossless: lenience above 1"
         say(f"{shard.model_id}: {draft}, {pair.target.precision} activations, {lossless}")
         tokenizer = await importlib.import_module("exo.inference.tokenizers").resolve_tokenizer(path)
         return ServedModel(shard, tokenizer, native, compatibility=pair.compatibility)
