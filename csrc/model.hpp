@@ -39,7 +39,9 @@ struct Model {
   /// Of each layer.
   std::vector<int64_t> windows() const;
   /// Bytes of weights one forward pass streams, the head included.
-  size_t pass_bytes() const;
+  size_t pass_bytes() const { return pass_bytes(static_cast<int>(layers.size())); }
+  /// The same for a pass over the first `first_layers` layers.
+  size_t pass_bytes(int first_layers) const;
   /// Multiply-adds of the matmuls of one row.
   double row_macs() const;
   /// Throws ShapeError when a matrix or vector does not fit the sizes above.

@@ -167,6 +167,67 @@ void draft(const BoundModel& self, BoundCache& cache, const Tokens& pending, int
                  adjustments.value_or(nullptr));
 }
 
+int32_t require_exit(const BoundModel& self, int32_t layers) {
+  const int32_t last = static_cast<int32_t>(self.model->layers.size()) - 1;
+  if (layers < 1 || layers > last)
+    throw ShapeError("an exit after layer " + std::to_string(layers) + " is outside 1 to " + std::to_string(last) +
+                     ": the model has " + std::to_string(last + 1) + " layers");
+  return layers;
+}
+
+void draft_early(const BoundModel& self, BoundCache& cache, const Tokens& pending, int32_t gamma, int32_t layers,
+                 const Law& law, uint64_t seed, uint64_t round, Proposal& proposal, const std::string& rule,
+                 std::optional<Adjustments*> adjustments) {
+  Sequence& sequence = sequence_of(self, cache);
+  require_tokens(pending);
+  const Rule named = rule_named(rule);
+  require_exit(self, layers);
+  if (gamma < 0 || gamma > 64) throw ShapeError("gamma " + std::to_string(gamma) + " is outside 0 to 64");
+  CacheUse use(cache);
+  nb::gil_scoped_release release;
+  sequence.draft_early(pending.data(), static_cast<int64_t>(pending.size()), gamma, layers, law, seed, round, proposal,
+                       named, adjustments.value_or(nullptr));
+}
+
+nb::ndarray<nb::numpy, double> exit_acceptance(const BoundModel& self, BoundCache& cache, const Tokens& tokens,
+                                               const Tokens& exits, const Law& law) {
+  Sequence& sequence = sequence_of(self, cache);
+  require_tokens(tokens);
+  std::vector<int32_t> layers(exits.data(), exits.data() + exits.size());
+  for (size_t i = 0; i < layers.size(); i++) {
+    if (require_exit(self, layers[i]); i > 0 && layers[i] <= layers[i - 1])
+      throw ShapeError("exits must ascend; " + std::to_string(layers[i]) + " follows " + std::to_string(layers[i - 1]));
+  }
+  double* data;
+  auto out = make_array(&data, {layers.size()});
+  if (layers.empty()) return out;
+  CacheUse use(cache);
+  nb::gil_scoped_release release;
+  const auto found = sequence.exit_acceptance(tokens.data(), static_cast<int64_t>(tokens.size()), layers, law);
+  std::copy(found.begin(), found.end(), data);
+  return out;
+}
+
+nb::ndarray<nb::numpy, uint8_t> kv_bytes(BoundCache& self, int layer) {
+  const KvCache& kv = self.sequence->cache();
+  const KvShape& shape = kv.shape();
+  if (layer < 0 || layer >= shape.layers)
+    throw ShapeError("layer " + std::to_string(layer) + " is outside 0 to " + std::to_string(shape.layers - 1));
+  CacheUse use(self);
+  const int64_t pages = (kv.length() + kv.provisional() + kPagePositions - 1) / kPagePositions;
+  uint8_t* out;
+  auto array = make_array(&out, {static_cast<size_t>(pages) * static_cast<size_t>(shape.kv_heads),
+                                 shape.k_page_bytes() + shape.v_page_bytes()});
+  for (int64_t page = 0; page < pages; page++) {
+    for (int head = 0; head < shape.kv_heads; head++) {
+      const KvPage kv_page = kv.page(page, layer, head);
+      out = std::copy_n(static_cast<const uint8_t*>(kv_page.k), shape.k_page_bytes(), out);
+      out = std::copy_n(static_cast<const uint8_t*>(kv_page.v), shape.v_page_bytes(), out);
+    }
+  }
+  return array;
+}
+
 Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending, const Proposal* proposal,
                const Law& law, double lenience, uint64_t seed, uint64_t round, const std::string& rule,
                std::optional<Adjustments*> adjustments) {
@@ -217,6 +278,21 @@ void bind_model(nb::module_& m) {
            nb::arg("round"), nb::arg("proposal"), nb::arg("rule") = "token", nb::arg("adjustments") = nb::none(),
            "Commits pending (n,) int32, then drafts gamma tokens into proposal; gamma - 1 of them stay provisional.\n\n"
            "rule \"coupled\" chooses them by the noise of their positions in the text; seed and round key other draws.")
+      .def("draft_early", &draft_early, nb::arg("cache"), nb::arg("pending"), nb::arg("gamma"), nb::arg("layers"),
+           nb::arg("law"), nb::arg("seed"), nb::arg("round"), nb::arg("proposal"), nb::arg("rule") = "token",
+           nb::arg("adjustments") = nb::none(),
+           "Drafts gamma tokens after pending (n,) int32 with the first layers, the final norm and the head.\n\n"
+           "Appends nothing; a verify of the same tokens that comes next goes on from these layers, with the bits of "
+           "one "
+           "that\nstarts anew. Raises ShapeError where layers is not 1 to model.layers - 1, and ContextFullError where "
+           "the cache has no\nroom for pending and gamma more, with the cache unchanged.")
+      .def("exit_acceptance", &exit_acceptance, nb::arg("cache"), nb::arg("tokens"), nb::arg("exits"), nb::arg("law"),
+           "Appends tokens (M,) int32 provisionally; returns, for each of exits (n,) int32 (numbers of layers, "
+           "ascending), "
+           "the\nmean over the rows of sum(min(p, q)), (n,) float64: the chance that a token drafted after so many "
+           "layers "
+           "is accepted.\n\n"
+           "Raises what verify and draft_early raise, with the cache unchanged.")
       .def("verify", &verify, nb::arg("cache"), nb::arg("pending"), nb::arg("proposal").none(), nb::arg("law"),
            nb::arg("lenience"), nb::arg("seed"), nb::arg("round"), nb::arg("rule") = "token",
            nb::arg("adjustments") = nb::none(),
@@ -246,6 +322,10 @@ void bind_model(nb::module_& m) {
       .def_prop_ro(
           "weight_bytes", [](const BoundModel& self) { return self.model->pass_bytes(); },
           "Bytes of weights one pass streams.")
+      .def(
+          "early_bytes",
+          [](const BoundModel& self, int32_t layers) { return self.model->pass_bytes(require_exit(self, layers)); },
+          nb::arg("layers"), "Bytes of weights a pass over the first layers and the head streams.")
       .def_prop_ro("packed_bytes", [](const BoundModel& self) { return self.model->packed_bytes(); })
       .def_prop_ro(
           "macs_per_row", [](const BoundModel& self) { return self.model->row_macs(); },
@@ -264,6 +344,13 @@ void bind_model(nb::module_& m) {
           "Positions not yet committed.")
       .def_prop_ro("capacity", [](const BoundCache& self) { return self.sequence->cache().capacity(); })
       .def_prop_ro("nbytes", [](const BoundCache& self) { return self.sequence->cache().bytes(); })
+      .def_prop_ro(
+          "layer_rows", [](const BoundCache& self) { return self.sequence->layer_rows(); },
+          "Layers run so far, each counted once for every row.")
+      .def("kv_bytes", &kv_bytes, nb::arg("layer"),
+           "A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8. Positions "
+           "after the "
+           "last hold anything.")
       .def(
           "commit",
           [](BoundCache& self, int64_t n) {

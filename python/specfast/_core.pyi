@@ -199,6 +199,23 @@ class Model:
         rule "coupled" chooses them by the noise of their positions in the text; seed and round key other draws.
         """
 
+    def draft_early(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], gamma: int, layers: int, law: Law, seed: int, round: int, proposal: Proposal, rule: str = 'token', adjustments: Adjustments | None = None) -> None:
+        """
+        Drafts gamma tokens after pending (n,) int32 with the first layers, the final norm and the head.
+
+        Appends nothing; a verify of the same tokens that comes next goes on from these layers, with the bits of one that
+        starts anew. Raises ShapeError where layers is not 1 to model.layers - 1, and ContextFullError where the cache has no
+        room for pending and gamma more, with the cache unchanged.
+        """
+
+    def exit_acceptance(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], exits: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], law: Law) -> NDArray[numpy.float64]:
+        """
+        Appends tokens (M,) int32 provisionally; returns, for each of exits (n,) int32 (numbers of layers, ascending), the
+        mean over the rows of sum(min(p, q)), (n,) float64: the chance that a token drafted after so many layers is accepted.
+
+        Raises what verify and draft_early raise, with the cache unchanged.
+        """
+
     def verify(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], proposal: Proposal | None, law: Law, lenience: float, seed: int, round: int, rule: str = 'token', adjustments: Adjustments | None = None) -> Verdict:
         """
         Appends pending and the drafted tokens provisionally in one pass and applies a rule, or greedy.
@@ -251,6 +268,9 @@ class Model:
     def weight_bytes(self) -> int:
         """Bytes of weights one pass streams."""
 
+    def early_bytes(self, layers: int) -> int:
+        """Bytes of weights a pass over the first layers and the head streams."""
+
     @property
     def packed_bytes(self) -> int: ...
 
@@ -281,6 +301,15 @@ class Cache:
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def layer_rows(self) -> int:
+        """Layers run so far, each counted once for every row."""
+
+    def kv_bytes(self, layer: int) -> NDArray[numpy.uint8]:
+        """
+        A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8. Positions after the last hold anything.
+        """
 
     def commit(self, n: int) -> None:
         """Keeps the first n provisional rows and drops the rest."""
@@ -332,3 +361,65 @@ def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu
 
     kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it; window 0 is all.
     """
+
+class SuffixAutomaton:
+    """
+    The longest suffix of a growing text that occurred before, at its last known earlier end. Amortised constant time a token, at most 216 bytes a token.
+    """
+
+    def __init__(self) -> None: ...
+
+    def append(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Appends tokens (n,) int32, which are copied."""
+
+    def push(self, token: int) -> int:
+        """Appends one token; returns match_length."""
+
+    def propose(self, max_tokens: int, min_match: int, proposal: Proposal) -> int:
+        """
+        Puts what followed the match into proposal, without laws (each token is certain), and returns how many tokens: max_tokens (at most 64), or 0 if fewer than min_match tokens match. A match that reaches the end goes on periodically.
+        """
+
+    @property
+    def match_length(self) -> int:
+        """Tokens at the end that occurred before."""
+
+    @property
+    def match_end(self) -> int:
+        """Where the earlier occurrence ends; -1 without a match."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+class PromptLookup:
+    """
+    The last 3 tokens of a growing text, else 2, else 1, at their latest earlier occurrence. Constant time and at most 104 bytes a token.
+    """
+
+    def __init__(self) -> None: ...
+
+    def append(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Appends tokens (n,) int32, which are copied."""
+
+    def push(self, token: int) -> int:
+        """Appends one token; returns match_length."""
+
+    def propose(self, max_tokens: int, min_match: int, proposal: Proposal) -> int:
+        """
+        Puts what followed the match into proposal, without laws (each token is certain), and returns how many tokens: max_tokens (at most 64), or 0 if fewer than min_match tokens match. A match that reaches the end goes on periodically.
+        """
+
+    @property
+    def match_length(self) -> int:
+        """Tokens at the end that occurred before."""
+
+    @property
+    def match_end(self) -> int:
+        """Where the earlier occurrence ends; -1 without a match."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...

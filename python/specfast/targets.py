@@ -61,17 +61,24 @@ class NativeTarget:
         adjustments: _core.Adjustments | None = None,
     ) -> None:
         self._adjustments = adjustments
-        self._model, self._law, self._lenience, self._seed, self._rule = model, law, lenience, seed, rule
+        self.model, self.law, self._lenience, self._seed, self._rule = model, law, lenience, seed, rule
         self.cache = _core.Cache(model, capacity)
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
-        prefill(self._model, self.cache, tokens, progress)
+        prefill(self.model, self.cache, tokens, progress)
+
+    def draft_early(self, context: Context, gamma: int, layers: int, proposal: _core.Proposal) -> None:
+        """Drafts gamma tokens with the first layers; `verify` goes on from what these computed."""
+        pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
+        follow(self._adjustments, context)
+        draws = self.law, self._seed, context.round, proposal, self._rule, self._adjustments
+        self.model.draft_early(self.cache, pending, gamma, layers, *draws)
 
     def verify(self, context: Context, proposal: _core.Proposal | None) -> _core.Verdict:
         pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
         follow(self._adjustments, context)
-        draws = self._law, self._lenience, self._seed, context.round, self._rule
-        return self._model.verify(self.cache, pending, proposal, *draws, self._adjustments)
+        draws = self.law, self._lenience, self._seed, context.round, self._rule
+        return self.model.verify(self.cache, pending, proposal, *draws, self._adjustments)
 
     def commit(self, kept: int) -> None:
         self.cache.commit(kept)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import ENGINES, FIELDS, RULES, UNSET, check_option
+from ..config import DRAFTERS, ENGINES, FIELDS, RULES, UNSET, check_option
 from ..errors import ConfigurationError
 from ..sampling import TRUNCATIONS
 
@@ -120,9 +120,14 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
         help="token, block or coupled (block; with --seed and an automatic gamma coupled; token where lenience is not 1)",
     )
     add(
+        *("--drafter", "--speculative-drafter"),
+        **{"dest": "drafter", "choices": DRAFTERS, "metavar": "DRAFTER"},
+        help="model, suffix, prompt-lookup, combined or none (combined where there is a draft, else suffix)",
+    )
+    add(
         *("--early-exit", "--speculative-early-exit"),
-        **{"dest": "early_exit", "type": int, "metavar": "LAYER"},
-        help="draft with the target's first layers; not in this version",
+        **{"dest": "early_exit", "type": _early_exit, "metavar": "LAYER|auto"},
+        help="draft with the target's first layers instead of a draft model; auto measures which",
     )
     add(
         *("--plain", "--disable-speculative"),
@@ -196,6 +201,14 @@ def _gamma(text: str) -> int | str:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer in 1 to 20 nor 'auto'") from None
     return value if value == "auto" else int(_in_range("gamma", value))
+
+
+def _early_exit(text: str) -> int | str:
+    try:
+        value = text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a layer nor 'auto'") from None
+    return value if value == "auto" else int(_in_range("early_exit", value))
 
 
 def _bias(text: str) -> tuple[int, float]:
