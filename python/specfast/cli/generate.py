@@ -83,7 +83,9 @@ def _compare(engine: Engine, prompt: str, options: argparse.Namespace) -> int:
         if runs[-1].finish_reason == "interrupted":
             return 130
         pair = engine.pair
-        if engine.drafter == "none" or (pair.draft is None and pair.early_exit is None and engine.config.drafter is None):
+        if engine.drafter == "none" or (
+            pair.draft is None and pair.early_exit is None and engine.config.drafter is None
+        ):
             raise ConfigurationError(f"--compare {_NEEDS_DRAFT}")
     _, plain, speculative = runs
     identical = plain.token_ids == speculative.token_ids
