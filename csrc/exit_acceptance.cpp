@@ -48,7 +48,7 @@ std::vector<double> Sequence::exit_acceptance(const int32_t* tokens, int64_t cou
     const auto laws = [&](int32_t M, bool target) {
       require_finite(M);
       LawStatus status[kTileRows] = {};
-      ThreadPool::instance().run(small_, prepare, [&](const Team& team) {
+      ThreadPool::instance().run(alone(), prepare, [&](const Team& team) {
         const size_t thread = static_cast<size_t>(team.id);
         for (int32_t m = team.id; m < M; m += team.size) {
           const size_t row = static_cast<size_t>(m);

@@ -60,7 +60,7 @@ def measure_acceptance(
     """For each exit the mean of sum(min(p, q)) over the rows of the text's last MOST_ROWS tokens.
 
     A text of fewer than FEWEST_ROWS is continued by as many of the likeliest tokens. The same on every run: nothing is
-    timed and nothing drawn.
+    timed and nothing drawn. Penalties, biases and masks are left out.
 
     Args:
         tokens: a text of at least one token.
