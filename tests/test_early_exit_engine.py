@@ -86,17 +86,6 @@ def test_auto_takes_the_exit_after_which_nothing_happens(tmp_path):
         assert run.stats.acceptance_rate == 1.0
 
 
-def test_auto_without_a_typed_gamma_decodes_plainly_where_no_exit_pays(tmp_path):
-    write_model(tmp_path, deep(3, matter=(9.0, 9.0, 9.0)))
-    write_tokenizer(tmp_path, byte_level())
-    told = []
-    run = generate(
-        tmp_path, load={"early_exit": "auto"}, notify=told.append, temperature=0.9, top_k=0, seed=1, rule="token"
-    )
-    assert run.stats.drafted == 0
-    assert told[-1] == "no early exit pays here: plain decoding"
-
-
 def test_the_measured_exit_has_the_most_expected_tokens_per_cost():
     model = native(deep(5))
     text = list(range(100))

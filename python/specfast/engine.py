@@ -288,15 +288,7 @@ class Engine:
             if gamma == "auto" and stats.target_passes >= WORTH_KEEPING:
                 save_measurements(path, self._measured[path])
 
-        drafter: Drafter = NoDrafter()
-        if name in ("suffix", "prompt-lookup"):
-            drafter = CopyDrafter(name)
-        elif pair.draft and name != "none":
-            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity, native_rule, adjustments)
-            if name == "combined":
-                drafter = CombinedDrafter({"suffix": CopyDrafter("suffix"), "model": drafter})
-        elif name == "early-exit":
-            drafter = self._early_exit(pair, target, range(1, ceiling + 1) if gamma == "auto" else (gamma,))
+        drafter = NoDrafter() if name == "none" else self._make_drafter(name, pair, target, gamma, ceiling)
         return Generation(
             context,
             target,
@@ -308,12 +300,23 @@ class Engine:
             on_end=ended,
         )
 
-    def _early_exit(self, pair: ModelPair, target: NativeTarget, gammas: Sequence[int]) -> Drafter:
-        def chosen(found: Exit) -> None:
-            self._say_once(f"early exit after layer {found.layers} of {pair.target.model.layers}")
+    def _make_drafter(
+        self, name: str, pair: ModelPair, target: NativeTarget, gamma: int | Literal["auto"], ceiling: int
+    ) -> Drafter:
+        if name in ("suffix", "prompt-lookup"):
+            return CopyDrafter(name)
+        if name == "early-exit":
 
-        assert pair.early_exit is not None
-        return EarlyExitDrafter(target, pair.early_exit, gammas=gammas, on_choice=chosen)
+            def chosen(found: Exit) -> None:
+                self._say_once(f"early exit after layer {found.layers} of {pair.target.model.layers}")
+
+            assert pair.early_exit is not None
+            gammas = range(1, ceiling + 1) if gamma == "auto" else (gamma,)
+            return EarlyExitDrafter(target, pair.early_exit, gammas=gammas, on_choice=chosen)
+        assert pair.draft is not None
+        draws = target.law, target.seed, target.cache.capacity, target.rule, target.adjustments
+        model = ModelDrafter(pair.draft.model, *draws)
+        return model if name == "model" else CombinedDrafter({"suffix": CopyDrafter("suffix"), "model": model})
 
     def _draft_failed(self, error: Exception) -> None:
         self._say_once(f"drafting failed, and plain decoding goes on ({type(error).__name__}: {error})")

@@ -252,10 +252,11 @@ class SpeculativeEngine:
         config = self.resolved.config
         name = config.target_model or (self.shard.model_id if self.shard else None)
         served = self._models.get(name)
-        pair = served.engine.pair if served and served.engine else None
+        native = served.engine if served else None
+        pair = native.pair if native else None
         return {
             "model_family_compatibility": served.compatibility if served else "unknown",
-            "lossless": config.lossless or (pair is not None and served.engine.drafter == "none"),
+            "lossless": config.lossless or (native is not None and native.drafter == "none"),
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else "unknown",
             "target_model": name,
