@@ -330,7 +330,7 @@ def test_a_layer_typed_for_one_target_is_not_used_with_another(home):
     for layers, draft in ((1, None), ("auto", "early exit auto")):
         session = Session({"target_model": TARGET, "early_exit": layers, "gamma": 4, **GREEDY})
         assert asyncio.run(session.ask("x", OTHER)) == reference(home, OTHER)("x", **GREEDY)
-        assert session.stats["draft_model"] == draft
+        assert session.stats["models"][OTHER]["draft"] == draft
 
 
 @pytest.mark.parametrize("automatic", [False, True])
