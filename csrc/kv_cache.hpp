@@ -13,6 +13,9 @@ namespace specfast {
 ///
 /// Layers with a sliding window keep what the window of the next position holds, and all provisional positions: pages
 /// before are used again for new positions. Provisional positions never push out what a rollback would need.
+///
+/// A layer with a recurrent state instead of positions fits the same calls: append takes a checkpoint of the state for
+/// every provisional position, commit and drop_to choose the one that is kept. There is none yet.
 class KvCache {
  public:
   /// `windows` (layers,) has how many positions up to its own each layer attends to, 0 for all; empty means all layers
