@@ -8,9 +8,12 @@
 
 namespace specfast {
 
-size_t Attention::partial_floats(const KvShape& shape, int32_t heads, int32_t M, int64_t end) {
-  return static_cast<size_t>((end - 1) / kSpanPositions + 1) * static_cast<size_t>(M) * static_cast<size_t>(heads) *
-         static_cast<size_t>(shape.padded_dim() + 2);
+size_t Attention::partial_floats(const KvCache& cache, int32_t heads, int32_t M, int64_t position) {
+  int64_t first = position;
+  for (int layer = 0; layer < cache.shape().layers; layer++) first = std::min(first, cache.first_seen(layer, position));
+  const int64_t spans = (position + M - 1) / kSpanPositions - first / kSpanPositions + 1;
+  return static_cast<size_t>(spans) * static_cast<size_t>(M) * static_cast<size_t>(heads) *
+         static_cast<size_t>(cache.shape().padded_dim() + 2);
 }
 
 void attend_rows(const Team& team, const KernelTable& kernels, const KvCache& cache, const Attention& a) {
@@ -18,13 +21,16 @@ void attend_rows(const Team& team, const KernelTable& kernels, const KvCache& ca
   const int32_t group = a.heads / shape.kv_heads;
   const int64_t head_stride = shape.padded_dim() + 2, row_stride = head_stride * a.heads;
   const int64_t span_stride = row_stride * a.M;
+  const int32_t first_page = static_cast<int32_t>(cache.first_seen(a.layer, a.position) / kPagePositions);
   const int32_t pages = static_cast<int32_t>((a.position + a.M - 1) / kPagePositions) + 1;
-  const int32_t spans = (pages + kSpanPages - 1) / kSpanPages, tasks = spans * shape.kv_heads;
+  const int32_t first_span = first_page / kSpanPages, spans = (pages - 1) / kSpanPages + 1 - first_span;
+  const int32_t tasks = spans * shape.kv_heads;
+  const auto begin = [&](int32_t span) { return std::max((first_span + span) * kSpanPages, first_page); };
 
   for (int32_t task = team.id; task < tasks; task += team.size) {
     const int32_t span = task / shape.kv_heads, kv_head = task % shape.kv_heads;
     const int32_t next_task = std::min(task + team.size, tasks - 1);
-    const int32_t first = span * kSpanPages, last = std::min(first + kSpanPages, pages);
+    const int32_t first = begin(span), last = std::min((first_span + span + 1) * kSpanPages, pages);
     AttendPage args;
     args.q = a.q + static_cast<int64_t>(kv_head) * group * shape.head_dim;
     args.q_stride = a.q_stride;
@@ -34,16 +40,15 @@ void attend_rows(const Team& team, const KernelTable& kernels, const KvCache& ca
     args.group = group;
     args.head_dim = shape.head_dim;
     args.padded_dim = shape.padded_dim();
+    args.window = static_cast<int32_t>(cache.window(a.layer));
     args.scale = a.scale;
     for (int32_t page = first; page < last; page++) {
       args.kv = cache.page(page, a.layer, kv_head);
-      args.next =
-          (page + 1 < last ? cache.page(page + 1, a.layer, kv_head)
-                           : cache.page(next_task / shape.kv_heads * kSpanPages, a.layer, next_task % shape.kv_heads))
-              .k;
+      args.next = (page + 1 < last ? cache.page(page + 1, a.layer, kv_head)
+                                   : cache.page(begin(next_task / shape.kv_heads), a.layer, next_task % shape.kv_heads))
+                      .k;
       args.first_page = page == first;
-      args.first_valid = static_cast<int32_t>(
-          std::min<int64_t>(a.position + 1 - static_cast<int64_t>(page) * kPagePositions, kPagePositions));
+      args.first_valid = static_cast<int32_t>(a.position + 1 - static_cast<int64_t>(page) * kPagePositions);
       kernels.attend_rows(args);
     }
   }
@@ -51,8 +56,9 @@ void attend_rows(const Team& team, const KernelTable& kernels, const KvCache& ca
 
   for (int32_t i = team.id; i < a.M * a.heads; i += team.size) {
     const int32_t m = i / a.heads, head = i % a.heads;
-    const int32_t seen = static_cast<int32_t>((a.position + m) / kSpanPositions) + 1;
-    kernels.merge_spans(a.partial + m * row_stride + head * head_stride, span_stride, seen,
+    const int32_t from = static_cast<int32_t>(cache.first_seen(a.layer, a.position + m) / kSpanPositions) - first_span;
+    const int32_t to = static_cast<int32_t>((a.position + m) / kSpanPositions) + 1 - first_span;
+    kernels.merge_spans(a.partial + from * span_stride + m * row_stride + head * head_stride, span_stride, to - from,
                         a.out + m * a.out_stride + static_cast<int64_t>(head) * shape.head_dim, shape.head_dim);
   }
 }

@@ -7,7 +7,8 @@
 
 namespace specfast {
 
-/// Causal attention of the M rows at positions position .. position + M - 1, whose keys and values are in the cache.
+/// Causal attention of the M rows at positions position .. position + M - 1, whose keys and values are in the cache,
+/// within the window of its layer.
 struct Attention {
   int32_t layer = 0;
   int32_t heads = 0;
@@ -16,12 +17,12 @@ struct Attention {
   float scale = 0;
   const float* q = nullptr;  // (M, heads, head_dim), rows q_stride apart
   int64_t q_stride = 0;
-  float* partial = nullptr;  // partial_floats(...)
+  float* partial = nullptr;  // partial_floats(...): the spans from the first that row 0 sees
   float* out = nullptr;      // (M, heads, head_dim), rows out_stride apart
   int64_t out_stride = 0;
 
-  /// What `partial` must hold for rows that end before position `end`.
-  static size_t partial_floats(const KvShape& shape, int32_t heads, int32_t M, int64_t end);
+  /// What `partial` must hold for M rows from `position` on, in any layer.
+  static size_t partial_floats(const KvCache& cache, int32_t heads, int32_t M, int64_t position);
 };
 
 /// Called by every thread of a team; `out` is complete for all of them after their next barrier.

@@ -2,7 +2,6 @@
 #include "decoder.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 
 #include "attend_rows.hpp"
@@ -16,16 +15,20 @@ namespace specfast {
 
 Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
     : model_(std::move(model)),
-      cache_({static_cast<int32_t>(model_->layers.size()), model_->kv_heads, model_->head_dim,
-              model_->precision != Precision::f32},
-             model_->rope_inv_freq, capacity),
+      cache_(model_->kv_shape(), model_->windows(), capacity),
       work_(*model_),
       small_(model_->pass_bytes() < (size_t{16} << 20)) {}
+
+int64_t EarlyRows::known(int64_t first, const int32_t* wanted, int64_t count) const {
+  if (layers == 0 || first != position) return 0;
+  const int64_t most = std::min(count, static_cast<int64_t>(tokens.size()));
+  return std::mismatch(tokens.begin(), tokens.begin() + most, wanted).first - tokens.begin();
+}
 
 void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best) {
   const Model& model = *model_;
   ThreadPool& pool = ThreadPool::instance();
-  const size_t partial = Attention::partial_floats(cache_.shape(), model.heads, tile.M, tile.position + tile.M);
+  const size_t partial = Attention::partial_floats(cache_, model.heads, tile.M, tile.position);
   if (work_.partial.size() < partial) work_.partial.resize(partial);
   const auto prepare = [&](int threads) {
     const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
@@ -34,8 +37,9 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   };
   pool.run(alone(), prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
-    embed_rows(pass);
-    for (int layer = 0; layer < static_cast<int>(model.layers.size()); layer++) {
+    rope_angles(pass);
+    if (tile.tokens) embed_rows(pass);
+    for (int layer = tile.first_layer; layer < tile.last_layer; layer++) {
       const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
       qkv_rope_append(pass, layer);
       attend_rows(pass, layer);
@@ -45,6 +49,7 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
     }
     if (first_logits_row < tile.M) logits_rows(pass, first_logits_row, limit, logits, best);
   });
+  layer_rows_ += int64_t{tile.M} * (tile.last_layer - tile.first_layer);
 }
 
 bool Sequence::alone() const {
@@ -52,35 +57,63 @@ bool Sequence::alone() const {
   return small_ && !ThreadPool::instance().size_was_set();
 }
 
-void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit, float* out) {
-  const Model& model = *model_;
+void Sequence::run(const Stretch& s) {
+  const size_t hidden = static_cast<size_t>(model_->hidden);
+  const int64_t first_logits = s.count - s.logits_rows;
+  float* logits = s.logits ? s.logits : work_.logits.data();
+  for (int64_t done = 0; done < s.count; done += kTileRows) {
+    const int32_t M = static_cast<int32_t>(std::min<int64_t>(kTileRows, s.count - done));
+    float* x = s.x ? s.x + static_cast<size_t>(done) * hidden : nullptr;
+    const size_t elements = static_cast<size_t>(M) * hidden;
+    if (!s.tokens) std::copy_n(x, elements, work_.x.data());
+    const int64_t wanted = std::max(first_logits, done);  // the tile's first row whose logits are wanted
+    const size_t slot = wanted < done + M ? static_cast<size_t>(wanted - first_logits) : 0;
+    tile({s.tokens ? s.tokens + done : nullptr, M, s.position + done, s.first_layer, s.last_layer},
+         static_cast<int32_t>(std::min<int64_t>(wanted - done, M)), s.limit,
+         logits + slot * static_cast<size_t>(model_->vocab), best_.data() + slot);
+    if (x && s.last_layer < layers()) std::copy_n(work_.x.data(), elements, x);
+  }
+}
+
+void Sequence::require_tokens(const int32_t* tokens, int64_t count) const {
   for (int64_t i = 0; i < count; i++) {
-    if (tokens[i] < 0 || tokens[i] >= model.vocab)
+    if (tokens[i] < 0 || tokens[i] >= model_->vocab)
       throw ShapeError("token " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
-                       std::to_string(model.vocab));
+                       std::to_string(model_->vocab));
   }
-  const int64_t before = cache_.provisional();
-  const int64_t first = cache_.length() + before;
-  if (!out) {
-    const size_t needed = static_cast<size_t>(logits_rows) * static_cast<size_t>(model.vocab);
-    work_.logits.resize(std::max(work_.logits.size(), needed));
-    out = work_.logits.data();
-  }
-  best_.assign(static_cast<size_t>(logits_rows), RowMax{});
+}
+
+void Sequence::append(int64_t count) {
+  const int64_t first = cache_.length() + cache_.provisional();
   if (!cache_.append(count))
     throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens; " +
                            std::to_string(first) + " are in it and " + std::to_string(count) + " more were asked for");
+}
+
+void Sequence::reserve_logits(int32_t rows, bool elsewhere) {
+  const size_t needed = elsewhere ? 0 : static_cast<size_t>(rows) * static_cast<size_t>(model_->vocab);
+  work_.logits.resize(std::max(work_.logits.size(), needed));
+  best_.assign(static_cast<size_t>(rows), RowMax{});
+}
+
+void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit, float* out) {
+  require_tokens(tokens, count);
+  const int64_t before = cache_.provisional();
+  const int64_t first = cache_.length() + before;
+  reserve_logits(logits_rows, out != nullptr);
+  append(count);
+  const int64_t known = early_.known(first, tokens, count);
+  const int32_t begun = known ? early_.layers : 0;
+  early_.layers = 0;  // what follows writes over these rows' keys and values, or uses them up
   try {
-    for (int64_t done = 0; done < count; done += kTileRows) {
-      const int32_t M = static_cast<int32_t>(std::min<int64_t>(kTileRows, count - done));
-      // Row `count - logits_rows` is the first whose logits are wanted.
-      const int64_t wanted = std::max<int64_t>(count - logits_rows, done);
-      const int64_t slot = wanted - (count - logits_rows);
-      const bool any = wanted < done + M;
-      tile({tokens + done, M, first + done}, any ? static_cast<int32_t>(wanted - done) : M, limit,
-           out + (any ? static_cast<size_t>(slot) * static_cast<size_t>(model.vocab) : 0),
-           best_.data() + (any ? slot : 0));
+    if (begun) {
+      const size_t hidden = static_cast<size_t>(model_->hidden);
+      early_.x.resize(std::max(early_.x.size(), static_cast<size_t>(count) * hidden));
+      run({tokens + known, early_.x.data() + static_cast<size_t>(known) * hidden, count - known, first + known, 0,
+           begun});
     }
+    run({begun ? nullptr : tokens, begun ? early_.x.data() : nullptr, count, first, begun, layers(), logits_rows, limit,
+         out});
   } catch (...) {
     cache_.drop_to(before);
     throw;
@@ -89,10 +122,9 @@ void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows
 
 void Sequence::assign(int64_t rows, const float* const* k, const float* const* v) {
   const KvShape& shape = cache_.shape();
+  early_.layers = 0;
   cache_.truncate(0);
-  if (!cache_.append(rows))
-    throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens and " +
-                           std::to_string(rows) + " were to be put in");
+  append(rows);
   for (int32_t layer = 0; layer < shape.layers; layer++) {
     for (int32_t head = 0; head < shape.kv_heads; head++) {
       for (int64_t i = 0; i < rows; i++) {
@@ -138,25 +170,21 @@ int32_t Sequence::draw(const Law& law, double u, float* q) {
   return token;
 }
 
-void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed,
-                     uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
-  const int32_t limit = law.limit(model_->vocab);
+template <class Read>
+void Sequence::draft_with(const Read& read, const int32_t* pending, int64_t count, int32_t gamma, const Law& law,
+                          uint64_t seed, uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
   const size_t vocab = static_cast<size_t>(model_->vocab);
-  const int64_t needed = cache_.length() + count + std::max(gamma - 1, 0);
-  if (needed > cache_.capacity())
-    throw ContextFullError("the draft's context holds " + std::to_string(cache_.capacity()) +
-                           " tokens and this round needs " + std::to_string(needed));
+  const int32_t limit = law.limit(model_->vocab);
   const int64_t length = cache_.length();
-  proposal.tokens.assign(static_cast<size_t>(gamma), -1);
-  proposal.vocab = model_->vocab;
   const bool coupled = rule == Rule::coupled;
-  proposal.q.resize(law.greedy() || coupled ? 0 : static_cast<size_t>(gamma) * vocab);
   try {
-    forward(pending, count, gamma > 0 ? 1 : 0, limit);
-    cache_.commit(count);
+    proposal.tokens.assign(static_cast<size_t>(gamma), -1);
+    proposal.vocab = model_->vocab;
+    proposal.q.resize(law.greedy() || coupled ? 0 : static_cast<size_t>(gamma) * vocab);
+    read(pending, count, gamma > 0 ? 1 : 0);
     if (adjustments) adjustments->restart();
     for (int32_t i = 0; i < gamma; i++) {
-      if (i > 0) forward(&proposal.tokens[static_cast<size_t>(i - 1)], 1, 1, limit);
+      if (i > 0) read(&proposal.tokens[static_cast<size_t>(i - 1)], 1, 1);
       require_finite(1);
       if (adjustments) {
         adjustments->edit(model_->kernels->law, work_.logits.data(), limit, proposal.tokens.data(), i, best_.data());
@@ -178,10 +206,48 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
       proposal.tokens[static_cast<size_t>(i)] = token;
     }
   } catch (...) {
-    cache_.truncate(length);
+    cache_.drop_to(0);
     proposal.tokens.clear();
     throw;
   }
+}
+
+void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed,
+                     uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
+  const int32_t limit = law.limit(model_->vocab);
+  const int64_t length = cache_.length();
+  const int64_t needed = length + count + std::max(gamma - 1, 0);
+  if (needed > cache_.capacity())
+    throw ContextFullError("the draft's context holds " + std::to_string(cache_.capacity()) +
+                           " tokens and this round needs " + std::to_string(needed));
+  const auto read = [&](const int32_t* tokens, int64_t n, int32_t logits_rows) {
+    forward(tokens, n, logits_rows, limit);
+  };
+  draft_with(read, pending, count, gamma, law, seed, round, proposal, rule, adjustments);
+  cache_.commit_first(count);
+}
+
+void Sequence::draft_early(const int32_t* pending, int64_t count, int32_t gamma, int32_t exit, const Law& law,
+                           uint64_t seed, uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
+  require_tokens(pending, count);
+  const int32_t limit = law.limit(model_->vocab);
+  const size_t hidden = static_cast<size_t>(model_->hidden);
+  reserve_logits(1);
+  early_.x.resize(std::max(early_.x.size(), static_cast<size_t>(count + gamma) * hidden));
+  early_.layers = 0;
+  early_.tokens.clear();
+  early_.position = cache_.length();
+  cache_.drop_to(0);
+  append(count + gamma);  // all that will be verified, so that the pages are those of that pass
+  const auto read = [&](const int32_t* tokens, int64_t n, int32_t logits_rows) {
+    const size_t rows = early_.tokens.size();
+    run({tokens, early_.x.data() + rows * hidden, n, early_.position + static_cast<int64_t>(rows), 0, exit, logits_rows,
+         limit});
+    early_.tokens.insert(early_.tokens.end(), tokens, tokens + n);
+  };
+  draft_with(read, pending, count, gamma, law, seed, round, proposal, rule, adjustments);
+  cache_.drop_to(0);
+  early_.layers = exit;
 }
 
 Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law,

@@ -18,6 +18,31 @@ struct Proposal {
   int32_t gamma() const { return static_cast<int32_t>(tokens.size()); }
 };
 
+/// Rows after the committed ones whose first layers are done: their keys and values of these layers lie in the cache,
+/// whose lengths do not count the rows yet, and what the next layer reads is kept here.
+struct EarlyRows {
+  int32_t layers = 0;           // done; 0: there are no such rows
+  int64_t position = 0;         // of the first row
+  std::vector<int32_t> tokens;  // (rows,)
+  std::vector<float> x;         // (rows, hidden), with room for those to come
+
+  /// How many of `count` tokens from position `first` on are the first of these rows.
+  int64_t known(int64_t first, const int32_t* wanted, int64_t count) const;
+};
+
+/// Consecutive rows on their way through layers [first_layer, last_layer), and the head if logits are wanted.
+struct Stretch {
+  const int32_t* tokens = nullptr;  // (count,), embedded first; null: the rows start from x
+  float* x = nullptr;  // (count, hidden): taken where tokens is null, written unless null or the last layer
+  int64_t count = 0;
+  int64_t position = 0;  // of row 0
+  int32_t first_layer = 0;
+  int32_t last_layer = 0;
+  int32_t logits_rows = 0;  // of the last rows; their maxima are over ids below `limit`
+  int32_t limit = 0;
+  float* logits = nullptr;  // (logits_rows, vocab), null: the sequence's own
+};
+
 /// The KV cache and buffers of one sequence of one model. Calls on one sequence must not overlap.
 class Sequence {
  public:
@@ -29,12 +54,13 @@ class Sequence {
 
   /// Appends `count` tokens provisionally and writes the logits of the last `logits_rows` to `out` (logits_rows, vocab)
   /// or, if that is null, to logits(), and their maxima over ids below `limit` to best(). All or nothing: throws
-  /// ContextFullError, ShapeError (token out of range) or std::bad_alloc with the cache as it was.
+  /// ContextFullError, ShapeError (token out of range) or std::bad_alloc with the cache as it was. Rows that
+  /// draft_early began are continued where it left them.
   void forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit, float* out = nullptr);
 
   /// Replaces what the cache holds by `rows` positions, committed. k[layer] and v[layer] are (kv_heads, rows,
-  /// head_dim); a cache of half precision rounds them. Throws ContextFullError or std::bad_alloc with the cache
-  /// emptied.
+  /// head_dim); the cache rounds them to its format. No layer may have a window. Throws ContextFullError or
+  /// std::bad_alloc with the cache emptied.
   void assign(int64_t rows, const float* const* k, const float* const* v);
 
   /// Appends and commits `pending`, then drafts gamma tokens; gamma - 1 of them stay provisional. Under the coupled
@@ -42,6 +68,19 @@ class Sequence {
   /// with `pending`, come before the law; where they leave nothing to draft the proposal is shorter.
   void draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed, uint64_t round,
              Proposal& proposal, Rule rule = Rule::token, Adjustments* adjustments = nullptr);
+
+  /// Drafts gamma tokens after `pending` from the model's first `layers` layers, its final norm and its head. Nothing
+  /// is appended, but the rows' keys, values and hidden states are kept: a pass over the same tokens that comes next
+  /// goes on from there, so that no layer runs twice for a row. Throws, with the cache as it was, also where the cache
+  /// has no room for `pending` and gamma more.
+  void draft_early(const int32_t* pending, int64_t count, int32_t gamma, int32_t layers, const Law& law, uint64_t seed,
+                   uint64_t round, Proposal& proposal, Rule rule = Rule::token, Adjustments* adjustments = nullptr);
+
+  /// Appends `count` tokens provisionally and gives, for each of `exits` (layer numbers, ascending), the mean over
+  /// these rows of sum(min(p, q)): the chance that a token drawn after so many layers is accepted (Leviathan et al.
+  /// 2022, Thm. 3.5, arXiv:2211.17192). All or nothing.
+  std::vector<double> exit_acceptance(const int32_t* tokens, int64_t count, const std::vector<int32_t>& exits,
+                                      const Law& law);
 
   /// Appends `pending` and the drafted tokens provisionally and decides by a rule, or greedily, what is kept. Without
   /// laws of the draft the block rule is the token rule, which then keeps as much. Lenience is the token rule's.
@@ -51,9 +90,24 @@ class Sequence {
 
   const float* logits() const { return work_.logits.data(); }
   const std::vector<RowMax>& best() const { return best_; }
+  /// Rows times layers run so far.
+  int64_t layer_rows() const { return layer_rows_; }
 
  private:
+  int32_t layers() const { return static_cast<int32_t>(model_->layers.size()); }
+  void require_tokens(const int32_t* tokens, int64_t count) const;
+  /// Takes room for `count` rows in the cache.
+  void append(int64_t count);
+  /// Makes room for the maxima of some rows of logits, and unless `elsewhere` for the logits.
+  void reserve_logits(int32_t rows, bool elsewhere = false);
+  /// Runs rows for which there is room in the cache, in tiles.
+  void run(const Stretch& stretch);
   void tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best);
+  /// Drafts gamma tokens; read(tokens, count, logits_rows) puts tokens through the drafting layers. On an exception
+  /// there is no proposal.
+  template <class Read>
+  void draft_with(const Read& read, const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed,
+                  uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments);
   /// Writes the law of the last logits to q (vocab,) and draws from it.
   int32_t draw(const Law& law, double u, float* q);
   /// Whether small calls on this sequence keep to the calling thread.
@@ -66,6 +120,8 @@ class Sequence {
   KvCache cache_;
   Workspace work_;
   std::vector<RowMax> best_;
+  EarlyRows early_;
+  int64_t layer_rows_ = 0;
   bool small_;  // a pass is over before a second thread would have helped much
 };
 

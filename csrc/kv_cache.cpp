@@ -2,7 +2,6 @@
 #include "kv_cache.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -32,48 +31,86 @@ void read_page(const KvPage& page, int rows, int head_dim, int padded_dim, int b
 
 }  // namespace
 
-KvCache::KvCache(const KvShape& shape, const std::vector<float>& rope_inv_freq, int64_t capacity)
-    : shape_(shape), inv_freq_(rope_inv_freq), capacity_(capacity) {}
-
-size_t KvCache::bytes() const {
-  const size_t heads = static_cast<size_t>(shape_.layers) * static_cast<size_t>(shape_.kv_heads);
-  return pages_.size() * heads * (shape_.k_page_bytes() + shape_.v_page_bytes());
+KvCache::KvCache(const KvShape& shape, const std::vector<int64_t>& windows, int64_t capacity)
+    : shape_(shape), capacity_(capacity) {
+  for (int32_t layer = 0; layer < shape.layers; layer++) {
+    const int64_t window = windows.empty() ? 0 : windows[static_cast<size_t>(layer)];
+    const auto same = [window](const Store& store) { return store.window == window; };
+    auto store = std::find_if(stores_.begin(), stores_.end(), same);
+    if (store == stores_.end()) {
+      stores_.emplace_back().window = window;
+      store = stores_.end() - 1;
+    }
+    places_.push_back({static_cast<int32_t>(store - stores_.begin()), store->layers++});
+  }
 }
 
-void KvCache::add_page() {
-  const size_t heads = static_cast<size_t>(shape_.layers) * static_cast<size_t>(shape_.kv_heads);
-  const size_t bytes = (heads * (shape_.k_page_bytes() + shape_.v_page_bytes()) + 63) / 64 * 64;
-  Page page;
-  page.angles.resize(static_cast<size_t>(kPagePositions) * static_cast<size_t>(shape_.head_dim));
-  const int64_t first = static_cast<int64_t>(pages_.size()) * kPagePositions;
-  const size_t half = inv_freq_.size();
-  float* cosines = page.angles.data();
-  float* sines = cosines + kPagePositions * half;
-  for (int i = 0; i < kPagePositions; i++) {
-    for (size_t d = 0; d < half; d++) {
-      const float angle = static_cast<float>(first + i) * inv_freq_[d];
-      cosines[static_cast<size_t>(i) * half + d] = static_cast<float>(std::cos(static_cast<double>(angle)));
-      sines[static_cast<size_t>(i) * half + d] = static_cast<float>(std::sin(static_cast<double>(angle)));
-    }
+void KvCache::Free::operator()(uint8_t* p) const {
+  std::free(p);
+}
+
+size_t KvCache::page_bytes(const Store& store) const {
+  const size_t heads = static_cast<size_t>(store.layers) * static_cast<size_t>(shape_.kv_heads);
+  return heads * shape_.head_page_bytes();
+}
+
+size_t KvCache::bytes() const {
+  size_t total = 0;
+  for (const Store& store : stores_) {
+    const auto taken =
+        std::count_if(store.pages.begin(), store.pages.end(), [](const Page& p) { return p != nullptr; });
+    total += (static_cast<size_t>(taken) + store.spare.size()) * page_bytes(store);
   }
-  uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(64, bytes));
-  if (!data) throw std::bad_alloc();
-  std::memset(data, 0, bytes);  // padding lanes are read, and must be finite
-  page.kv = {data, [](void* p) { std::free(p); }};
-  pages_.push_back(std::move(page));
+  return total;
+}
+
+KvCache::Page KvCache::take_page(Store& store) const {
+  if (!store.spare.empty()) {
+    Page page = std::move(store.spare.back());
+    store.spare.pop_back();
+    return page;
+  }
+  const size_t bytes = (page_bytes(store) + 63) / 64 * 64;
+  Page page{static_cast<uint8_t*>(std::aligned_alloc(64, bytes))};
+  if (!page) throw std::bad_alloc();
+  std::memset(page.get(), 0, bytes);  // padding lanes are read, and must be finite
+  return page;
+}
+
+int64_t KvCache::least_length() const {
+  int64_t least = 0;
+  for (const Store& store : stores_) {
+    if (store.first) least = std::max(least, store.first * kPagePositions + store.window - 1);
+  }
+  return least;
 }
 
 bool KvCache::append(int64_t rows) {
-  const int64_t end = length_ + provisional_ + rows;
+  const int64_t start = length_ + provisional_, end = start + rows;
   if (end > capacity_) return false;
-  while (static_cast<int64_t>(pages_.size()) * kPagePositions < end) add_page();
+  for (Store& store : stores_) {
+    const int64_t needed = first_within(store.window, length_) / kPagePositions;  // by the row after a rollback
+    for (; store.first < needed; store.first++)
+      store.spare.push_back(std::move(store.pages[static_cast<size_t>(store.first)]));
+    const size_t pages = static_cast<size_t>((end + kPagePositions - 1) / kPagePositions);
+    if (store.pages.size() < pages) store.pages.resize(pages);
+    for (size_t page = static_cast<size_t>(start / kPagePositions); page < pages; page++) {
+      if (!store.pages[page]) store.pages[page] = take_page(store);
+    }
+  }
   provisional_ += rows;
   return true;
 }
 
 void KvCache::commit(int64_t rows) {
-  length_ += rows < provisional_ ? rows : provisional_;
+  commit_first(rows);
   provisional_ = 0;
+}
+
+void KvCache::commit_first(int64_t rows) {
+  rows = std::min(rows, provisional_);
+  length_ += rows;
+  provisional_ -= rows;
 }
 
 void KvCache::drop_to(int64_t rows) {
@@ -82,7 +119,16 @@ void KvCache::drop_to(int64_t rows) {
 
 void KvCache::truncate(int64_t length) {
   provisional_ = 0;
-  if (length < length_) length_ = length;
+  length_ = std::min(length_, length);
+  if (length_ > 0) return;
+  for (Store& store : stores_) {
+    if (store.first == 0) continue;
+    for (Page& page : store.pages) {
+      if (page) store.spare.push_back(std::move(page));
+    }
+    store.pages.clear();
+    store.first = 0;
+  }
 }
 
 void KvCache::read(int layer, int64_t rows, void* k, void* v) const {
@@ -95,7 +141,7 @@ void KvCache::read(int layer, int64_t rows, void* k, void* v) const {
       const size_t row = static_cast<size_t>(head * rows + first);
       const int count = static_cast<int>(std::min<int64_t>(kPagePositions, rows - first));
       const KvPage from = page(first / kPagePositions, layer, head);
-      if (shape_.half) {
+      if (shape_.format == KvFormat::bf16) {
         read_page(from, count, shape_.head_dim, shape_.padded_dim(), 2, reinterpret_cast<uint16_t*>(at(k, row)),
                   reinterpret_cast<uint16_t*>(at(v, row)));
       } else {
@@ -107,18 +153,15 @@ void KvCache::read(int layer, int64_t rows, void* k, void* v) const {
 }
 
 KvPage KvCache::page(int64_t page, int layer, int kv_head) const {
-  const size_t head = static_cast<size_t>(layer) * static_cast<size_t>(shape_.kv_heads) + static_cast<size_t>(kv_head);
-  uint8_t* base = pages_[static_cast<size_t>(page)].kv.get() + head * (shape_.k_page_bytes() + shape_.v_page_bytes());
-  return {base, base + shape_.k_page_bytes(), shape_.half};
-}
-
-const float* KvCache::rope_cos(int64_t position) const {
-  const auto& angles = pages_[static_cast<size_t>(position / kPagePositions)].angles;
-  return angles.data() + static_cast<size_t>(position % kPagePositions) * inv_freq_.size();
-}
-
-const float* KvCache::rope_sin(int64_t position) const {
-  return rope_cos(position) + kPagePositions * inv_freq_.size();
+  const Place& place = places_[static_cast<size_t>(layer)];
+  const size_t head =
+      static_cast<size_t>(place.layer) * static_cast<size_t>(shape_.kv_heads) + static_cast<size_t>(kv_head);
+  uint8_t* k = stores_[static_cast<size_t>(place.store)].pages[static_cast<size_t>(page)].get() +
+               head * shape_.head_page_bytes();
+  uint8_t* v = k + shape_.k_page_bytes();
+  if (shape_.format != KvFormat::int8) return {k, v, nullptr, nullptr, shape_.format};
+  float* scales = reinterpret_cast<float*>(v + shape_.v_page_bytes());
+  return {k, v, scales, scales + kPagePositions, shape_.format};
 }
 
 }  // namespace specfast

@@ -8,63 +8,81 @@
 
 namespace specfast {
 
-/// Shape of what one position stores.
-struct KvShape {
-  int32_t layers = 0;
-  int32_t kv_heads = 0;
-  int32_t head_dim = 0;
-  bool half = true;  // bf16 elements, else f32
-
-  int32_t padded_dim() const { return (head_dim + 15) / 16 * 16; }
-  size_t element_bytes() const { return half ? 2 : 4; }
-  size_t k_page_bytes() const { return element_bytes() * kPagePositions * static_cast<size_t>(head_dim); }
-  size_t v_page_bytes() const { return element_bytes() * kPagePositions * static_cast<size_t>(padded_dim()); }
-};
-
-/// Keys and values of one sequence in pages of 256 positions, with the RoPE angles of each page. Pages are taken when
+/// Keys and values of one sequence in pages of 256 positions. Pages lie at fixed absolute positions, are taken when
 /// first needed and kept; lengths alone say what is valid.
+///
+/// Layers with a sliding window keep what the window of the next position holds, and all provisional positions: pages
+/// before are used again for new positions. Provisional positions never push out what a rollback would need.
+///
+/// A layer with a recurrent state instead of positions fits the same calls: append takes a checkpoint of the state for
+/// every provisional position, commit and drop_to choose the one that is kept. There is none yet.
 class KvCache {
  public:
-  /// `rope_inv_freq` has head_dim / 2 elements; `capacity` bounds length + provisional.
-  KvCache(const KvShape& shape, const std::vector<float>& rope_inv_freq, int64_t capacity);
+  /// `windows` (layers,) has how many positions up to its own each layer attends to, 0 for all; empty means all layers
+  /// attend to all. `capacity` bounds length + provisional.
+  KvCache(const KvShape& shape, const std::vector<int64_t>& windows, int64_t capacity);
 
   int64_t length() const { return length_; }
   int64_t provisional() const { return provisional_; }
   int64_t capacity() const { return capacity_; }
   size_t bytes() const;
   const KvShape& shape() const { return shape_; }
+  /// Positions up to its own that a row attends to in a layer; 0: all.
+  int64_t window(int layer) const {
+    return stores_[static_cast<size_t>(places_[static_cast<size_t>(layer)].store)].window;
+  }
+  /// First position that the row at `position` attends to in a layer.
+  int64_t first_seen(int layer, int64_t position) const { return first_within(window(layer), position); }
+  /// The least length, besides 0, that truncate allows: before it a window has given pages up.
+  int64_t least_length() const;
 
   /// Makes room for `rows` more provisional positions. False, and nothing changed, when the capacity does not allow it.
   /// Throws std::bad_alloc, again with nothing changed.
   bool append(int64_t rows);
   /// Keeps the first `rows` provisional positions and drops the rest.
   void commit(int64_t rows);
+  /// Keeps the first `rows` provisional positions; the rest stay provisional.
+  void commit_first(int64_t rows);
   /// Drops provisional positions from the end until `rows` are left.
   void drop_to(int64_t rows);
-  /// Drops committed positions from the end, and everything provisional.
+  /// Drops committed positions from the end, and everything provisional. `length` is 0 or at least least_length().
   void truncate(int64_t length);
 
-  /// Copies the stored elements (bf16 or f32) of the first `rows` positions of a layer to k and v, each
-  /// (kv_heads, rows, head_dim); either may be null.
+  /// Copies the stored elements of the first `rows` positions of a layer to k and v, each (kv_heads, rows, head_dim);
+  /// either may be null. Not for int8, nor for a layer with a window.
   void read(int layer, int64_t rows, void* k, void* v) const;
 
   KvPage page(int64_t page, int layer, int kv_head) const;
-  const float* rope_cos(int64_t position) const;
-  const float* rope_sin(int64_t position) const;
 
  private:
-  struct Page {
-    std::unique_ptr<uint8_t[], void (*)(void*)> kv{nullptr, nullptr};
-    std::vector<float> angles;  // cos (256, head_dim / 2), then sin
+  struct Free {
+    void operator()(uint8_t* p) const;
   };
-  void add_page();
+  using Page = std::unique_ptr<uint8_t[], Free>;
+
+  /// The layers that share a window.
+  struct Store {
+    int64_t window = 0;  // 0: all positions
+    int32_t layers = 0;
+    int64_t first = 0;        // pages before it were given up
+    std::vector<Page> pages;  // by absolute page; null where there is none
+    std::vector<Page> spare;
+  };
+  struct Place {
+    int32_t store, layer;
+  };
+  static int64_t first_within(int64_t window, int64_t position) {
+    return window && position >= window ? position - window + 1 : 0;
+  }
+  size_t page_bytes(const Store& store) const;
+  Page take_page(Store& store) const;
 
   KvShape shape_;
-  std::vector<float> inv_freq_;
   int64_t capacity_;
   int64_t length_ = 0;
   int64_t provisional_ = 0;
-  std::vector<Page> pages_;
+  std::vector<Store> stores_;
+  std::vector<Place> places_;  // of each layer
 };
 
 }  // namespace specfast

@@ -17,13 +17,19 @@ namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21;
 
-/// Every matrix a pass streams: those of the layers and the head.
+/// Every matrix a pass streams: those of the first layers and the head.
 template <class AnyModel, class Visit>
-void for_each_matrix(AnyModel& model, Visit&& visit) {
-  for (auto& layer : model.layers) {
+void for_each_matrix(AnyModel& model, int first_layers, Visit&& visit) {
+  for (int i = 0; i < first_layers; i++) {
+    auto& layer = model.layers[static_cast<size_t>(i)];
     for (auto* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) visit(*w);
   }
   visit(model.head);
+}
+
+template <class AnyModel, class Visit>
+void for_each_matrix(AnyModel& model, Visit&& visit) {
+  for_each_matrix(model, static_cast<int>(model.layers.size()), visit);
 }
 
 void expect(const Matrix& w, int32_t N, int32_t K, const std::string& name) {
@@ -57,9 +63,15 @@ float Model::attention_scale() const {
   return 1.0f / std::sqrt(static_cast<float>(head_dim));
 }
 
-size_t Model::pass_bytes() const {
+std::vector<int64_t> Model::windows() const {
+  std::vector<int64_t> of_layers;
+  for (const LayerWeights& layer : layers) of_layers.push_back(layer.window);
+  return of_layers;
+}
+
+size_t Model::pass_bytes(int first_layers) const {
   size_t total = 0;
-  for_each_matrix(*this, [&](const Matrix& w) { total += w.bytes(); });
+  for_each_matrix(*this, first_layers, [&](const Matrix& w) { total += w.bytes(); });
   return total;
 }
 
@@ -148,6 +160,7 @@ void Model::check() const {
     expect(layer.v_bias, kv_columns(), at + "v_bias", true);
     expect(layer.q_norm, head_dim, at + "q_norm", true);
     expect(layer.k_norm, head_dim, at + "k_norm", true);
+    expect_range(layer.window, 0, int64_t{1} << 30, (at + "window").c_str());
   }
 }
 

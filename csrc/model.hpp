@@ -15,6 +15,7 @@ struct LayerWeights {
   std::vector<float> input_norm, post_norm;   // (hidden,)
   std::vector<float> q_bias, k_bias, v_bias;  // (N,) or empty
   std::vector<float> q_norm, k_norm;          // (head_dim,) or empty
+  int64_t window = 0;                         // positions a row attends to, its own included; 0: all
 };
 
 struct Model {
@@ -26,6 +27,7 @@ struct Model {
   std::vector<float> norm;           // (hidden,)
   std::vector<LayerWeights> layers;
   Precision precision = Precision::int8;
+  KvFormat kv_format = KvFormat::bf16;
   const KernelTable* kernels = nullptr;
 
   int32_t group() const { return heads / kv_heads; }
@@ -33,8 +35,13 @@ struct Model {
   int32_t kv_columns() const { return kv_heads * head_dim; }
   int32_t qkv_columns() const { return q_columns() + 2 * kv_columns(); }
   float attention_scale() const;
+  KvShape kv_shape() const { return {static_cast<int32_t>(layers.size()), kv_heads, head_dim, kv_format}; }
+  /// Of each layer.
+  std::vector<int64_t> windows() const;
   /// Bytes of weights one forward pass streams, the head included.
-  size_t pass_bytes() const;
+  size_t pass_bytes() const { return pass_bytes(static_cast<int>(layers.size())); }
+  /// The same for a pass over the first `first_layers` layers.
+  size_t pass_bytes(int first_layers) const;
   /// Multiply-adds of the matmuls of one row.
   double row_macs() const;
   /// Throws ShapeError when a matrix or vector does not fit the sizes above.

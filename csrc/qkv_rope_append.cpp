@@ -15,6 +15,19 @@ void norm_head(const KernelTable& kernels, const std::vector<float>& weight, flo
 
 }  // namespace
 
+void rope_angles(const Pass& pass) {
+  const std::vector<float>& inv_freq = pass.model.rope_inv_freq;
+  for (int32_t m = pass.team.id; m < pass.tile.M; m += pass.team.size) {
+    float* cosines = pass.work.angles.data() + m * pass.model.head_dim;
+    float* sines = cosines + inv_freq.size();
+    for (size_t d = 0; d < inv_freq.size(); d++) {
+      const float angle = static_cast<float>(pass.tile.position + m) * inv_freq[d];
+      cosines[d] = static_cast<float>(std::cos(static_cast<double>(angle)));
+      sines[d] = static_cast<float>(std::sin(static_cast<double>(angle)));
+    }
+  }
+}
+
 void qkv_rope_append(const Pass& pass, int layer) {
   const Model& model = pass.model;
   const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
@@ -47,7 +60,8 @@ void qkv_rope_append(const Pass& pass, int layer) {
     float* row = qkv + static_cast<size_t>(m) * columns;
     float* x = row + head * model.head_dim;
     norm_head(kernels, head < model.heads ? w.q_norm : w.k_norm, model.rms_eps, x);
-    kernels.rope_head(x, pass.cache.rope_cos(position), pass.cache.rope_sin(position), model.head_dim);
+    const float* cosines = pass.work.angles.data() + m * model.head_dim;
+    kernels.rope_head(x, cosines, cosines + model.head_dim / 2, model.head_dim);
     if (head < model.heads) continue;
     const int32_t kv_head = head - model.heads;
     const float* v = row + model.q_columns() + model.kv_columns() + kv_head * model.head_dim;

@@ -22,6 +22,8 @@ struct Pass {
 
 /// work.x = embeddings of the tile's tokens.
 void embed_rows(const Pass& pass);
+/// work.angles of the tile's positions; complete for all threads after the next region.
+void rope_angles(const Pass& pass);
 /// work.qkv = RoPE(QK-norm(RMSNorm(x) Wqkv + bias)); keys and values appended to the cache at the tile's positions.
 void qkv_rope_append(const Pass& pass, int layer);
 /// work.attended = causal attention of the tile's queries over the cache.

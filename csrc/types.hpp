@@ -104,13 +104,35 @@ struct Epilogue {
   bool accumulate = false;      // y += instead of y =
 };
 
+/// What keys and values are stored as; int8 has one scale for each vector of head_dim.
+enum class KvFormat : uint8_t { bf16, f32, int8 };
+
+/// Shape of what one position stores.
+struct KvShape {
+  int32_t layers = 0;
+  int32_t kv_heads = 0;
+  int32_t head_dim = 0;
+  KvFormat format = KvFormat::bf16;
+
+  int32_t padded_dim() const { return (head_dim + 15) / 16 * 16; }
+  size_t element_bytes() const { return format == KvFormat::int8 ? 1 : format == KvFormat::bf16 ? 2 : 4; }
+  size_t k_page_bytes() const { return element_bytes() * kPagePositions * static_cast<size_t>(head_dim); }
+  size_t v_page_bytes() const { return element_bytes() * kPagePositions * static_cast<size_t>(padded_dim()); }
+  /// Of keys, values and scales of one kv head of one layer.
+  size_t head_page_bytes() const {
+    return k_page_bytes() + v_page_bytes() + (format == KvFormat::int8 ? 2 * kPagePositions * sizeof(float) : 0);
+  }
+};
+
 /// Keys and values of one kv head in one page, in the order in which they are read. K lies in tiles of 64 positions and
-/// there by dimension; V in slices of 64 dimensions (the last may be narrower) and there by position. In bf16 both are
-/// in pairs, as a bf16 dot takes them: K two dimensions of a position side by side, V two positions of a dimension.
+/// there by dimension; V in slices of 64 dimensions (the last may be narrower) and there by position. In bf16 and int8
+/// both are in pairs, as a dot takes them: K two dimensions of a position side by side, V two positions of a dimension.
 struct KvPage {
   void* k = nullptr;
   void* v = nullptr;
-  bool half = true;  // bf16 storage, else f32
+  float* k_scales = nullptr;  // (256,), int8 only
+  float* v_scales = nullptr;
+  KvFormat format = KvFormat::bf16;
 };
 
 /// Attention of M rows times the `group` query heads of one kv head over one page, added to that of the pages of its
@@ -122,12 +144,13 @@ struct AttendPage {
   int64_t q_stride = 0;
   float* partial = nullptr;  // row m, head g at partial + m * partial_stride + g * (padded_dim + 2): max, sum, acc
   int64_t partial_stride = 0;
-  bool first_page = true;  // of its span: `partial` holds nothing yet
+  bool first_page = true;  // of its span: `partial` holds nothing yet (nor where the window of a row begins)
   int32_t M = 0;
   int32_t group = 0;
   int32_t head_dim = 0;
   int32_t padded_dim = 0;
-  int32_t first_valid = 0;  // keys of this page that row 0 sees; row m sees m more, up to the page's end; may be <= 0
+  int32_t first_valid = 0;  // row 0 sees keys of this page below it, if any; row m below first_valid + m
+  int32_t window = 0;       // and not those `window` and more positions before that bound; 0: all
   float scale = 0;
 };
 

@@ -13,6 +13,7 @@ struct Workspace {
       : x(rows_of(model.hidden)),
         normed(model.hidden),
         qkv(rows_of(model.qkv_columns())),
+        angles(rows_of(model.head_dim)),
         attended(model.q_columns()),
         activated(model.intermediate) {
     for (const LayerWeights& w : model.layers) {
@@ -28,6 +29,7 @@ struct Workspace {
   std::vector<float> x;        // (16, hidden): the residual stream
   RowsBuffer normed;           // input of qkv, of gate and up, and of the head
   std::vector<float> qkv;      // (16, qkv columns)
+  std::vector<float> angles;   // (16, head_dim): of RoPE, cosines then sines
   std::vector<float> partial;  // (spans, M, heads, padded_dim + 2)
   RowsBuffer attended;         // input of o
   RowsBuffer activated;        // input of down
@@ -39,9 +41,11 @@ struct Workspace {
 
 /// One tile's place in a forward pass, shared by all its regions.
 struct Tile {
-  const int32_t* tokens = nullptr;  // (M,)
+  const int32_t* tokens = nullptr;  // (M,); null where work.x holds the rows already
   int32_t M = 0;
   int64_t position = 0;  // of row 0
+  int32_t first_layer = 0;
+  int32_t last_layer = 0;  // the first that is not run
 };
 
 }  // namespace specfast

@@ -50,7 +50,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
                 int32_t intermediate, int32_t vocab, float rms_eps, const Floats& rope_inv_freq, int64_t max_context,
                 const BoundMatrix& embed, std::optional<const BoundMatrix*> head, const Floats& norm,
                 const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa, bool pack,
-                bool mapped) {
+                bool mapped, int32_t kv_bits) {
   auto model = std::make_shared<Model>();
   std::vector<BoundMatrix> owners{embed};
   model->hidden = hidden;
@@ -70,6 +70,11 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   }
   model->norm = floats_of(norm);
   model->precision = precision_named(precision);
+  if (kv_bits != 8 && kv_bits != 16)
+    throw ShapeError("keys and values of " + std::to_string(kv_bits) + " bits are not supported; supported: 8, 16");
+  model->kv_format = kv_bits == 8                         ? KvFormat::int8
+                     : model->precision == Precision::f32 ? KvFormat::f32
+                                                          : KvFormat::bf16;
   model->kernels = &kernels_named(isa);
   for (nb::handle item : layers) {
     if (!nb::isinstance<nb::dict>(item)) throw ShapeError("a layer is a dictionary of its matrices and vectors");
@@ -89,6 +94,8 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
     w.v_bias = optional_floats(layer, "v_bias");
     w.q_norm = optional_floats(layer, "q_norm");
     w.k_norm = optional_floats(layer, "k_norm");
+    if (layer.contains("window") && !nb::object(layer["window"]).is_none())
+      w.window = nb::cast<int64_t>(layer["window"]);
     model->layers.push_back(std::move(w));
   }
   model->check();
@@ -147,10 +154,18 @@ void forward_into(const BoundModel& self, BoundCache& cache, const Tokens& token
                    self.model->vocab, out.data());
 }
 
+void require_plain_rows(const KvCache& cache) {
+  bool windows = false;
+  for (int layer = 0; layer < cache.shape().layers; layer++) windows = windows || cache.window(layer) > 0;
+  if (windows || cache.shape().format == KvFormat::int8)
+    throw ShapeError("keys and values can be read and replaced in bf16 and f32, in layers without a sliding window");
+}
+
 /// Keys or values of a layer's committed positions in the cache's own elements.
 nb::object stored_rows(BoundCache& self, int layer, bool keys) {
   const KvCache& cache = self.sequence->cache();
   const KvShape& shape = cache.shape();
+  require_plain_rows(cache);
   if (layer < 0 || layer >= shape.layers)
     throw ShapeError("layer " + std::to_string(layer) + " is outside 0 to the model's " + std::to_string(shape.layers));
   CacheUse use(self);
@@ -163,7 +178,7 @@ nb::object stored_rows(BoundCache& self, int layer, bool keys) {
     }
     return nb::cast(std::move(out));
   };
-  if (shape.half) {
+  if (shape.format == KvFormat::bf16) {
     uint16_t* data;
     auto out = make_array(&data, {heads, rows, dim});
     return read(data, std::move(out));
@@ -175,6 +190,7 @@ nb::object stored_rows(BoundCache& self, int layer, bool keys) {
 
 void assign(BoundCache& self, const nb::list& keys, const nb::list& values) {
   const KvShape& shape = self.sequence->cache().shape();
+  require_plain_rows(self.sequence->cache());
   if (nb::len(keys) != static_cast<size_t>(shape.layers) || nb::len(values) != nb::len(keys))
     throw ShapeError("keys and values of " + std::to_string(shape.layers) + " layers are needed, got " +
                      std::to_string(nb::len(keys)) + " and " + std::to_string(nb::len(values)));
@@ -221,6 +237,67 @@ void draft(const BoundModel& self, BoundCache& cache, const Tokens& pending, int
                  adjustments.value_or(nullptr));
 }
 
+int32_t require_exit(const BoundModel& self, int32_t layers) {
+  const int32_t last = static_cast<int32_t>(self.model->layers.size()) - 1;
+  if (layers < 1 || layers > last)
+    throw ShapeError("an exit after layer " + std::to_string(layers) + " is outside 1 to " + std::to_string(last) +
+                     ": the model has " + std::to_string(last + 1) + " layers");
+  return layers;
+}
+
+void draft_early(const BoundModel& self, BoundCache& cache, const Tokens& pending, int32_t gamma, int32_t layers,
+                 const Law& law, uint64_t seed, uint64_t round, Proposal& proposal, const std::string& rule,
+                 std::optional<Adjustments*> adjustments) {
+  Sequence& sequence = sequence_of(self, cache);
+  require_tokens(pending);
+  const Rule named = rule_named(rule);
+  require_exit(self, layers);
+  if (gamma < 0 || gamma > 64) throw ShapeError("gamma " + std::to_string(gamma) + " is outside 0 to 64");
+  CacheUse use(cache);
+  nb::gil_scoped_release release;
+  sequence.draft_early(pending.data(), static_cast<int64_t>(pending.size()), gamma, layers, law, seed, round, proposal,
+                       named, adjustments.value_or(nullptr));
+}
+
+nb::ndarray<nb::numpy, double> exit_acceptance(const BoundModel& self, BoundCache& cache, const Tokens& tokens,
+                                               const Tokens& exits, const Law& law) {
+  Sequence& sequence = sequence_of(self, cache);
+  require_tokens(tokens);
+  std::vector<int32_t> layers(exits.data(), exits.data() + exits.size());
+  for (size_t i = 0; i < layers.size(); i++) {
+    if (require_exit(self, layers[i]); i > 0 && layers[i] <= layers[i - 1])
+      throw ShapeError("exits must ascend; " + std::to_string(layers[i]) + " follows " + std::to_string(layers[i - 1]));
+  }
+  double* data;
+  auto out = make_array(&data, {layers.size()});
+  if (layers.empty()) return out;
+  CacheUse use(cache);
+  nb::gil_scoped_release release;
+  const auto found = sequence.exit_acceptance(tokens.data(), static_cast<int64_t>(tokens.size()), layers, law);
+  std::copy(found.begin(), found.end(), data);
+  return out;
+}
+
+nb::ndarray<nb::numpy, uint8_t> kv_bytes(BoundCache& self, int layer) {
+  const KvCache& kv = self.sequence->cache();
+  const KvShape& shape = kv.shape();
+  if (layer < 0 || layer >= shape.layers)
+    throw ShapeError("layer " + std::to_string(layer) + " is outside 0 to " + std::to_string(shape.layers - 1));
+  CacheUse use(self);
+  const int64_t pages = (kv.length() + kv.provisional() + kPagePositions - 1) / kPagePositions;
+  uint8_t* out;
+  auto array = make_array(&out, {static_cast<size_t>(pages) * static_cast<size_t>(shape.kv_heads),
+                                 shape.k_page_bytes() + shape.v_page_bytes()});
+  for (int64_t page = 0; page < pages; page++) {
+    for (int head = 0; head < shape.kv_heads; head++) {
+      const KvPage kv_page = kv.page(page, layer, head);
+      out = std::copy_n(static_cast<const uint8_t*>(kv_page.k), shape.k_page_bytes(), out);
+      out = std::copy_n(static_cast<const uint8_t*>(kv_page.v), shape.v_page_bytes(), out);
+    }
+  }
+  return array;
+}
+
 Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending, const Proposal* proposal,
                const Law& law, double lenience, uint64_t seed, uint64_t round, const std::string& rule,
                std::optional<Adjustments*> adjustments) {
@@ -252,12 +329,15 @@ void bind_model(nb::module_& m) {
       "(AVX-512, at\nprecision int8 and bf16);\n"
       "False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, "
       "whose\nmemory is given back once packed. Results of a row are the same bits for any\n"
-      "number of rows and threads, packed or not.")
+      "number of rows and threads, packed or not. A layer's \"window\" is how many positions up to its own a row "
+      "attends "
+      "to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as "
+      "float32\nwhen the precision is f32.")
       .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
            nb::arg("max_context"), nb::arg("embed"), nb::arg("head").none(), nb::arg("norm"), nb::arg("layers"),
            nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
-           nb::arg("mapped") = false)
+           nb::arg("mapped") = false, nb::arg("kv_bits") = 16)
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens"), nb::arg("logits_rows") = 1,
            "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
            "rows.\n\n"
@@ -272,6 +352,21 @@ void bind_model(nb::module_& m) {
            nb::arg("round"), nb::arg("proposal"), nb::arg("rule") = "token", nb::arg("adjustments") = nb::none(),
            "Commits pending (n,) int32, then drafts gamma tokens into proposal; gamma - 1 of them stay provisional.\n\n"
            "rule \"coupled\" chooses them by the noise of their positions in the text; seed and round key other draws.")
+      .def("draft_early", &draft_early, nb::arg("cache"), nb::arg("pending"), nb::arg("gamma"), nb::arg("layers"),
+           nb::arg("law"), nb::arg("seed"), nb::arg("round"), nb::arg("proposal"), nb::arg("rule") = "token",
+           nb::arg("adjustments") = nb::none(),
+           "Drafts gamma tokens after pending (n,) int32 with the first layers, the final norm and the head.\n\n"
+           "Appends nothing; a verify of the same tokens that comes next goes on from these layers, with the bits of "
+           "one "
+           "that\nstarts anew. Raises ShapeError where layers is not 1 to model.layers - 1, and ContextFullError where "
+           "the cache has no\nroom for pending and gamma more, with the cache unchanged.")
+      .def("exit_acceptance", &exit_acceptance, nb::arg("cache"), nb::arg("tokens"), nb::arg("exits"), nb::arg("law"),
+           "Appends tokens (M,) int32 provisionally; returns, for each of exits (n,) int32 (numbers of layers, "
+           "ascending), "
+           "the\nmean over the rows of sum(min(p, q)), (n,) float64: the chance that a token drafted after so many "
+           "layers "
+           "is accepted.\n\n"
+           "Raises what verify and draft_early raise, with the cache unchanged.")
       .def("verify", &verify, nb::arg("cache"), nb::arg("pending"), nb::arg("proposal").none(), nb::arg("law"),
            nb::arg("lenience"), nb::arg("seed"), nb::arg("round"), nb::arg("rule") = "token",
            nb::arg("adjustments") = nb::none(),
@@ -289,8 +384,22 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("precision", [](const BoundModel& self) { return precision_name(self.model->precision); })
       .def_prop_ro("isa", [](const BoundModel& self) { return self.model->kernels->isa; })
       .def_prop_ro(
+          "kv_bits", [](const BoundModel& self) { return 8 * self.model->kv_shape().element_bytes(); },
+          "Bits of an element of a key or value.")
+      .def_prop_ro(
+          "kv_bytes_per_position",
+          [](const BoundModel& self) {
+            const KvShape shape = self.model->kv_shape();
+            return shape.head_page_bytes() / kPagePositions * static_cast<size_t>(shape.layers * shape.kv_heads);
+          },
+          "Bytes of keys, values and scales that one position takes in all layers.")
+      .def_prop_ro(
           "weight_bytes", [](const BoundModel& self) { return self.model->pass_bytes(); },
           "Bytes of weights one pass streams.")
+      .def(
+          "early_bytes",
+          [](const BoundModel& self, int32_t layers) { return self.model->pass_bytes(require_exit(self, layers)); },
+          nb::arg("layers"), "Bytes of weights a pass over the first layers and the head streams.")
       .def_prop_ro("packed_bytes", [](const BoundModel& self) { return self.model->packed_bytes(); })
       .def_prop_ro(
           "macs_per_row", [](const BoundModel& self) { return self.model->row_macs(); },
@@ -299,7 +408,8 @@ void bind_model(nb::module_& m) {
   nb::class_<BoundCache>(m, "Cache",
                          "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
                          "committed or dropped.\n\n"
-                         "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed.")
+                         "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
+                         "layers with a\nwindow need no more of them than the window and the provisional rows.")
       .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::keep_alive<1, 2>())
       .def_prop_ro(
           "length", [](const BoundCache& self) { return self.sequence->cache().length(); }, "Committed positions.")
@@ -308,6 +418,13 @@ void bind_model(nb::module_& m) {
           "Positions not yet committed.")
       .def_prop_ro("capacity", [](const BoundCache& self) { return self.sequence->cache().capacity(); })
       .def_prop_ro("nbytes", [](const BoundCache& self) { return self.sequence->cache().bytes(); })
+      .def_prop_ro(
+          "layer_rows", [](const BoundCache& self) { return self.sequence->layer_rows(); },
+          "Layers run so far, each counted once for every row.")
+      .def("kv_bytes", &kv_bytes, nb::arg("layer"),
+           "A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8. Positions "
+           "after the "
+           "last hold anything.")
       .def(
           "commit",
           [](BoundCache& self, int64_t n) {
@@ -347,6 +464,11 @@ void bind_model(nb::module_& m) {
             if (length < 0 || length > self.sequence->cache().length())
               throw ShapeError("cannot truncate to " + std::to_string(length) + ": the cache holds " +
                                std::to_string(self.sequence->cache().length()));
+            const int64_t least = self.sequence->cache().least_length();
+            if (length > 0 && length < least)
+              throw ShapeError("cannot truncate to " + std::to_string(length) +
+                               ": the window has moved on, and the shortest possible length is " +
+                               std::to_string(least) + ", or 0");
             self.sequence->cache().truncate(length);
           },
           nb::arg("length"), "Drops committed positions from the end, and everything provisional.");

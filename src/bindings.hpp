@@ -74,3 +74,4 @@ void bind_model(nb::module_& m);
 void bind_law(nb::module_& m);
 void bind_machine(nb::module_& m);
 void bind_ops(nb::module_& m);
+void bind_drafters(nb::module_& m);

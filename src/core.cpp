@@ -15,4 +15,5 @@ NB_MODULE(_core, m) {
   bind_model(m);
   bind_machine(m);
   bind_ops(m);
+  bind_drafters(m);
 }

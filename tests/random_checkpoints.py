@@ -18,6 +18,7 @@ LLAMA3 = {
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
     "llama-untied": ("LlamaForCausalLM", {"rope_theta": 10000.0}),
+    "mistral": ("MistralForCausalLM", {"rope_theta": 1000000.0, "sliding_window": None}),
     "qwen2": ("Qwen2ForCausalLM", {"rope_theta": 1000000.0}),
     "qwen3": ("Qwen3ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
 }

@@ -7,17 +7,21 @@ from specfast import _core
 ISAS = _core.build_info()["isas_supported"]
 
 
-def attention(q, k, v):
-    """Causal attention of the last M of S positions; q (M, heads, dim), k and v (S, kv_heads, dim)."""
+def attention(q, k, v, window=0):
+    """Causal attention of the last M of S positions; q (M, heads, dim), k and v (S, kv_heads, dim).
+
+    Key j is seen at position i if j <= i and, with a window, i - j < window.
+    """
     M, heads, dim = q.shape
     S, kv_heads, _ = k.shape
     out = np.zeros(q.shape)
     for m in range(M):
         for head in range(heads):
-            seen = S - M + m + 1
-            scores = k[:seen, head * kv_heads // heads].astype(np.float64) @ q[m, head] / np.sqrt(dim)
+            i = S - M + m
+            seen = slice(max(0, i - window + 1) if window else 0, i + 1)
+            scores = k[seen, head * kv_heads // heads].astype(np.float64) @ q[m, head] / np.sqrt(dim)
             p = np.exp(scores - scores.max())
-            out[m, head] = p @ v[:seen, head * kv_heads // heads] / p.sum()
+            out[m, head] = p @ v[seen, head * kv_heads // heads] / p.sum()
     return out
 
 
@@ -25,6 +29,24 @@ def to_bf16(x):
     """Rounded to the nearest bfloat16, ties to even."""
     bits = x.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def to_int8(x):
+    """Each vector rounded to integers times largest / 127, ties to even; zero if it is smaller than 1e-30."""
+    largest = np.abs(x).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 1e-30)
+    return np.rint(x * inverse) * (largest / np.float32(127))
+
+
+def rounded(kv_bits, q, k, v):
+    """What the kernel multiplies; in 8 bits, queries and weights are rounded to more than the tolerance sees."""
+    if kv_bits == 8:
+        return q, to_int8(k), to_int8(v)
+    return tuple(to_bf16(x) for x in (q, k, v)) if kv_bits == 16 else (q, k, v)
+
+
+def tolerance(kv_bits, v):
+    return {8: 1e-4, 16: 2**-9, 32: 1e-5}[kv_bits] * np.abs(v).max()  # the weights are rounded too
 
 
 def random_case(rng, S, M, heads, kv_heads, dim):
@@ -36,35 +58,91 @@ def random_case(rng, S, M, heads, kv_heads, dim):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("kv_bits", [8, 16, 32])
 @pytest.mark.parametrize("dim", [6, 16, 64, 80, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])
-def test_against_float64(isa, half, dim, heads, kv_heads):
+def test_against_float64(isa, kv_bits, dim, heads, kv_heads):
     rng = np.random.default_rng(dim + heads)
     for S, M in ((1, 1), (5, 3), (256, 1), (257, 9), (600, 21), (2053, 9)):
         q, k, v = random_case(rng, S, M, heads, kv_heads, dim)
-        exact = attention(*(to_bf16(x) for x in (q, k, v))) if half else attention(q, k, v)
-        error = np.abs(_core.attend_rows(q, k, v, half, isa) - exact).max()
-        assert error < (2**-9 * np.abs(v).max() if half else 2e-5)  # the weights are rounded too
+        exact = attention(*rounded(kv_bits, q, k, v))
+        assert np.abs(_core.attend_rows(q, k, v, kv_bits, isa) - exact).max() < tolerance(kv_bits, v)
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_bits", [8, 16, 32])
+@pytest.mark.parametrize("window", [1, 2, 7, 255, 256, 257, 300, 1024, 1500, 5000])
+def test_windows_against_float64(isa, kv_bits, window):
+    rng = np.random.default_rng(window)
+    for S, M in ((1, 1), (9, 9), (262, 9), (515, 16), (1300, 1), (1301, 9), (2053, 9)):
+        q, k, v = random_case(rng, S, M, 4, 2, 16)
+        out = _core.attend_rows(q, k, v, kv_bits, isa, window)
+        inputs, limit = rounded(kv_bits, q, k, v), tolerance(kv_bits, v)
+        assert np.abs(out - attention(*inputs, window)).max() < limit
+        if 1 < window < S and (kv_bits == 32 or (kv_bits == 8 and window < 300)):
+            for wrong in (window - 1, window + 1):
+                assert np.abs(out - attention(*inputs, wrong)).max() > limit
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_bits", [8, 16])
+@pytest.mark.parametrize("window", [0, 1, 5, 14, 270, 700])
 @pytest.mark.parametrize("S", [530, 1034])  # the rows straddle a page, and a span
-def test_rows_do_not_see_each_other(isa, S):
+def test_rows_do_not_see_each_other(isa, kv_bits, window, S):
     rng = np.random.default_rng(1)
     q, k, v = random_case(rng, S, 21, 8, 2, 64)
-    together = _core.attend_rows(q, k, v, True, isa)
+    together = _core.attend_rows(q, k, v, kv_bits, isa, window)
     for m in range(21):
         end = S - 21 + m + 1
-        alone = _core.attend_rows(q[m : m + 1], k[:end], v[:end], True, isa)
+        alone = _core.attend_rows(q[m : m + 1], k[:end], v[:end], kv_bits, isa, window)
         assert np.array_equal(alone[0], together[m])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_bits", [8, 16])
+@pytest.mark.parametrize("window", [1, 30, 290])
+def test_what_a_window_has_left_does_not_count(isa, kv_bits, window):
+    q, k, v = random_case(np.random.default_rng(2), 600, 4, 2, 2, 16)
+    before = _core.attend_rows(q, k, v, kv_bits, isa, window)
+    k[: 597 - window] *= 3
+    v[: 597 - window] += 1
+    assert np.array_equal(_core.attend_rows(q, k, v, kv_bits, isa, window), before)
+    v[597 - window] += 1  # what the first row, at 596, has just not left
+    assert np.array_equal(_core.attend_rows(q, k, v, kv_bits, isa, window)[1:], before[1:])
+    assert not np.array_equal(_core.attend_rows(q, k, v, kv_bits, isa, window)[0], before[0])
 
 
 def test_a_later_key_would_be_caught():
     q, k, v = random_case(np.random.default_rng(2), 40, 4, 2, 2, 16)
     k[39] *= 3
-    before = _core.attend_rows(q, k, v, False)
+    before = _core.attend_rows(q, k, v, 32)
     v[39] += 1
-    after = _core.attend_rows(q, k, v, False)
+    after = _core.attend_rows(q, k, v, 32)
     assert np.array_equal(before[:3], after[:3])
     assert not np.array_equal(before[3], after[3])
+
+
+def test_unrounded_keys_and_values_would_be_caught():
+    q, k, v = random_case(np.random.default_rng(4), 600, 9, 2, 2, 64)
+    out = _core.attend_rows(q, k, v, 8)
+    assert np.abs(out - attention(*rounded(8, q, k, v))).max() < tolerance(8, v)
+    assert np.abs(out - attention(q, k, v)).max() > 3 * tolerance(8, v)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_special_vectors_in_8_bits(isa):
+    q, k, v = random_case(np.random.default_rng(3), 300, 9, 2, 2, 16)
+    k[7], v[9], k[11], v[12] = 0, 0, 1e-38, 1e-38
+    k[20, 0, 3], v[21, 1, 5] = 3e4, -3e4  # outliers: what lies beside them is rounded to 0
+    exact = attention(q, to_int8(k), to_int8(v))
+    assert np.abs(_core.attend_rows(q, k, v, 8, isa) - exact).max() < tolerance(8, v)
+    for bad in (np.nan, np.inf):
+        for broken in (k, v):
+            kept, broken[295, 0, 2] = broken[295, 0, 2], bad
+            out = _core.attend_rows(q, k, v, 8, isa)
+            assert np.isnan(out[4:, 0]).all()  # the rows at 295 and later, in the head that has it
+            assert np.isfinite(out[:4]).all()
+            assert np.isfinite(out[:, 1]).all()
+            broken[295, 0, 2] = kept
+    q[3, 1, 0] = np.nan
+    assert np.isnan(_core.attend_rows(q, k, v, 8, isa)[3, 1]).all()

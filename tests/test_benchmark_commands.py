@@ -11,6 +11,7 @@ from specfast.bench.shapes import Shape
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import document_pairs
 import memory
+import prompt_classes
 
 TINY = Shape("tiny", 256, 2, 4, 2, 64, 512, 1000, True)
 OTHER = Shape("other", 128, 1, 2, 1, 64, 256, 900, True)
@@ -24,7 +25,7 @@ def _tiny_shapes(monkeypatch):
     monkeypatch.setattr(memory.time, "sleep", lambda _: None)
 
 
-@pytest.mark.parametrize("command", [document_pairs, memory])
+@pytest.mark.parametrize("command", [document_pairs, memory, prompt_classes])
 def test_help_and_unknown_options(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         command.main(["--help"])
@@ -69,3 +70,28 @@ def test_memory_says_what_the_measured_process_said(tmp_path):
     (directory / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="model_type"):
         memory.main(["--shape", "tiny", "--repeats", "1", "--cache", str(tmp_path)])
+
+
+def test_prompt_classes(capsys):
+    arguments = ["--classes", "code", "editing", "--only", "suffix", "controller", "--pairs", "1"]
+    assert prompt_classes.main([*arguments, "--tokens", "60", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["prompts"], row["drafter"]) for row in rows] == [
+        ("code", "suffix"),
+        ("code", "controller"),
+        ("editing", "suffix"),
+        ("editing", "controller"),
+    ]
+    assert all(row["pairs"] == 1 and row["low"] <= row["ratio"] <= row["high"] for row in rows)
+    assert rows[2]["tokens_per_pass"] > 2  # the promise for texts that are copied
+    assert prompt_classes.main([*arguments[:2], "--only", "model", "--pairs", "1", "--tokens", "30"]) == 0
+    assert capsys.readouterr().out.count("\n") == 3
+    with pytest.raises(SystemExit, match="2"):
+        prompt_classes.main(["--pairs", "0"])
+
+
+def test_loops_are_runs_that_are_not_in_the_prompt():
+    run = list(range(20))
+    assert prompt_classes.loops([*run, 99, *run], [1, 2])
+    assert not prompt_classes.loops([*run, 99, *run], run)
+    assert not prompt_classes.loops(run, [])

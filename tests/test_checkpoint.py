@@ -251,9 +251,9 @@ def test_nan_in_a_matrix_is_seen_in_the_logits(model):
         native.verify(_core.Cache(native), np.array([1], dtype=np.int32), None, _core.Law(0.0), 1.0, 0, 0)
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16", "f32"])
+@pytest.mark.parametrize(("precision", "kv_bits"), [("int8", 16), ("bf16", 16), ("f32", 16), ("int8", 8)])
 @pytest.mark.parametrize("quantise", [False, True])
-def test_one_nan_anywhere_is_seen(tmp_path, model, precision, quantise):
+def test_one_nan_anywhere_is_seen(tmp_path, model, precision, kv_bits, quantise):
     """One value of any matrix, bias or scale: no precision rounds it away."""
     if quantise:
         convert(model, tmp_path / "q", group_size=32)
@@ -267,7 +267,7 @@ def test_one_nan_anywhere_is_seen(tmp_path, model, precision, quantise):
         values.reshape(-1)[3 * values.shape[-1] if "embed" in name else 0] = np.nan
         path.unlink()
         write_safetensors(path, clean | {name: stored(values, "F32")})
-        native = load_model(model, precision=precision).model
+        native = load_model(model, precision=precision, kv_bits=kv_bits).model
         with pytest.raises(NumericalError):
             native.verify(_core.Cache(native), np.array([3, 1], dtype=np.int32), None, _core.Law(1.0), 1.0, 0, 0)
 
@@ -303,6 +303,8 @@ def test_a_norm_of_integers(model):
 def test_options_out_of_range(model):
     with pytest.raises(ConfigurationError, match="int8, bf16, f32"):
         load_model(model, precision="fp8")
+    with pytest.raises(ConfigurationError, match="kv_bits is 4"):
+        load_model(model, kv_bits=4)
     with pytest.raises(ConfigurationError, match="'sse' cannot be used here"):
         load_model(model, isa="sse")
     with pytest.raises(ConfigurationError, match="1 to the model's 512"):

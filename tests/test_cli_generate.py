@@ -71,6 +71,18 @@ def test_the_last_line_is_json(run, pair):
     assert out.startswith(expected.text)
 
 
+def test_8_bit_keys_and_values_are_said(run, pair):
+    code, out, err = run(
+        "generate", "--prompt", "x", "--max-tokens", "9", "--temperature", "0", "--kv-bits", "8", "--json"
+    )
+    values = as_json(out)
+    engine = specfast.load(*pair, kv_bits=8)
+    expected = engine.generate("x", max_tokens=9, temperature=0.0, disabled=True)
+    assert (code, values["token_ids"], values["precision"]) == (0, expected.token_ids, "f32, kv 8 bit")
+    assert "native f32, kv 8 bit" in err
+    assert expected.terms.precision == engine.get_speculation_stats()["precision"] == "f32, kv 8 bit"
+
+
 def test_quiet_and_no_stream(run):
     code, out, err = run("generate", "--prompt", "x", "--max-tokens", "5", "--seed", "1", "--quiet")
     assert (code, err) == (0, "")
@@ -151,6 +163,12 @@ def test_compare_needs_a_draft(run, pair, tmp_path):
         assert "--draft-model" in err.splitlines()[-1]
 
 
+def test_compare_takes_a_drafter_that_needs_no_draft(run, pair):
+    greedy = ("--temperature", "0", "--max-tokens", "40", "--ignore-eos", "--drafter", "suffix")
+    code, out, _ = run("generate", "--compare", *greedy, "--model", pair[0], "--prompt", "x", models=False)
+    assert (code, "identical: yes" in out) == (0, True)
+
+
 USAGE = {
     "gamma": ("--gamma", "21"),
     "gamma word": ("--gamma", "many"),
@@ -165,7 +183,10 @@ USAGE = {
     "mlx": ("--speculative-target-engine", "mlx"),
     "tinygrad": ("--speculative-draft-engine", "tinygrad"),
     "unknown engine": ("--speculative-draft-engine", "torch"),
-    "early exit": ("--speculative-early-exit", "2"),
+    "early exit": ("--speculative-early-exit", "0"),
+    "early exit word": ("--early-exit", "last"),
+    "early exit beyond": ("--early-exit", "99"),
+    "early exit and draft": ("--early-exit", "1", "--draft-model", "x"),
     "rule": ("--speculative-rule", "typical"),
     "rule and lenience": ("--speculative-rule", "block", "--lenience", "1.1"),
     "min-p": ("--min-p", "-0.1"),
@@ -179,7 +200,18 @@ USAGE = {
     "unknown": ("--speculate",),
     "abbreviated": ("--speculative-gam", "3"),
     "file": ("--precision", "int3"),
+    "bits": ("--kv-bits", "4"),
 }
+
+
+def test_the_targets_first_layers_draft(run, pair):
+    for layers in ("1", "auto"):
+        arguments = ("--model", pair[0], "--early-exit", layers, "--temperature", "0", "--max-tokens", "20", "--json")
+        code, out, err = run("generate", "--prompt", "def main", "--compare", *arguments, models=False)
+        assert code == 0
+        assert "identical: yes" in out
+        assert f"draft early exit {layers} (typed)" in err
+        assert as_json(out)["config"]["early_exit"] == {"value": layers if layers == "auto" else 1, "source": "typed"}
 
 
 @pytest.mark.parametrize("arguments", USAGE.values(), ids=list(USAGE))
@@ -389,7 +421,7 @@ def test_suggest(run):
     values = as_json(run("suggest", "qwen-2.5-7b", "--json")[1])
     assert (values["gamma"], values["top_k"], values["draft_model_id"]) == (4, 0.85, "qwen-2.5-1.5b")
     code, out, _ = run("suggest", "unheard-of")
-    assert (code, "plain decoding" in out) == (0, True)
+    assert (code, "suffix drafter" in out) == (0, True)
     assert "deepseek" in as_json(run("suggest", "--json")[1])
     assert "deepseek: deepseek-v3" in run("suggest")[1]
 

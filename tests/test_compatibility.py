@@ -137,4 +137,4 @@ def test_auto_config_passes_over_a_draft_that_does_not_fit_in_memory(tmp_path, m
     engine = specfast.load("llama-3.1-70b", auto_config=True, notify=told.append)
     assert engine.pair.draft is None
     assert "llama-3.2-3b needs about 1.8 GB, and 1.0 GB are free" in told[0]
-    assert "plain decoding" in told[-1]
+    assert "suffix drafter" in told[-1]

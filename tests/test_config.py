@@ -68,6 +68,7 @@ def test_a_top_k_count_given_as_the_threshold_names_the_option_for_counts():
         {"draft_engine": ""},
         {"early_exit": 0},
         {"early_exit": True},
+        {"early_exit": "last"},
         {"rule": "typical"},
         {"rule": "block", "lenience": 1.1},
         {"rule": "coupled", "lenience": 0.9},
@@ -87,7 +88,6 @@ def test_values_that_are_none_of_the_choices_are_refused(options):
     [
         ({"target_engine": "mlx"}, "native"),
         ({"draft_engine": "tinygrad"}, "native"),
-        ({"early_exit": 3}, "draft model"),
     ],
 )
 def test_what_is_not_available_yet_says_what_is(options, words):
@@ -111,6 +111,18 @@ def test_what_is_not_available_yet_says_what_is(options, words):
 )
 def test_the_rule_in_effect(options, rule):
     assert SpeculativeConfig(**options).effective_rule == rule
+
+
+def test_early_exit_takes_a_layer_or_auto_and_no_draft_besides():
+    assert [SpeculativeConfig(early_exit=value).early_exit for value in (None, 1, 90, "auto")] == [None, 1, 90, "auto"]
+    with pytest.raises(ConfigurationError, match=r"early_exit 3 and draft_model llama-3.2-1b are two ways"):
+        SpeculativeConfig(target_model="llama-3.1-8b", draft_model="llama-3.2-1b", early_exit=3)
+    assert SpeculativeConfig(draft_model="none", early_exit=3).early_exit == 3
+    typed = {"target_model": "llama-3.1-8b", "auto_config": True, "early_exit": "auto"}
+    line = resolve_config(typed).describe(draft_model="early exit auto")
+    assert "draft early exit auto (typed)" in line
+    with pytest.raises(ConfigurationError, match="two ways to draft"):
+        resolve_config(typed).with_models("llama-3.1-8b", "llama-3.2-1b")
 
 
 def test_precedence_from_default_to_request():

@@ -20,6 +20,8 @@ def _threads():
 def models(isa):
     decoder = random_decoder(11, V=70, hidden=64, heads=4, kv_heads=2, architecture="qwen2")
     yield native(decoder, isa=isa)
+    decoder.layers[1].window = 33
+    yield native(decoder, isa=isa, precision="bf16", kv_bits=8)
     for bits in (4, 8):
         _, build = quantised(random_decoder(12, V=70, hidden=128, heads=4, kv_heads=2, tied=False), bits, 64)
         yield build("int8", isa)

@@ -68,7 +68,7 @@ def test_every_way_to_be_greedy_is_greedy(engine, options):
 
 def test_the_threshold_keeps_its_share_and_a_typed_count_replaces_it(directories):
     def law(options, **request):
-        return specfast.load(*directories, **options).stream("x", **request)._target._law
+        return specfast.load(*directories, **options).stream("x", **request)._target.law
 
     assert law({}).top_k == 32  # ceil(0.1 * 320)
     assert law({}, top_k=5).top_k == 5
@@ -76,8 +76,8 @@ def test_the_threshold_keeps_its_share_and_a_typed_count_replaces_it(directories
     assert law({"top_k_threshold": 0.5}, top_k=200).top_k == 160  # both given: both hold
     assert law({"top_k_threshold": 0.5}, top_k=7).top_k == 7
     stream = specfast.load(*directories).stream("x", top_p=0.5, min_p=0.1, temperature=0.5)
-    assert stream._drafter._drafter._law is stream._target._law  # one law for p and q
-    assert (stream._target._law.top_p, stream._target._law.temperature) == (0.5, 0.5)
+    assert stream._drafter._drafter._parts["model"]._law is stream._target.law  # one law for p and q
+    assert (stream._target.law.top_p, stream._target.law.temperature) == (0.5, 0.5)
 
 
 def test_chunks_join_to_the_text_and_the_tokens(engine):
@@ -172,7 +172,7 @@ def test_a_draft_with_less_context_stops_drafting_and_decoding_goes_on(directori
     told = []
     engine = specfast.load(target, tmp_path / "short", notify=told.append)
     for length in (10, 39, 60):
-        options = {"max_tokens": 80, "temperature": 0.0, "ignore_eos": True}
+        options = {"max_tokens": 80, "temperature": 0.0, "ignore_eos": True, "drafter": "model"}
         result = engine.generate([7] * length, **options)
         assert result.token_ids == engine.generate([7] * length, **options, disabled=True).token_ids
         assert (result.stats.drafted > 0) == (length < 40)
@@ -211,6 +211,7 @@ def test_a_draft_that_is_not_smaller_is_told(directories):
         ("x", {"rule": "block", "lenience": 1.1}),
         ("x", {"rule": "coupled", "lenience": 0.9}),
         ("x", {"draft_model": "other"}),
+        ("x", {"early_exit": 1}),
         ("x", {"gama": 3}),
         ([{"role": "user", "content": "x"}], {}),
     ],
@@ -383,7 +384,7 @@ def test_progress_may_interrupt_reading(engine):
 
 
 def test_unavailable_options_are_refused_when_the_engine_is_built():
-    for options in ({"target_engine": "mlx"}, {"draft_engine": "tinygrad"}, {"early_exit": 2}):
+    for options in ({"target_engine": "mlx"}, {"draft_engine": "tinygrad"}):
         with pytest.raises(ConfigurationError, match="not available"):
             specfast.load(**options)
     with pytest.raises(ConfigurationError, match="'speculative'"):
@@ -394,7 +395,7 @@ def test_a_target_without_a_draft_says_how_to_get_one(directories):
     told = []
     engine = specfast.load(directories[0], notify=told.append)
     assert engine.pair.draft is None
-    assert "plain decoding" in told[0]
+    assert "suffix" in told[0]
     assert "--speculative-draft-model" in told[0]
     assert specfast.load(directories[0], disabled=True, notify=told.append) is not None
     assert len(told) == 1

@@ -293,11 +293,12 @@ def test_the_requests_own_options_count(home, steps):
     ],
 )
 def test_the_temperature_is_the_nearest_that_was_given(home, typed, host, request_, model, expected):
-    typed = {**typed, "disabled": True, "top_k_threshold": 0.5}
+    law = {"top_k_threshold": 0.5, "rule": "block"}  # unset, an automatic gamma and a seed would choose another
+    typed = {**typed, "disabled": True, **law}
     options._command_line = options.CommandLine(typed, host, max_tokens=24)
     session = Session()
     got = asyncio.run(session.ask(TEXTS[0], model, seed=3, **request_))
-    plain = reference(home, model, top_k_threshold=0.5)
+    plain = reference(home, model, **law)
     texts = {t: plain(TEXTS[0], seed=3, temperature=t) for t in (0.3, 0.5, 0.8, 1.0, 1.5)}
     assert len({tuple(text) for text in texts.values()}) == 5
     assert got == texts[expected]
@@ -309,8 +310,27 @@ def test_the_family_gives_draft_and_options_with_auto_config_only(home):
         assert asyncio.run(session.ask("x", OTHER)) == reference(home, OTHER)("x", **GREEDY)
         draft = session.stats["models"][OTHER]["draft"]
         assert draft in (OTHER_DRAFT, "qwen-2.5-0.5b") if automatic else draft is None
-        assert (session.stats["drafted"] > 0) == automatic
+        assert session.stats["drafted"] > 0 or not automatic
+        assert "model" not in session.stats["drafters"] or automatic
         assert session.fetched == {OTHER}  # the draft was there
+
+
+@pytest.mark.parametrize("layers", [1, 2, "auto"])
+def test_the_targets_first_layers_can_draft(home, steps, layers):
+    session = Session({"target_model": TARGET, "auto_config": True, "early_exit": layers, "gamma": 4, **GREEDY})
+    assert asyncio.run(session.ask(TEXTS[0])) == reference(home)(TEXTS[0], **GREEDY, disabled=True)
+    stats = session.stats
+    assert (stats["draft_model"], stats["model_family_compatibility"]) == (f"early exit {layers}", "compatible")
+    assert (stats["lossless"], stats["fallback"], stats["fallbacks"]) == (True, None, 0)
+    assert stats["drafted"] > 0
+    assert session.fetched == {TARGET}  # and no draft
+
+
+def test_a_layer_typed_for_one_target_is_not_used_with_another(home):
+    for layers, draft in ((1, None), ("auto", "early exit auto")):
+        session = Session({"target_model": TARGET, "early_exit": layers, "gamma": 4, **GREEDY})
+        assert asyncio.run(session.ask("x", OTHER)) == reference(home, OTHER)("x", **GREEDY)
+        assert session.stats["models"][OTHER]["draft"] == draft
 
 
 @pytest.mark.parametrize("automatic", [False, True])

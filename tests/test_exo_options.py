@@ -30,6 +30,7 @@ FLAGS = {
     "--speculative-temperature": ("temperature", "0.5", 0.5),
     "--speculative-top-k": ("top_k_threshold", "0.2", 0.2),
     "--speculative-lenience": ("lenience", "1.5", 1.5),
+    "--speculative-early-exit": ("early_exit", "3", 3),
     "--speculative-auto-config": ("auto_config", None, True),
     "--disable-speculative": ("disabled", None, True),
 }
@@ -104,7 +105,16 @@ def test_values_beside_the_range(start, value):
     ("arguments", "words"),
     [
         (["--speculative-target-engine", "cuda"], ["cuda", "mlx, tinygrad"]),
-        (["--speculative-early-exit", "3"], ["early_exit 3", "not available"]),
+        (["--speculative-early-exit", "0"], ["--speculative-early-exit", "early_exit is 0", "'auto'"]),
+        (["--speculative-early-exit", "last"], ["--speculative-early-exit", "'last'", "'auto'"]),
+        (
+            ["--speculative-target-model", TARGET, "--speculative-early-exit", "2"],
+            ["early_exit is 2", "outside 1 to 1", TARGET],
+        ),
+        (
+            ["--speculative-early-exit", "3", "--speculative-draft-model", DRAFT],
+            ["early_exit 3", f"draft_model {DRAFT}", "two ways"],
+        ),
         (["--speculative-rule", "coupled", "--speculative-lenience", "1.1"], ["coupled", "lenience 1"]),
         (["run", TARGET, "--speculative-target-model", OTHER], [TARGET, OTHER, "different models"]),
         (["--run-model", TARGET, "--speculative-target-model", OTHER], [TARGET, OTHER, "different models"]),

@@ -140,10 +140,8 @@ def test_every_text_model_of_exo_has_a_suggestion_or_no_smaller_sibling(target, 
 
 def test_the_suggestion_in_a_line():
     assert explain_suggestion("llama-3.1-8b") == "llama-3.1-8b: draft llama-3.2-1b, then llama-3.2-3b"
-    assert explain_suggestion("llama-3.2-1b") == (
-        "llama-3.2-1b: no smaller sibling: suffix (plain decoding until the suffix drafter exists)"
-    )
-    assert explain_suggestion("gpt-5") == "gpt-5: not in the registry, so no draft is known: plain decoding"
+    assert explain_suggestion("llama-3.2-1b") == ("llama-3.2-1b: no smaller sibling: suffix drafter")
+    assert explain_suggestion("gpt-5") == "gpt-5: not in the registry, so no draft is known: suffix drafter"
 
 
 def test_llama_3_has_other_tokens_than_its_successors():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from specfast import _core
 from specfast.context import Context
 from specfast.controllers import FixedGamma
-from specfast.drafters import NoDrafter
+from specfast.drafters import NoDrafter, Offer
 from specfast.errors import NumericalError
 from specfast.generation import Generation
 
@@ -69,9 +69,10 @@ class ToyDrafter(Toy):
         self.random, self.right = random.Random(seed), right
         self.behind = []
 
-    def propose(self, context, gamma):
-        if gamma < 1:
-            return None
+    def offers(self, context):
+        return [Offer("model", "model", 0.7, 64, len(context.tokens) - len(self.cached))]
+
+    def propose(self, context, offer, gamma):
         pending = self.read(context)
         self.behind.append(len(pending))
         self.cached += pending
@@ -210,16 +211,20 @@ class FailingDrafter(ToyDrafter):
         self._maybe_fail("prefill")
         super().prefill(tokens, progress)
 
-    def propose(self, context, gamma):
+    def offers(self, context):
+        self._maybe_fail("offers")
+        return super().offers(context)
+
+    def propose(self, context, offer, gamma):
         self._maybe_fail("propose")
-        return super().propose(context, gamma)
+        return super().propose(context, offer, gamma)
 
     def commit(self, kept):
         self._maybe_fail("commit")
         super().commit(kept)
 
 
-@pytest.mark.parametrize("fail_in", ["prefill", "propose", "commit"])
+@pytest.mark.parametrize("fail_in", ["prefill", "offers", "propose", "commit"])
 @pytest.mark.parametrize("error", [NumericalError, RuntimeError])
 def test_a_failing_drafter_is_told_once_and_plain_decoding_goes_on(fail_in, error):
     told = []
@@ -229,7 +234,8 @@ def test_a_failing_drafter_is_told_once_and_plain_decoding_goes_on(fail_in, erro
     assert run.result().token_ids == plain([5, 6], 40)
     assert [type(failure) for failure in told] == [error]
     assert run.stats.fallbacks == 1
-    assert run.stats.rounds == {"prefill": 0, "propose": 2, "commit": 3}[fail_in]
+    assert run.stats.fallback_reasons == {f"{error.__name__}: logits of row 0 are not finite": 1}
+    assert run.stats.rounds == {"prefill": 0, "offers": 2, "propose": 2, "commit": 3}[fail_in]
 
 
 class FailingTarget(ToyTarget):
@@ -275,7 +281,7 @@ def test_parts_that_lack_a_method_are_refused_at_once(position, lacking):
     parts = [ToyTarget(), NoDrafter(), FixedGamma(3)]
     known = {
         name: getattr(parts[position], name)
-        for name in ("prefill", "commit", "gamma")
+        for name in ("prefill", "offers", "commit", "plan")
         if hasattr(parts[position], name)
     }
     parts[position] = SimpleNamespace(**known)

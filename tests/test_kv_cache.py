@@ -1,59 +1,163 @@
-"""The cache as a transaction: random appends, commits, rollbacks and truncations equal recomputation from the tokens kept."""
+"""The cache as a transaction: random appends, commits, rollbacks, truncations and wraps equal recomputation from the
+tokens kept, bit for bit, in every kind of cache."""
+
+import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from specfast import _core
 from tiny_models import native, random_decoder
 
-MODEL = native(random_decoder(3, V=40, hidden=32, architecture="qwen3"), max_context=600)
-STEPS = st.lists(
-    st.tuples(st.sampled_from(["append", "commit", "rollback", "truncate", "fail"]), st.integers(1, 90)), max_size=25
-)
+CONTEXT = 1400
+SEQUENCES = 10_000 if os.environ.get("SPECFAST_FULL") else 200
+KINDS = {
+    "full": {},
+    "full in bf16": {"precision": "bf16"},
+    "full in 8 bits": {"kv_bits": 8},
+    "window": {"windows": (70,)},
+    "wide window in bf16": {"windows": (300,), "precision": "bf16"},
+    "window in 8 bits": {"windows": (70,), "kv_bits": 8},
+    "windows of some layers": {"windows": (None, 9, 260)},
+    "windows of some layers in 8 bits": {"windows": (None, 9, 260), "kv_bits": 8},
+}
 
 
-def logits_after(tokens):
-    cache = _core.Cache(MODEL)
-    return MODEL.forward(cache, np.asarray(tokens, dtype=np.int32), 1)[0]
+def model_of(windows=(None,), **options):
+    decoder = random_decoder(3, V=40, hidden=32, architecture="qwen3", layers=max(2, len(windows)), windows=windows)
+    return native(decoder, max_context=CONTEXT, **options)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(STEPS, st.integers(0, 2**31))
-def test_random_transactions_equal_recomputation(steps, seed):
-    rng = np.random.default_rng(seed)
-    cache, kept, open_tokens = _core.Cache(MODEL), [], []
-    for action, n in steps:
+MODELS = {kind: model_of(**options) for kind, options in KINDS.items()}
+MODEL = MODELS["full"]
+ACTIONS = ("append", "append", "append", "commit", "commit", "rollback", "truncate", "end", "fail")
+
+
+def logits_after(model, tokens):
+    return model.forward(_core.Cache(model), np.asarray(tokens, dtype=np.int32), 1)[0]
+
+
+def run_random_steps(model, rng):
+    cache, kept, open_tokens = _core.Cache(model), [], []
+    for _ in range(rng.integers(5, 25)):
+        action, n = rng.choice(ACTIONS), int(rng.integers(1, rng.choice([22, 400])))
         if action == "append":
-            tokens = rng.integers(0, 40, min(n, 600 - len(kept) - len(open_tokens)))
+            tokens = rng.integers(0, 40, min(n, CONTEXT - len(kept) - len(open_tokens)))
             if len(tokens):
-                MODEL.forward(cache, tokens.astype(np.int32), 0)
+                model.forward(cache, tokens.astype(np.int32), 0)
                 open_tokens += tokens.tolist()
-        elif action == "commit":
+        elif action in ("commit", "end"):
             n = min(n, len(open_tokens))
             cache.commit(n)
             kept, open_tokens = kept + open_tokens[:n], []
+            if action == "end":  # the text ended inside the round; the next one starts
+                cache.truncate(0)
+                kept = []
         elif action == "rollback":
             cache.rollback()
             open_tokens = []
         elif action == "truncate":
-            cache.truncate(max(0, len(kept) - n))
-            kept, open_tokens = kept[: max(0, len(kept) - n)], []
+            length = max(0, len(kept) - n)
+            try:
+                cache.truncate(length)
+                kept, open_tokens = kept[:length], []
+            except _core.ShapeError as error:
+                assert "window has moved on" in str(error)
         else:
             with pytest.raises(_core.SpecfastError):
-                MODEL.forward(cache, np.array([1, 99], dtype=np.int32), 1)  # no such token
+                model.forward(cache, np.array([1, 99], dtype=np.int32), 1)  # no such token
         assert (cache.length, cache.provisional) == (len(kept), len(open_tokens))
-    if len(kept) + len(open_tokens) < 600:
-        last = MODEL.forward(cache, np.array([7], dtype=np.int32), 1)[0]
-        assert np.array_equal(last, logits_after([*kept, *open_tokens, 7]))
+    if len(kept) + len(open_tokens) < CONTEXT:
+        last = model.forward(cache, np.array([7], dtype=np.int32), 1)[0]
+        assert np.array_equal(last, logits_after(model, [*kept, *open_tokens, 7]))
 
 
-def test_a_lost_rollback_would_be_caught():
-    cache = _core.Cache(MODEL)
-    MODEL.forward(cache, np.array([1, 2, 3], dtype=np.int32), 0)
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", MODELS)
+def test_random_transactions_equal_recomputation(kind):
+    for seed in range(SEQUENCES):
+        run_random_steps(MODELS[kind], np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_rounds_far_beyond_a_window(kind):
+    """Rounds of gamma + 1 rows of which some are kept, as speculation makes them, over many wraps."""
+    model, rng = MODELS[kind], np.random.default_rng(1)
+    cache, kept = _core.Cache(model), []
+    while len(kept) < CONTEXT - 30:
+        M = int(rng.integers(1, 22))
+        rows = rng.integers(0, 40, M).astype(np.int32)
+        logits = model.forward(cache, rows, M)
+        n = int(rng.integers(0, M + 1))
+        cache.commit(n)
+        kept += rows[:n].tolist()
+        if rng.random() < 0.1:
+            assert np.array_equal(logits[0], logits_after(model, [*kept[: len(kept) - n], rows[0]]))
+    assert np.array_equal(model.forward(cache, np.array([7], dtype=np.int32), 1)[0], logits_after(model, [*kept, 7]))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_provisional_rows_push_nothing_out(kind):
+    """However many rows are provisional, a rollback finds all that the next row sees."""
+    model, tokens = MODELS[kind], np.arange(200, dtype=np.int32) % 40
+    cache = _core.Cache(model)
+    model.prefill(cache, tokens)
+    for count in (400, 300, 100, 21):
+        model.forward(cache, np.full(count, 3, dtype=np.int32), 0)
+    cache.rollback()
+    last = model.forward(cache, np.array([7], dtype=np.int32), 1)[0]
+    assert np.array_equal(last, logits_after(model, [*tokens, 7]))
+
+
+def test_memory_is_that_of_the_window():
+    model = MODELS["window"]
+    cache, one = _core.Cache(model), _core.Cache(model)
+    model.forward(one, np.zeros(1, dtype=np.int32), 0)
+    for _ in range(CONTEXT // 20):
+        model.prefill(cache, np.zeros(20, dtype=np.int32))
+    assert (
+        cache.nbytes <= 3 * one.nbytes
+    )  # a window of 70 and a round of 20 lie in two pages, and a third is freed late
+    full = _core.Cache(MODEL)
+    MODEL.prefill(full, np.zeros(CONTEXT, dtype=np.int32))
+    assert full.nbytes == 6 * one.nbytes
+
+
+def test_8_bits_are_a_quarter_of_32_and_half_of_16():
+    decoder = random_decoder(3, head_dim=64)
+    position = {
+        (precision, bits): native(decoder, precision=precision, kv_bits=bits).kv_bytes_per_position
+        for precision in ("f32", "bf16")
+        for bits in (8, 16)
+    }
+    vectors = 2 * 2 * 2  # keys and values, layers, heads
+    assert position["f32", 16] == vectors * 64 * 4
+    assert position["bf16", 16] == vectors * 64 * 2
+    assert position["f32", 8] == position["bf16", 8] == vectors * (64 + 4)
+    with pytest.raises(_core.ShapeError, match="4 bits are not supported"):
+        native(decoder, kv_bits=4)
+
+
+def test_what_a_window_gave_up_cannot_come_back():
+    model = MODELS["window"]
+    cache = _core.Cache(model)
+    model.prefill(cache, np.arange(700, dtype=np.int32) % 40)
+    model.prefill(cache, np.zeros(1, dtype=np.int32))
+    with pytest.raises(_core.ShapeError, match="shortest possible length is 581, or 0"):
+        cache.truncate(580)  # the next row would see from 511, and 512 is the first there is
+    assert cache.length == 701
+    cache.truncate(581)
+    tokens = np.arange(582) % 40
+    assert np.array_equal(model.forward(cache, np.array([581 % 40], dtype=np.int32), 1)[0], logits_after(model, tokens))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_lost_rollback_would_be_caught(kind):
+    model = MODELS[kind]
+    cache = _core.Cache(model)
+    model.forward(cache, np.array([1, 2, 3], dtype=np.int32), 0)
     cache.commit(3)
-    wrong = MODEL.forward(cache, np.array([7], dtype=np.int32), 1)[0]
-    assert not np.array_equal(wrong, logits_after([1, 2, 7]))
+    wrong = model.forward(cache, np.array([7], dtype=np.int32), 1)[0]
+    assert not np.array_equal(wrong, logits_after(model, [1, 2, 7]))
 
 
 def test_a_full_cache_is_refused_and_unchanged():
@@ -76,5 +180,5 @@ def test_impossible_commits_are_refused():
         cache.commit(4)
     with pytest.raises(_core.ShapeError, match="holds 0"):
         cache.truncate(1)
-    with pytest.raises(_core.ShapeError, match="context of 600"):
-        _core.Cache(MODEL, 601)
+    with pytest.raises(_core.ShapeError, match=f"context of {CONTEXT}"):
+        _core.Cache(MODEL, CONTEXT + 1)

@@ -68,7 +68,12 @@ def test_bad_rows_are_refused():
     decoder = model("f32")
     cache = _core.Cache(decoder, 8)
     rows = np.zeros((2, 3, 16), np.float32)
-    for keys, values in (([rows, rows], [rows, "x"]), ([rows], [rows]), ([rows, rows], [rows]), ([rows, rows[:, :2]], [rows, rows])):
+    for keys, values in (
+        ([rows, rows], [rows, "x"]),
+        ([rows], [rows]),
+        ([rows, rows], [rows]),
+        ([rows, rows[:, :2]], [rows, rows]),
+    ):
         with pytest.raises(ShapeError):
             cache.assign(keys, values)
     with pytest.raises(ShapeError, match="layer 2 is outside"):

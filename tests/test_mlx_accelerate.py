@@ -235,7 +235,7 @@ def test_unsupported_models_are_left_alone():
         kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
         cases += [
             (random_model("llama", "f32", **kinds), "sliding window"),
-            (random_model("mistral", "f32", sliding_window=64), "sliding-window"),
+            (random_model("mistral", "f32", sliding_window=64), "sliding window"),
         ]
     for model, reason in cases:
         kind, before = type(model), logits_of(model, TOKENS[:9])

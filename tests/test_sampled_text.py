@@ -56,14 +56,17 @@ def text_law(target, options, edits=None, allowed=None):
 
 
 class Writer:
-    """Writes texts round by round, as the engine does."""
+    """Writes texts round by round, as the engine does; with early_exit the target drafts with so many of its layers."""
 
-    def __init__(self, pair, options, *, gamma=2, lenience=1.0, with_q=True, rule="token", adjustments=lambda: None):
+    def __init__(
+        self, pair, options, *, gamma=2, lenience=1.0, with_q=True, early_exit=0, rule="token", adjustments=lambda: None
+    ):
         self.target, self.draft = (native(decoder) for decoder in pair)
         self.caches = [_core.Cache(model) for model in (self.target, self.draft)]
         self.target.prefill(self.caches[0], PROMPT[:-1])
         self.draft.prefill(self.caches[1], PROMPT[:-1])
         self.law, self.gamma, self.lenience, self.with_q = _core.Law(**options), gamma, lenience, with_q
+        self.early_exit = early_exit
         self.rule, self.adjustments = rule, adjustments
         self.kept = self.drafted = 0
 
@@ -77,7 +80,11 @@ class Writer:
             adjustments.follow(PROMPT)
         for number in itertools.count():
             key = round_of(number)
-            self.draft.draft(draft_kv, draft_pending, self.gamma, self.law, seed, key, proposal, self.rule, adjustments)
+            draws = self.law, seed, key, proposal, self.rule, adjustments
+            if self.early_exit:
+                self.target.draft_early(kv, pending, self.gamma, self.early_exit, *draws)
+            else:
+                self.draft.draft(draft_kv, draft_pending, self.gamma, *draws)
             tokens = proposal.tokens
             if not self.with_q:
                 proposal.set_tokens(tokens)
@@ -111,6 +118,14 @@ def test_sampled_text_follows_the_target(pair, options, gamma, rule):
     writer = Writer(pair, options, gamma=gamma, rule=rule)
     assert excess(writer.counts(TEXTS), text_law(pair[0], options)) < 1
     assert 0.2 < writer.kept / writer.drafted < 0.99
+
+
+@pytest.mark.parametrize("options", LAWS.values(), ids=list(LAWS))
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_text_drafted_by_the_targets_first_layer_follows_the_target(pair, options, rule):
+    writer = Writer(pair, options, early_exit=1, rule=rule)
+    assert excess(writer.counts(TEXTS), text_law(pair[0], options)) < 1
+    assert 0.05 < writer.kept / writer.drafted < 0.99
 
 
 def test_drafted_tokens_without_a_law_follow_the_target(pair):

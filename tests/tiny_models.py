@@ -10,9 +10,19 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def random_decoder(
-    seed, *, V=8, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, architecture="llama", tied=True
+    seed,
+    *,
+    V=8,
+    hidden=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    architecture="llama",
+    tied=True,
+    windows=(None,),
 ):
-    """Float32-exact weights; architecture "llama", "qwen2" (biases) or "qwen3" (QK-norm)."""
+    """Float32-exact weights; architecture "llama", "qwen2" (biases) or "qwen3" (QK-norm); windows of layers, in turn."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, spread=1.0):
@@ -26,7 +36,7 @@ def random_decoder(
 
     q, kv, wide = heads * head_dim, kv_heads * head_dim, 3 * hidden
     stack = []
-    for _ in range(layers):
+    for i in range(layers):
         layer = Layer(
             input_norm=norm(hidden),
             q=matrix(q, hidden),
@@ -37,6 +47,7 @@ def random_decoder(
             gate=matrix(wide, hidden),
             up=matrix(wide, hidden),
             down=matrix(hidden, wide),
+            window=windows[i % len(windows)],
         )
         if architecture == "qwen2":
             layer.q_bias, layer.k_bias, layer.v_bias = normal(q), normal(kv), normal(kv)
@@ -55,7 +66,7 @@ def random_decoder(
     )
 
 
-def native(decoder, *, precision="f32", isa=None, max_context=512, packs=None):
+def native(decoder, *, precision="f32", isa=None, max_context=512, packs=None, kv_bits=16):
     """The same weights as a `_core.Model`: in float32, or as the matrices that `packs` has for the ids of arrays."""
 
     def floats(x):
@@ -67,8 +78,9 @@ def native(decoder, *, precision="f32", isa=None, max_context=512, packs=None):
         return _core.Matrix("f32", *x.shape, floats(x).view(np.uint8).ravel())
 
     def layer(w):
-        named = {name: x for name, x in vars(w).items() if x is not None}
-        return {name: matrix(x) if name in MATRICES else floats(x) for name, x in named.items()}
+        arrays = {name: x for name, x in vars(w).items() if isinstance(x, np.ndarray)}
+        named = {name: matrix(x) if name in MATRICES else floats(x) for name, x in arrays.items()}
+        return named | {"window": w.window}
 
     return _core.Model(
         hidden=decoder.embed.shape[1],
@@ -86,6 +98,7 @@ def native(decoder, *, precision="f32", isa=None, max_context=512, packs=None):
         layers=[layer(w) for w in decoder.layers],
         precision=precision,
         isa=isa,
+        kv_bits=kv_bits,
     )
 
 

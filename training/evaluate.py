@@ -39,7 +39,9 @@ def log_laws(model: _core.Model, window: np.ndarray) -> np.ndarray:
 
 def held_out_loss(directory: Path, texts: list[list[int]]) -> dict[str, tuple[float, float, int]]:
     """For every precision: mean nats per token, mean KL divergence from float32 activations, tokens; windows of 512."""
-    models = {precision: load_model(directory, precision=precision).model for precision in ("f32", "bf16", "int8")}
+    kinds = (("f32", 16), ("f32", 8), ("bf16", 16), ("int8", 16), ("int8", 8))
+    loaded = [load_model(directory, precision=precision, kv_bits=kv_bits) for precision, kv_bits in kinds]
+    models = {model.precision: model.model for model in loaded}
     loss, divergence, count = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0), 0
     for text in texts:
         for first in range(0, len(text) - 1, 512):

@@ -7,64 +7,7 @@ namespace {
 constexpr int kQueries = 4;                      // queries that share each key and value load
 constexpr int kBatch = 16;                       // queries that share a page in the first-level cache
 constexpr int kHeldVecs = kLanes >= 16 ? 4 : 2;  // vectors of scores, or of values, held per query
-
-#if !defined(SPECFAST_BF16_DOT)
-inline Pairs broadcast_pair(const uint16_t* two) {
-  return {broadcast(from_bf16(two[0])), broadcast(from_bf16(two[1]))};
-}
-inline Pairs first_of_pairs(Pairs a) {
-  return {a.first, zero()};
-}
-/// Stores kLanes floats as bf16 and returns what they became.
-inline Vec store_bf16(uint16_t* p, Vec a) {
-  store_bf16_part(p, a, kLanes);
-  return load_bf16(p);
-}
-inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
-  return fma(a.second, b.second, fma(a.first, b.first, acc));
-}
-#endif
-
-/// Keys and values in bf16, two of them to a dot: see KvPage.
-struct Bf16Kv {
-  using Element = uint16_t;
-  using Pair = Pairs;
-  static constexpr int kBeside = 2;  // dimensions of a key, and positions of a value, that lie side by side
-
-  static void round(const float* from, Element* to, int n) { store_bf16_part(to, load_part(from, n), n); }
-  /// Stores kLanes weights as they are multiplied, and returns those.
-  static Vec weigh(Vec e, Element* to) { return store_bf16(to, e); }
-  static Pair both(const Element* two) { return broadcast_pair(two); }
-  /// Dimensions d and d + 1 of the kLanes positions from `lane` of a tile on.
-  static Pair keys(const Element* tile, int d, int lane) { return load_pairs(tile + d * kKeyTile + 2 * lane); }
-  /// kLanes dimensions from d on of an even position and the next; `width` dimensions lie side by side.
-  static Pair values(const Element* v, int, int d) { return load_pairs(v + 2 * d); }
-  static Pair first_values(const Element* v, int, int d) { return first_of_pairs(load_pairs(v + 2 * d)); }
-  static Vec dot(Vec acc, Pair a, Pair b) { return dot_pairs(acc, a, b); }
-};
-
-/// The same in float32.
-struct F32Kv {
-  using Element = float;
-  struct Pair {
-    Vec first, second;
-  };
-  static constexpr int kBeside = 1;
-
-  static void round(const float* from, Element* to, int n) { store_part(to, load_part(from, n), n); }
-  static Vec weigh(Vec e, Element* to) {
-    store(to, e);
-    return e;
-  }
-  static Pair both(const Element* two) { return {broadcast(two[0]), broadcast(two[1])}; }
-  static Pair keys(const Element* tile, int d, int lane) {
-    const Element* at = tile + d * kKeyTile + lane;
-    return {load(at), load(at + kKeyTile)};
-  }
-  static Pair values(const Element* v, int width, int d) { return {load(v + d), load(v + width + d)}; }
-  static Pair first_values(const Element* v, int, int d) { return {load(v + d), zero()}; }
-  static Vec dot(Vec acc, Pair a, Pair b) { return fma(a.second, b.second, fma(a.first, b.first, acc)); }
-};
+constexpr int kWhole = kLanes > 2 ? kLanes : 2;  // positions whose weights are made together
 
 /// Fetches the next page while this one is multiplied: every step of a dot asks for its share.
 struct Ahead {
@@ -84,14 +27,14 @@ struct Ahead {
 /// Scores of Q queries (rows of q, head_dim apart) against kHeldVecs vectors of positions of a K tile, into rows of s,
 /// kPagePositions apart.
 template <class Kv, int Q>
-inline void score_keys(const typename Kv::Element* q, const typename Kv::Element* tile, int lane, int head_dim,
-                       float scale, float* s, Ahead& ahead) {
+inline void score_keys(const typename Kv::Factor* q, const typename Kv::Element* tile, int lane, int head_dim,
+                       const float* scales, const float* key_scales, float* s, Ahead& ahead) {
   Ahead fetch = ahead;
-  Vec acc[Q][kHeldVecs];
+  typename Kv::Sum acc[Q][kHeldVecs];
   SPECFAST_UNROLL
   for (int i = 0; i < Q; i++) {
     SPECFAST_UNROLL
-    for (int j = 0; j < kHeldVecs; j++) acc[i][j] = zero();
+    for (int j = 0; j < kHeldVecs; j++) acc[i][j] = Kv::nothing();
   }
   for (int d = 0; d < head_dim; d += 2) {
     fetch.step();
@@ -109,23 +52,38 @@ inline void score_keys(const typename Kv::Element* q, const typename Kv::Element
   for (int i = 0; i < Q; i++) {
     SPECFAST_UNROLL
     for (int j = 0; j < kHeldVecs; j++)
-      store(s + i * kPagePositions + lane + j * kLanes, mul(acc[i][j], broadcast(scale)));
+      store(s + i * kPagePositions + lane + j * kLanes, Kv::score(acc[i][j], scales[i], key_scales, lane + j * kLanes));
   }
   ahead = fetch;
 }
 
 /// Turns scores into weights exp(s - max), as they are multiplied, where max is that of this page and those before it,
-/// stats[0]; adds their sum to stats[1]. Returns what the sums of the pages before count now. Positions from `valid` on
-/// weigh nothing.
+/// stats[0]; adds their sum to stats[1]. Returns what the sums of the pages before count now. Positions outside
+/// [begin, valid) weigh nothing; their scores are overwritten.
 template <class Kv>
-inline float softmax_page(const float* s, int valid, bool first_page, float* stats, typename Kv::Element* weights) {
-  Vec best = broadcast(first_page ? s[0] : stats[0]);
-  for (int i = 0; i < valid; i += kLanes) best = max(best, keep(load(s + i), valid - i, s[0]));
+inline float softmax_page(float* s, int begin, int valid, bool first_page, const float* value_scales, float* stats,
+                          typename Kv::Factor* weights, float* step) {
+  const int first = begin / kWhole * kWhole;
+  for (int i = first; i < begin; i++) s[i] = s[begin];
+  Vec best = broadcast(first_page ? s[begin] : stats[0]);
+  for (int i = first; i < valid; i += kLanes) best = max(best, keep(load(s + i), valid - i, s[begin]));
   const float top = maximum(best);
   const Vec shift = broadcast(top);
   Vec total = zero();
-  for (int i = 0; i < (valid + 1) / 2 * 2; i += kLanes) {
-    total = add(total, Kv::weigh(keep(exp(sub(load(s + i), shift)), valid - i, 0.0f), weights + i));
+  for (int i = first; i < (valid + 1) / 2 * 2; i += kLanes) {
+    Vec e = keep(exp(sub(load(s + i), shift)), valid - i, 0.0f);
+    if (i < begin) e = sub(e, keep(e, begin - i, 0.0f));
+    if constexpr (Kv::kExact) {
+      total = add(total, e);
+      store(s + i, keep(mul(e, load(value_scales + i)), valid - i, 0.0f));
+    } else {
+      total = add(total, Kv::weigh(e, weights + i));
+    }
+  }
+  if constexpr (Kv::kExact) {
+    for (int i = first; i < begin; i++) s[i] = 0.0f;
+    std::memset(weights, 0, kPagePositions * sizeof(*weights));
+    *step = round_to_ints(s + first, valid - first, Kv::kWeightTop, weights + first);
   }
   alignas(64) float e[kLanes];
   store(e, exp(broadcast(first_page ? 0.0f : stats[0] - top)));
@@ -137,14 +95,15 @@ inline float softmax_page(const float* s, int valid, bool first_page, float* sta
 /// acc[i] += sum over positions [first, last) of weight * value, for Q queries and VECS vectors of dimensions from d on
 /// of a slice of `width` dimensions; `first` is even.
 template <class Kv, int Q, int VECS>
-inline void weigh_vectors(const typename Kv::Element (*weights)[kPagePositions], const typename Kv::Element* slice,
-                          int width, int d, int first, int last, float* const* acc, Ahead& ahead) {
+inline void weigh_vectors(const typename Kv::Factor (*weights)[kPagePositions], const float* steps,
+                          const typename Kv::Element* slice, int width, int d, int first, int last, float* const* acc,
+                          Ahead& ahead) {
   Ahead fetch = ahead;
-  Vec a[Q][VECS];
+  typename Kv::Sum a[Q][VECS];
   SPECFAST_UNROLL
   for (int i = 0; i < Q; i++) {
     SPECFAST_UNROLL
-    for (int j = 0; j < VECS; j++) a[i][j] = load(acc[i] + d + j * kLanes);
+    for (int j = 0; j < VECS; j++) a[i][j] = Kv::resume(acc[i] + d + j * kLanes);
   }
   const auto step = [&](int position, auto values) {
     fetch.step();
@@ -162,26 +121,31 @@ inline void weigh_vectors(const typename Kv::Element (*weights)[kPagePositions],
   int position = first;
   for (; position + 2 <= last; position += 2)
     step(position, [=](const typename Kv::Element* at, int dim) { return Kv::values(at, width, dim); });
-  if (position < last)  // what lies in the other half of the pair is no value yet
-    step(position, [=](const typename Kv::Element* at, int dim) { return Kv::first_values(at, width, dim); });
+  if constexpr (!Kv::kExact) {
+    if (position < last)  // what lies in the other half of the pair is no value yet
+      step(position, [=](const typename Kv::Element* at, int dim) { return Kv::first_values(at, width, dim); });
+  }
   SPECFAST_UNROLL
   for (int i = 0; i < Q; i++) {
     SPECFAST_UNROLL
-    for (int j = 0; j < VECS; j++) store(acc[i] + d + j * kLanes, a[i][j]);
+    for (int j = 0; j < VECS; j++) Kv::keep_sum(acc[i] + d + j * kLanes, a[i][j], steps[i]);
   }
   ahead = fetch;
 }
 
 /// The same for a whole slice; acc points at its first dimension.
 template <class Kv, int Q>
-inline void weigh_values(const typename Kv::Element (*weights)[kPagePositions], const typename Kv::Element* slice,
-                         int width, int first, int last, float* const* acc, Ahead& ahead) {
+inline void weigh_values(const typename Kv::Factor (*weights)[kPagePositions], const float* steps,
+                         const typename Kv::Element* slice, int width, int first, int last, float* const* acc,
+                         Ahead& ahead) {
   for (int d = 0; d < width; d += kHeldVecs * kLanes) {
     switch (smaller(kHeldVecs, (width - d) / kLanes)) {
-      case 1: weigh_vectors<Kv, Q, 1>(weights, slice, width, d, first, last, acc, ahead); break;
-      case 2: weigh_vectors<Kv, Q, 2>(weights, slice, width, d, first, last, acc, ahead); break;
-      case 3: weigh_vectors<Kv, Q, kHeldVecs >= 3 ? 3 : 1>(weights, slice, width, d, first, last, acc, ahead); break;
-      default: weigh_vectors<Kv, Q, kHeldVecs>(weights, slice, width, d, first, last, acc, ahead); break;
+      case 1: weigh_vectors<Kv, Q, 1>(weights, steps, slice, width, d, first, last, acc, ahead); break;
+      case 2: weigh_vectors<Kv, Q, 2>(weights, steps, slice, width, d, first, last, acc, ahead); break;
+      case 3:
+        weigh_vectors<Kv, Q, kHeldVecs >= 3 ? 3 : 1>(weights, steps, slice, width, d, first, last, acc, ahead);
+        break;
+      default: weigh_vectors<Kv, Q, kHeldVecs>(weights, steps, slice, width, d, first, last, acc, ahead); break;
     }
   }
 }
@@ -198,55 +162,106 @@ inline void in_groups(int count, const F& f) {
   }
 }
 
+/// What a batch of queries knows of one page.
+template <class Kv>
+struct Batch {
+  alignas(64) float s[kBatch][kPagePositions];  // scores
+  alignas(64) typename Kv::Factor weights[kBatch][kPagePositions];
+  alignas(64) typename Kv::Factor q[kBatch * kMaxHeadDim];
+  float scales[kBatch], steps[kBatch];  // of scores, of weights
+  float *stats[kBatch], *acc[kBatch];
+  int begin[kBatch], valid[kBatch];  // keys [begin, valid) are seen
+  bool first_page[kBatch];
+};
+
+/// Adds a slice of values to the accumulators of Q queries from i on. Positions that only some rows see are added to
+/// those alone, in the same order.
+template <class Kv, int Q>
+inline void weigh_seen(Batch<Kv>& b, int i, const typename Kv::Element* slice, int width, Ahead& ahead) {
+  int from = 0, to = kPagePositions;
+  for (int other = i; other < i + Q; other++) {
+    from = larger(from, (b.begin[other] + 1) / 2 * 2);
+    to = smaller(to, b.valid[other] / 2 * 2);
+  }
+  to = larger(from, to);
+  for (int other = i; other < i + Q; other++) {
+    const int own = b.begin[other] / 2 * 2, end = smaller(from, b.valid[other]);
+    if (own < end)
+      weigh_values<Kv, 1>(b.weights + other, b.steps + other, slice, width, own, end, b.acc + other, ahead);
+  }
+  weigh_values<Kv, Q>(b.weights + i, b.steps + i, slice, width, from, to, b.acc + i, ahead);
+  for (int other = i; other < i + Q; other++) {
+    if (b.valid[other] > to)
+      weigh_values<Kv, 1>(b.weights + other, b.steps + other, slice, width, to, b.valid[other], b.acc + other, ahead);
+  }
+}
+
+/// The same where sums are exact: positions that a row does not see weigh nothing.
+template <class Kv, int Q>
+inline void weigh_all(Batch<Kv>& b, int i, const typename Kv::Element* slice, int width, Ahead& ahead) {
+  int from = kPagePositions, to = 0;
+  for (int other = i; other < i + Q; other++) {
+    if (b.valid[other] == 0) continue;
+    from = smaller(from, b.begin[other] / 2 * 2);
+    to = larger(to, (b.valid[other] + 1) / 2 * 2);
+  }
+  weigh_values<Kv, Q>(b.weights + i, b.steps + i, slice, width, from, to, b.acc + i, ahead);
+}
+
 /// At most kBatch queries: query n is row n / group, head n % group.
 template <class Kv>
 void attend_batch(const AttendPage& args, int first_query, int queries, Ahead& ahead) {
   using Element = typename Kv::Element;
-  alignas(64) float s[kBatch][kPagePositions];
-  alignas(64) Element weights[kBatch][kPagePositions];
-  alignas(64) Element q[kBatch * kMaxHeadDim];
-  float *stats[kBatch], *acc[kBatch];
-  int valid[kBatch], longest = 0;
+  Batch<Kv> b;
+  int earliest = kPagePositions, longest = 0;
   for (int i = 0; i < queries; i++) {
     const int m = (first_query + i) / args.group, g = (first_query + i) % args.group;
     const float* from = args.q + m * args.q_stride + static_cast<int64_t>(g) * args.head_dim;
-    for (int d = 0; d < args.head_dim; d += kLanes)
-      Kv::round(from + d, q + i * args.head_dim + d, smaller(kLanes, args.head_dim - d));
-    stats[i] = args.partial + m * args.partial_stride + static_cast<int64_t>(g) * (args.padded_dim + 2);
-    acc[i] = stats[i] + 2;
-    const int seen = args.first_valid + m;
-    valid[i] = seen < 0 ? 0 : smaller(seen, kPagePositions);
-    if (valid[i] > longest) longest = valid[i];
+    b.scales[i] = args.scale * Kv::round_query(from, b.q + i * args.head_dim, args.head_dim);
+    b.stats[i] = args.partial + m * args.partial_stride + static_cast<int64_t>(g) * (args.padded_dim + 2);
+    b.acc[i] = b.stats[i] + 2;
+    const int end = args.first_valid + m, start = args.window ? end - args.window : -1;
+    b.first_page[i] = args.first_page || start >= 0;
+    b.begin[i] = start > 0 ? start : 0;
+    b.valid[i] = smaller(end, kPagePositions);
+    if (b.begin[i] >= b.valid[i]) b.begin[i] = b.valid[i] = 0;
+    if (b.valid[i] > longest) longest = b.valid[i];
+    if (b.valid[i] > 0) earliest = smaller(earliest, b.begin[i]);
   }
 
-  const Element* tile = static_cast<const Element*>(args.kv.k);
-  for (int first = 0; first < longest; first += kKeyTile, tile += args.head_dim * kKeyTile) {
+  const int first_tile = earliest / kKeyTile * kKeyTile;
+  const Element* tile = static_cast<const Element*>(args.kv.k) + args.head_dim * first_tile;
+  for (int first = first_tile; first < longest; first += kKeyTile, tile += args.head_dim * kKeyTile) {
+    const float* key_scales = Kv::kExact ? args.kv.k_scales + first : nullptr;
     for (int lane = 0; lane < kKeyTile && first + lane < longest; lane += kHeldVecs * kLanes) {
       in_groups(queries, [&]<int Q>(int i) {
-        score_keys<Kv, Q>(q + i * args.head_dim, tile, lane, args.head_dim, args.scale, s[i] + first, ahead);
+        score_keys<Kv, Q>(b.q + i * args.head_dim, tile, lane, args.head_dim, b.scales + i, key_scales, b.s[i] + first,
+                          ahead);
       });
     }
   }
   for (int i = 0; i < queries; i++) {
-    if (valid[i] == 0) continue;
-    const Vec before = broadcast(softmax_page<Kv>(s[i], valid[i], args.first_page, stats[i], weights[i]));
+    if (b.valid[i] == 0) {  // nothing is seen, and whatever is added goes nowhere
+      std::memset(b.weights[i], 0, sizeof(b.weights[i]));
+      b.steps[i] = 0;
+      if (Kv::kExact) b.acc[i] = b.s[0];
+      continue;
+    }
+    const Vec before = broadcast(softmax_page<Kv>(b.s[i], b.begin[i], b.valid[i], b.first_page[i], args.kv.v_scales,
+                                                  b.stats[i], b.weights[i], &b.steps[i]));
     for (int d = 0; d < args.padded_dim; d += kLanes)
-      store(acc[i] + d, args.first_page ? zero() : mul(load(acc[i] + d), before));
+      store(b.acc[i] + d, b.first_page[i] ? zero() : mul(load(b.acc[i] + d), before));
   }
   const Element* slice = static_cast<const Element*>(args.kv.v);
   for (int d = 0; d < args.padded_dim; d += kValueSlice) {
     const int width = smaller(kValueSlice, args.padded_dim - d);
     in_groups(queries, [&]<int Q>(int i) {
-      int shared = valid[i];
-      for (int other = 1; other < Q; other++) shared = smaller(shared, valid[i + other]);
-      shared = shared / 2 * 2;
-      weigh_values<Kv, Q>(weights + i, slice, width, 0, shared, acc + i, ahead);
-      // Positions that only the later rows see are added to those alone, in the same order.
-      for (int other = i; other < i + Q; other++) {
-        if (valid[other] > shared)
-          weigh_values<Kv, 1>(weights + other, slice, width, shared, valid[other], acc + other, ahead);
-        acc[other] += width;
+      if constexpr (Kv::kExact) {
+        weigh_all<Kv, Q>(b, i, slice, width, ahead);
+      } else {
+        weigh_seen<Kv, Q>(b, i, slice, width, ahead);
       }
+      for (int other = i; other < i + Q; other++) b.acc[other] += width;
     });
     slice += width * kPagePositions;
   }
@@ -261,10 +276,10 @@ void attend_all(const AttendPage& args) {
 }
 
 void attend_rows(const AttendPage& args) {
-  if (args.kv.half) {
-    attend_all<Bf16Kv>(args);
-  } else {
-    attend_all<F32Kv>(args);
+  switch (args.kv.format) {
+    case KvFormat::bf16: return attend_all<Bf16Kv>(args);
+    case KvFormat::f32: return attend_all<F32Kv>(args);
+    case KvFormat::int8: return attend_all<Int8Kv>(args);
   }
 }
 
@@ -272,9 +287,10 @@ template <class Kv>
 void append_head_as(const KvPage& page, const float* k, const float* v, int head_dim, int padded_dim, int position) {
   using Element = typename Kv::Element;
   alignas(64) Element keys[kMaxHeadDim], values[kMaxHeadDim];
-  for (int d = 0; d < head_dim; d += kLanes) {
-    Kv::round(k + d, keys + d, smaller(kLanes, head_dim - d));
-    Kv::round(v + d, values + d, smaller(kLanes, head_dim - d));
+  const float k_scale = Kv::round(k, keys, head_dim), v_scale = Kv::round(v, values, head_dim);
+  if constexpr (Kv::kExact) {
+    page.k_scales[position] = k_scale;
+    page.v_scales[position] = v_scale;
   }
   Element* k_to =
       static_cast<Element*>(page.k) + position / kKeyTile * kKeyTile * head_dim + position % kKeyTile * Kv::kBeside;
@@ -290,10 +306,10 @@ void append_head_as(const KvPage& page, const float* k, const float* v, int head
 }
 
 void append_head(const KvPage& page, const float* k, const float* v, int head_dim, int padded_dim, int position) {
-  if (page.half) {
-    append_head_as<Bf16Kv>(page, k, v, head_dim, padded_dim, position);
-  } else {
-    append_head_as<F32Kv>(page, k, v, head_dim, padded_dim, position);
+  switch (page.format) {
+    case KvFormat::bf16: return append_head_as<Bf16Kv>(page, k, v, head_dim, padded_dim, position);
+    case KvFormat::f32: return append_head_as<F32Kv>(page, k, v, head_dim, padded_dim, position);
+    case KvFormat::int8: return append_head_as<Int8Kv>(page, k, v, head_dim, padded_dim, position);
   }
 }
 

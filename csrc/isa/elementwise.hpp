@@ -14,6 +14,9 @@ using namespace specfast;  // NOLINT: this header is only ever part of one instr
 inline int smaller(int a, int b) {
   return a < b ? a : b;
 }
+inline int larger(int a, int b) {
+  return a > b ? a : b;
+}
 
 /// Repeats an instruction on 12 chains of its own, `iterations` times each; returns how often it ran.
 template <class Acc, class Step>

@@ -129,6 +129,34 @@ inline Pairs load_pairs(const uint16_t* p) {
           _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))))};
 }
 
+/// 8 pairs of 16-bit integers, and 8 sums of their products.
+using IntPairs = __m256i;
+using Ints = __m256i;
+
+inline Ints no_ints() {
+  return _mm256_setzero_si256();
+}
+inline IntPairs load_int8_pairs(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline IntPairs broadcast_int_pair(const int16_t* two) {
+  int32_t both;
+  std::memcpy(&both, two, 4);
+  return _mm256_set1_epi32(both);
+}
+inline Ints dot_int_pairs(Ints acc, IntPairs a, IntPairs b) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+}
+inline Vec to_floats(Ints a) {
+  return _mm256_cvtepi32_ps(a);
+}
+/// Stores kLanes floats rounded to the nearest integer, ties to even.
+inline void store_int16(int16_t* p, Vec a) {
+  const __m256i words = _mm256_cvtps_epi32(a);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+}
+
 /// Values q of quantised weights at inputs k..k + 7, as floats.
 inline Vec load_q4(const uint8_t* row, int k) {
   uint32_t packed;

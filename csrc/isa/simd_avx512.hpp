@@ -145,6 +145,33 @@ inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(acc, a, b);
 }
 
+/// 16 pairs of 16-bit integers, and 16 sums of their products.
+using IntPairs = __m512i;
+using Ints = __m512i;
+
+inline Ints no_ints() {
+  return _mm512_setzero_si512();
+}
+inline IntPairs load_int8_pairs(const int8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline IntPairs broadcast_int_pair(const int16_t* two) {
+  int32_t both;
+  std::memcpy(&both, two, 4);
+  return _mm512_set1_epi32(both);
+}
+inline Ints dot_int_pairs(Ints acc, IntPairs a, IntPairs b) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));  // GCC copies sums around the intrinsic
+  return acc;
+}
+inline Vec to_floats(Ints a) {
+  return _mm512_cvtepi32_ps(a);
+}
+/// Stores kLanes floats rounded to the nearest integer, ties to even.
+inline void store_int16(int16_t* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a)));
+}
+
 /// 2^n for an integral n within the exponent range of normal floats.
 inline Vec pow2(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));

@@ -123,6 +123,33 @@ inline Pairs load_pairs(const uint16_t* p) {
           vreinterpretq_f32_u32(vandq_u32(both, vdupq_n_u32(0xffff0000u)))};
 }
 
+/// 4 pairs of 16-bit integers, and 4 sums of their products.
+struct IntPairs {
+  int16x4_t first, second;
+};
+using Ints = int32x4_t;
+
+inline Ints no_ints() {
+  return vdupq_n_s32(0);
+}
+inline IntPairs load_int8_pairs(const int8_t* p) {
+  const int16x8_t both = vmovl_s8(vld1_s8(p));
+  return {vuzp1_s16(vget_low_s16(both), vget_high_s16(both)), vuzp2_s16(vget_low_s16(both), vget_high_s16(both))};
+}
+inline IntPairs broadcast_int_pair(const int16_t* two) {
+  return {vdup_n_s16(two[0]), vdup_n_s16(two[1])};
+}
+inline Ints dot_int_pairs(Ints acc, IntPairs a, IntPairs b) {
+  return vmlal_s16(vmlal_s16(acc, a.first, b.first), a.second, b.second);
+}
+inline Vec to_floats(Ints a) {
+  return vcvtq_f32_s32(a);
+}
+/// Stores kLanes floats rounded to the nearest integer, ties to even.
+inline void store_int16(int16_t* p, Vec a) {
+  vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(a)));
+}
+
 /// Values q of quantised weights at inputs k..k + 3, as floats.
 inline Vec load_q4(const uint8_t* row, int k) {
   uint16_t packed;

@@ -110,6 +110,33 @@ inline Pairs load_pairs(const uint16_t* p) {
   return {{from_bf16(p[0])}, {from_bf16(p[1])}};
 }
 
+/// A pair of 16-bit integers, and a sum of products.
+struct IntPairs {
+  int32_t first, second;
+};
+using Ints = int32_t;
+
+inline Ints no_ints() {
+  return 0;
+}
+inline IntPairs load_int8_pairs(const int8_t* p) {
+  return {p[0], p[1]};
+}
+inline IntPairs broadcast_int_pair(const int16_t* two) {
+  return {two[0], two[1]};
+}
+inline Ints dot_int_pairs(Ints acc, IntPairs a, IntPairs b) {
+  return acc + a.first * b.first + a.second * b.second;
+}
+inline Vec to_floats(Ints a) {
+  return {static_cast<float>(a)};
+}
+/// Stores a float rounded to the nearest integer, ties to even; one that is no number as 0.
+inline void store_int16(int16_t* p, Vec a) {
+  const float whole = __builtin_rintf(a.v);
+  *p = whole >= -32768.0f && whole <= 32767.0f ? static_cast<int16_t>(whole) : int16_t{0};
+}
+
 /// Values q of quantised weights at inputs k.., as floats.
 inline Vec load_q4(const uint8_t* row, int k) {
   return {static_cast<float>((row[k / 2] >> (4 * (k % 2))) & 15)};

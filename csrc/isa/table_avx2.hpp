@@ -40,6 +40,7 @@ const KernelInfo kInfos[] = {
     {"swiglu_rows", "swiglu_rows_any_any_16x16_" SPECFAST_AVX2},
     {"qkv_rope_append", "qkv_rope_append_f32_f32_1x8_" SPECFAST_AVX2},
     {"attend_rows", "attend_rows_bf16_f32_4x16_" SPECFAST_AVX2},
+    {"attend_rows", "attend_rows_int8_int16_4x16_" SPECFAST_AVX2},
     {"logits_rows", "logits_rows_f32_f32_1x8_" SPECFAST_AVX2},
     {"embed_rows", "embed_rows_any_f32_1x8_" SPECFAST_AVX2},
 };

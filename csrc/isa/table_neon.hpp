@@ -33,6 +33,7 @@ const KernelInfo kInfos[] = {
     {"swiglu_rows", "swiglu_rows_any_any_16x16_" SPECFAST_NEON},
     {"qkv_rope_append", "qkv_rope_append_f32_f32_1x4_" SPECFAST_NEON},
     {"attend_rows", "attend_rows_bf16_f32_4x16_" SPECFAST_NEON},
+    {"attend_rows", "attend_rows_int8_int16_4x16_" SPECFAST_NEON},
     {"logits_rows", "logits_rows_f32_f32_1x4_" SPECFAST_NEON},
     {"embed_rows", "embed_rows_any_f32_1x4_" SPECFAST_NEON},
 };

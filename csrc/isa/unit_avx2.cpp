@@ -5,6 +5,7 @@
 // clang-format off: each header uses what the ones before it define
 #include "elementwise.hpp"
 #include "law_loops.hpp"
+#include "kv_formats.hpp"
 #include "attend.hpp"
 #include "matmul_loads.hpp"
 #include "int8_avx2_dots.hpp"

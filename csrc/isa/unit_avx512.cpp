@@ -4,6 +4,7 @@
 // clang-format off: each header uses what the ones before it define
 #include "elementwise.hpp"
 #include "law_loops.hpp"
+#include "kv_formats.hpp"
 #include "attend.hpp"
 #include "matmul_loads.hpp"
 #include "int8_avx512.hpp"
@@ -54,8 +55,8 @@ const KernelInfo kInfos[] = {
     {"matmul_rows", "matmul_rows_q4_int8_12x32_avx512"},  {"matmul_rows", "matmul_rows_q8_int8_12x32_avx512"},
     {"matmul_rows", "matmul_rows_any_f32_4x4_avx512"},    {"matmul_rows", "matmul_rows_bf16_bf16_7x32_avx512"},
     {"swiglu_rows", "swiglu_rows_any_any_16x16_avx512"},  {"qkv_rope_append", "qkv_rope_append_f32_f32_1x16_avx512"},
-    {"attend_rows", "attend_rows_bf16_bf16_4x64_avx512"}, {"logits_rows", "logits_rows_f32_f32_1x16_avx512"},
-    {"embed_rows", "embed_rows_any_f32_1x16_avx512"},
+    {"attend_rows", "attend_rows_bf16_bf16_4x64_avx512"}, {"attend_rows", "attend_rows_int8_int16_4x64_avx512"},
+    {"logits_rows", "logits_rows_f32_f32_1x16_avx512"},   {"embed_rows", "embed_rows_any_f32_1x16_avx512"},
 };
 
 }  // namespace

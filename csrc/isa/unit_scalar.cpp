@@ -4,6 +4,7 @@
 // clang-format off: each header uses what the ones before it define
 #include "elementwise.hpp"
 #include "law_loops.hpp"
+#include "kv_formats.hpp"
 #include "attend.hpp"
 #include "matmul_loads.hpp"
 #include "int8_portable.hpp"
@@ -38,8 +39,8 @@ const KernelInfo kInfos[] = {
     {"matmul_rows", "matmul_rows_q4_int8_16x16_scalar"}, {"matmul_rows", "matmul_rows_q8_int8_16x16_scalar"},
     {"matmul_rows", "matmul_rows_any_f32_4x4_scalar"},   {"matmul_rows", "matmul_rows_any_bf16_4x4_scalar"},
     {"swiglu_rows", "swiglu_rows_any_any_16x16_scalar"}, {"qkv_rope_append", "qkv_rope_append_f32_f32_1x1_scalar"},
-    {"attend_rows", "attend_rows_bf16_f32_4x16_scalar"}, {"logits_rows", "logits_rows_f32_f32_1x1_scalar"},
-    {"embed_rows", "embed_rows_any_f32_1x1_scalar"},
+    {"attend_rows", "attend_rows_bf16_f32_4x16_scalar"}, {"attend_rows", "attend_rows_int8_int16_4x16_scalar"},
+    {"logits_rows", "logits_rows_f32_f32_1x1_scalar"},   {"embed_rows", "embed_rows_any_f32_1x1_scalar"},
 };
 
 }  // namespace

@@ -176,10 +176,11 @@ class Model:
     precision int8 and bf16);
     False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, whose
     memory is given back once packed. Results of a row are the same bits for any
-    number of rows and threads, packed or not.
+    number of rows and threads, packed or not. A layer's "window" is how many positions up to its own a row attends to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as float32
+    when the precision is f32.
     """
 
-    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False) -> None: ...
+    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False, kv_bits: int = 16) -> None: ...
 
     def forward(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_rows: int = 1) -> NDArray[numpy.float32]:
         """
@@ -203,6 +204,23 @@ class Model:
         Commits pending (n,) int32, then drafts gamma tokens into proposal; gamma - 1 of them stay provisional.
 
         rule "coupled" chooses them by the noise of their positions in the text; seed and round key other draws.
+        """
+
+    def draft_early(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], gamma: int, layers: int, law: Law, seed: int, round: int, proposal: Proposal, rule: str = 'token', adjustments: Adjustments | None = None) -> None:
+        """
+        Drafts gamma tokens after pending (n,) int32 with the first layers, the final norm and the head.
+
+        Appends nothing; a verify of the same tokens that comes next goes on from these layers, with the bits of one that
+        starts anew. Raises ShapeError where layers is not 1 to model.layers - 1, and ContextFullError where the cache has no
+        room for pending and gamma more, with the cache unchanged.
+        """
+
+    def exit_acceptance(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], exits: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], law: Law) -> NDArray[numpy.float64]:
+        """
+        Appends tokens (M,) int32 provisionally; returns, for each of exits (n,) int32 (numbers of layers, ascending), the
+        mean over the rows of sum(min(p, q)), (n,) float64: the chance that a token drafted after so many layers is accepted.
+
+        Raises what verify and draft_early raise, with the cache unchanged.
         """
 
     def verify(self, cache: Cache, pending: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], proposal: Proposal | None, law: Law, lenience: float, seed: int, round: int, rule: str = 'token', adjustments: Adjustments | None = None) -> Verdict:
@@ -244,8 +262,21 @@ class Model:
     def isa(self) -> str: ...
 
     @property
+    def kv_bits(self) -> int:
+        """Bits of an element of a key or value."""
+
+    @property
+    def kv_bytes_per_position(self) -> int:
+        """
+        Bytes of keys, values and scales that one position takes in all layers.
+        """
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights one pass streams."""
+
+    def early_bytes(self, layers: int) -> int:
+        """Bytes of weights a pass over the first layers and the head streams."""
 
     @property
     def packed_bytes(self) -> int: ...
@@ -258,7 +289,8 @@ class Cache:
     """
     Keys and values of one sequence, as a transaction: rows are appended provisionally, then committed or dropped.
 
-    capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed.
+    capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; layers with a
+    window need no more of them than the window and the provisional rows.
     """
 
     def __init__(self, model: Model, capacity: int = 0) -> None: ...
@@ -276,6 +308,15 @@ class Cache:
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def layer_rows(self) -> int:
+        """Layers run so far, each counted once for every row."""
+
+    def kv_bytes(self, layer: int) -> NDArray[numpy.uint8]:
+        """
+        A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8. Positions after the last hold anything.
+        """
 
     def commit(self, n: int) -> None:
         """Keeps the first n provisional rows and drops the rest."""
@@ -337,9 +378,71 @@ def read_bandwidth(buffer: Annotated[NDArray[numpy.uint8], dict(order='C', devic
 def matmul_rows(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], matrix: Matrix, precision: str = 'int8', isa: str | None = None) -> NDArray[numpy.float32]:
     """x (M, K) float32 times matrix (N, K) transposed: (M, N) float32."""
 
-def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], half: bool = True, isa: str | None = None) -> NDArray[numpy.float32]:
+def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], kv_bits: int = 16, isa: str | None = None, window: int = 0) -> NDArray[numpy.float32]:
     """
     Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all float32.
 
-    half stores keys and values as bf16, as the cache does unless the precision is f32.
+    kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it; window 0 is all.
     """
+
+class SuffixAutomaton:
+    """
+    The longest suffix of a growing text that occurred before, at its last known earlier end. Amortised constant time a token, at most 216 bytes a token.
+    """
+
+    def __init__(self) -> None: ...
+
+    def append(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Appends tokens (n,) int32, which are copied."""
+
+    def push(self, token: int) -> int:
+        """Appends one token; returns match_length."""
+
+    def propose(self, max_tokens: int, min_match: int, proposal: Proposal) -> int:
+        """
+        Puts what followed the match into proposal, without laws (each token is certain), and returns how many tokens: max_tokens (at most 64), or 0 if fewer than min_match tokens match. A match that reaches the end goes on periodically.
+        """
+
+    @property
+    def match_length(self) -> int:
+        """Tokens at the end that occurred before."""
+
+    @property
+    def match_end(self) -> int:
+        """Where the earlier occurrence ends; -1 without a match."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+class PromptLookup:
+    """
+    The last 3 tokens of a growing text, else 2, else 1, at their latest earlier occurrence. Constant time and at most 104 bytes a token.
+    """
+
+    def __init__(self) -> None: ...
+
+    def append(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Appends tokens (n,) int32, which are copied."""
+
+    def push(self, token: int) -> int:
+        """Appends one token; returns match_length."""
+
+    def propose(self, max_tokens: int, min_match: int, proposal: Proposal) -> int:
+        """
+        Puts what followed the match into proposal, without laws (each token is certain), and returns how many tokens: max_tokens (at most 64), or 0 if fewer than min_match tokens match. A match that reaches the end goes on periodically.
+        """
+
+    @property
+    def match_length(self) -> int:
+        """Tokens at the end that occurred before."""
+
+    @property
+    def match_end(self) -> int:
+        """Where the earlier occurrence ends; -1 without a match."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...

@@ -20,7 +20,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-SUPPORTED_MODELS = "Llama 3.x, Mistral without a sliding window, Qwen2, Qwen2.5 and Qwen3 (dense)"
+SUPPORTED_MODELS = "Llama 3.x, Mistral, Qwen2, Qwen2.5 and Qwen3 (dense)"
 SUPPORTED_WEIGHTS = "MLX affine 4 and 8 bit at groups of 32, 64 and 128, bf16, f16 and f32"
 
 
@@ -41,6 +41,7 @@ class Quantisation:
 class ModelConfig:
     """A decoder's sizes. Everything is checked; the weights are still to be compared with it.
 
+    `windows` has, for each layer, how many positions up to its own a row attends to; 0 is all.
     `tied` says whether the embedding is the head too; None means that config.json leaves it to the weights.
     """
 
@@ -56,6 +57,7 @@ class ModelConfig:
     max_context: int
     tied: bool | None
     rope_inv_freq: tuple[float, ...]
+    windows: tuple[int, ...]
     quantisation: Quantisation | None
     eos_ids: tuple[int, ...]
 
@@ -139,6 +141,31 @@ def _rope_inv_freq(reader: _Reader, head_dim: int) -> npt.NDArray[np.float64]:
     raise reader.unsupported(f"RoPE scaling {kind!r}", "default, linear, llama3")
 
 
+def _windows(reader: _Reader, model_type: str, layers: int, max_context: int) -> tuple[int, ...]:
+    """The sliding window of each layer, with Hugging Face's defaults; one that no context outgrows is none."""
+    values = reader.values
+    everywhere = (0,) * layers
+    if model_type == "llama" or (model_type != "mistral" and values.get("use_sliding_window") is not True):
+        return everywhere
+    if "sliding_window" in values and values["sliding_window"] is None:
+        return everywhere
+    window = reader.integer("sliding_window", 1, 1 << 28, 4096)
+    if window >= max_context:
+        return everywhere
+    if model_type == "mistral":
+        return (window,) * layers
+    first = reader.integer("max_window_layers", 0, 1 << 20, 28)
+    kinds = values.get("layer_types")
+    if kinds is None:
+        return tuple(window if layer >= first else 0 for layer in range(layers))
+    known = {"full_attention": 0, "sliding_attention": window}
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(str(kind) in known for kind in kinds):
+        raise ModelFormatError(
+            f"{reader.path}: 'layer_types' is {kinds!r:.200}, but must name {layers} layers as {' or '.join(known)}"
+        )
+    return tuple(known[kind] for kind in kinds)
+
+
 def _quantisation(reader: _Reader) -> Quantisation | None:
     values = reader.values.get("quantization") or reader.values.get("quantization_config")
     if values is None:
@@ -210,9 +237,6 @@ def parse_config(path: Path | str, values: Mapping[str, Any]) -> ModelConfig:
         raise reader.unsupported(f"activation {values['hidden_act']!r}", "silu")
     if values.get("mlp_bias") or (model_type in ("llama", "mistral") and values.get("attention_bias")):
         raise reader.unsupported("a bias on MLP or output projections", "QKV bias (Qwen2) only")
-    window = values.get("sliding_window") if model_type == "mistral" else values.get("use_sliding_window")
-    if window:
-        raise reader.unsupported("sliding-window attention", "full attention")
 
     hidden = reader.integer("hidden_size", 1, 1 << 17)
     heads = reader.integer("num_attention_heads", 1, 1024)
@@ -226,6 +250,8 @@ def parse_config(path: Path | str, values: Mapping[str, Any]) -> ModelConfig:
     head_dim = reader.integer("head_dim", 2, 1024, hidden // heads)
     if head_dim % 2:
         raise ModelFormatError(f"{path}: 'head_dim' is {head_dim}, but RoPE needs an even number")
+    layers = reader.integer("num_hidden_layers", 1, 1024)
+    max_context = reader.integer("max_position_embeddings", 1, 1 << 28, 2048)
     tied = values.get("tie_word_embeddings")
     if tied is not None and not isinstance(tied, bool):
         raise ModelFormatError(f"{path}: 'tie_word_embeddings' is {tied!r}, but must be true or false")
@@ -233,16 +259,17 @@ def parse_config(path: Path | str, values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         model_type=str(model_type),
         hidden=hidden,
-        layers=reader.integer("num_hidden_layers", 1, 1024),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=reader.integer("intermediate_size", 1, 1 << 20),
         vocab=vocab,
         rms_eps=reader.number(values, "rms_norm_eps", 0.0, 1.0, 1e-6),
-        max_context=reader.integer("max_position_embeddings", 1, 1 << 28, 2048),
+        max_context=max_context,
         tied=tied,
         rope_inv_freq=tuple(_rope_inv_freq(reader, head_dim).tolist()),
+        windows=_windows(reader, str(model_type), layers, max_context),
         quantisation=_quantisation(reader),
         eos_ids=(),
     )

@@ -18,6 +18,7 @@ from .safetensors_file import MappedFile, TensorView, open_safetensors
 
 FLOAT_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 PRECISIONS = ("int8", "bf16", "f32")
+KV_BITS = (8, 16)
 _PREFIXES = ("model.", "language_model.model.", "")
 _PROJECTIONS = {
     "q": "self_attn.q_proj",
@@ -32,7 +33,10 @@ _PROJECTIONS = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A native model with what was read beside it, and the files that it runs from."""
+    """A native model with what was read beside it, and the files that it runs from.
+
+    `precision` says what its results depend on: the activations, and keys and values in 8 bits if they are.
+    """
 
     model: _core.Model
     config: ModelConfig
@@ -199,6 +203,7 @@ class _Weights:
         }  # fmt: skip
         at = f"{self.prefix}layers.{index}."
         layer: dict[str, Any] = {key: self.matrix(at + _PROJECTIONS[key], *size) for key, size in sizes.items()}
+        layer["window"] = c.windows[index]
         layer["input_norm"] = self.vector(at + "input_layernorm.weight", c.hidden)
         layer["post_norm"] = self.vector(at + "post_attention_layernorm.weight", c.hidden)
         if c.model_type == "qwen2":
@@ -250,12 +255,13 @@ def build_model(
     max_context: int | None = None,
     pack: bool = False,
     mapped: bool = False,
+    kv_bits: int | None = None,
 ) -> _core.Model:
     """A native model of tensors under the names of a checkpoint; matrices are used where they lie, and kept alive.
 
     Args:
         source: what messages call the tensors' origin.
-        precision, isa, max_context, pack: as for `load_model`.
+        precision, isa, max_context, pack, kv_bits: as for `load_model`.
         mapped: all tensors lie in read-only mappings of files, whose memory may be given back once packed.
 
     Raises:
@@ -286,6 +292,7 @@ def build_model(
             isa=isa,
             pack=pack,
             mapped=mapped,
+            kv_bits=kv_bits or 16,
         )
     except ShapeError as error:
         raise ModelFormatError(f"{source}: {error}") from None
@@ -298,6 +305,7 @@ def load_model(
     isa: str | None = None,
     max_context: int | None = None,
     pack: bool = True,
+    kv_bits: int | None = None,
 ) -> LoadedModel:
     """Loads a model directory in Hugging Face or MLX layout.
 
@@ -311,20 +319,25 @@ def load_model(
         precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.
         isa: kernel table to use; None is the best.
         max_context: bounds the context below the model's own.
+        kv_bits: of keys and values: 8 stores them as int8 with a scale for each vector, in about half the memory; None and
+            16 as bf16, or f32 with f32 activations.
         pack: False keeps all weights in the mapping, which processes share; a pass is slower, its bits are the same.
 
     Raises:
         ModelFormatError, UnsupportedModelError: what the files hold does not fit.
-        ConfigurationError: unknown precision or kernel table, or an impossible context.
+        ConfigurationError: unknown precision, bits or kernel table, or an impossible context.
     """
     check_precision(precision)
+    if kv_bits is not None and (isinstance(kv_bits, bool) or kv_bits not in KV_BITS):
+        raise ConfigurationError(f"kv_bits is {kv_bits!r}, but must be 8 or 16")
     check_isa(isa)
     config = read_config(directory)
     if max_context is not None and not 1 <= max_context <= config.max_context:
         raise ConfigurationError(f"a context of {max_context} is outside 1 to the model's {config.max_context}")
     tensors = open_weights(directory)
     model = build_model(
-        directory, config, tensors, precision=precision, isa=isa, max_context=max_context, pack=pack, mapped=True
-    )
+        directory, config, tensors, precision=precision, isa=isa, max_context=max_context, pack=pack, mapped=True, kv_bits=kv_bits,
+    )  # fmt: skip
     files = {tensor.file: None for tensor in tensors.values() if tensor.file}
-    return LoadedModel(model, config, directory, model.precision, tuple(files))
+    said = f"{model.precision}, kv 8 bit" if kv_bits == 8 else model.precision
+    return LoadedModel(model, config, directory, said, tuple(files))

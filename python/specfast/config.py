@@ -12,9 +12,11 @@ from .errors import ConfigurationError
 from .families import family_options
 
 Gamma = int | Literal["auto"]
+EarlyExit = int | Literal["auto"] | None
 Source = Literal["request", "typed", "host", "family", "default"]
 ENGINES = ("mlx", "tinygrad", "native")
 RULES = ("token", "block", "coupled")
+DRAFTERS = ("model", "suffix", "prompt-lookup", "combined", "none")
 NO_DRAFT: Final = "none"
 
 
@@ -62,11 +64,13 @@ def _gamma(value: Any) -> Gamma:
     return value
 
 
-def _layer(value: Any) -> int | None:
-    if value is None:
-        return None
+def _layer(value: Any) -> EarlyExit:
+    if value is None or value == "auto":
+        return None if value is None else "auto"
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"early_exit is {value!r}, but must be the number of a layer, from 1 on")
+        raise ConfigurationError(
+            f"early_exit is {value!r}, but must be a number of layers from 1 to one less than the target has, or 'auto'"
+        )
     return value
 
 
@@ -112,6 +116,7 @@ _CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "early_exit": _layer,
     "disabled": _flag("disabled"),
     "rule": _choice("rule", RULES),
+    "drafter": _choice("drafter", DRAFTERS),
 }
 
 
@@ -138,13 +143,15 @@ class SpeculativeConfig:
         temperature: 0.1 to 2.0; 0 is greedy.
         top_k_threshold: 0.1 to 1.0; keeps the max(1, ceil((1 - t) V)) largest logits, so 1.0 is greedy.
         lenience: 0.5 to 2.0; a drafted token is accepted with min(1, lenience p / q). Above 1 the law changes.
-        early_exit: draft with the target's first layers, up to this one.
+        early_exit: draft with this many of the target's first layers, or "auto"; None does not. There is no other draft then.
         disabled: plain decoding; no draft is fetched or loaded.
+        drafter: "model", "suffix" (the longest suffix seen before, in prompt or output), "prompt-lookup" (the last 3
+            tokens), "combined" (suffix and model) or "none"; None is combined where there is a draft, else suffix.
         rule: how drafted tokens are accepted, "token", "block" or "coupled" (see docs/lossless.md); None is block, or token
             where lenience is not 1. Block and coupled need lenience 1, unless greedy.
 
     Raises:
-        ConfigurationError: a value outside its range, with the limit and the remedy.
+        ConfigurationError: a value outside its range, with the limit and the remedy; early_exit and a draft_model.
     """
 
     target_model: str | None = None
@@ -156,13 +163,18 @@ class SpeculativeConfig:
     temperature: float = 1.0
     top_k_threshold: float = 0.9
     lenience: float = 1.0
-    early_exit: int | None = None
+    early_exit: EarlyExit = None
     disabled: bool = False
     rule: str | None = None
+    drafter: str | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(getattr(self, name)))
+        if self.early_exit is not None and self.draft_model not in (None, NO_DRAFT):
+            raise ConfigurationError(
+                f"early_exit {self.early_exit} and draft_model {self.draft_model} are two ways to draft; give one of them"
+            )
         if self.rule in ("block", "coupled") and self.lenience != 1.0 and not self.greedy:
             raise ConfigurationError(
                 f"the {self.rule} rule takes lenience 1, not {self.lenience:g}; give lenience 1, or the token rule"
@@ -183,7 +195,7 @@ class SpeculativeConfig:
     @property
     def lossless(self) -> bool:
         """Whether the output law is the target's: always, except for a lenience above 1 when sampling."""
-        return self.lenience <= 1.0 or self.greedy or self.disabled
+        return self.lenience <= 1.0 or self.greedy or self.disabled or self.drafter == "none"
 
     def require_available(self) -> None:
         """Refuses what this version cannot do yet.
@@ -197,10 +209,6 @@ class SpeculativeConfig:
                     f"{name} {getattr(self, name)!r} is not available in this version; leave it out or use 'native', "
                     "which reads the same checkpoints"
                 )
-        if self.early_exit is not None:
-            raise ConfigurationError(
-                f"early_exit {self.early_exit}: drafting by early exit is not available in this version; give a draft model"
-            )
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))
@@ -208,6 +216,7 @@ assert set(_CHECKS) == set(FIELDS)
 _SHOWN = {
     "target_model": "target",
     "draft_model": "draft",
+    "drafter": "drafter",
     "target_engine": "engine",
     "gamma": "gamma",
     "temperature": "temperature",
@@ -243,7 +252,8 @@ class ResolvedConfig:
         for name, label in _SHOWN.items():
             value = values.get(name, getattr(self.config, name))
             text = f"{value:g}" if isinstance(value, float) else str(value)
-            shown.append(f"{label} {text} ({self.sources[name]})")
+            drafting = name == "draft_model" and self.config.early_exit is not None
+            shown.append(f"{label} {text} ({self.sources['early_exit' if drafting else name]})")
         shown += [
             f"{name} ({self.sources[name]})" for name in ("auto_config", "disabled") if getattr(self.config, name)
         ]

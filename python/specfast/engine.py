@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from . import _core, hub
 from .checkpoint import check_isa
-from .config import ResolvedConfig, SpeculativeConfig, resolve_config
+from .config import NO_DRAFT, ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
-from .controllers import AutoGamma, Controller, FixedGamma
-from .drafters import Drafter, ModelDrafter, NoDrafter
+from .controllers import AutoGamma, FixedGamma
+from .drafters import CombinedDrafter, CopyDrafter, Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter
+from .early_exit import Exit
 from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
+from .measurements import Measurements
+from .measurements_file import load_measurements, measurements_path, save_measurements
 from .models import EMPTY_PROMPT, ModelPair, Notify, Resolve, print_notice
 from .sampling import Mask, SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
 from .text import StopStrings, StreamDecoder, TextStream
 
+WORTH_KEEPING = 32  # passes of a request from which measurements are written down
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
@@ -35,6 +40,7 @@ class Engine:
         isa: kernel table to use; None is the best.
         notify: told, once each, what people should know.
         resolve: finds a model's directory by its name; None is `hub.resolve`.
+        kv_bits: of keys and values, 8 or 16; None is 16 (f32 with f32 activations).
 
     Raises:
         ConfigurationError: something this version cannot do, a context below 1, or a kernel table that cannot be used.
@@ -48,6 +54,7 @@ class Engine:
         isa: str | None = None,
         notify: Notify = print_notice,
         resolve: Resolve | None = None,
+        kv_bits: int | None = None,
     ) -> None:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
@@ -59,8 +66,10 @@ class Engine:
         self.stats = SpeculationStats()
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
         self._resolve = resolve or hub.resolve
+        self._kv_bits = kv_bits
         self._pair: ModelPair | None = None
         self._said: set[str] = set()
+        self._measured: dict[Path | None, Measurements] = {}
 
     @property
     def config(self) -> SpeculativeConfig:
@@ -78,8 +87,15 @@ class Engine:
             self._pair = self._load(self.config)
         return self._pair
 
+    @property
+    def drafter(self) -> str:
+        """Who drafts: "model", "suffix", "prompt-lookup", "combined" or "none"; loads the models."""
+        return self._drafter_name(self.resolved, self.pair)
+
     def _load(self, config: SpeculativeConfig) -> ModelPair:
-        pair = ModelPair.load(config, self._precision, self._max_context, self._isa, self._say_once, self._resolve)
+        pair = ModelPair.load(
+            config, self._precision, self._max_context, self._isa, self._say_once, self._resolve, self._kv_bits
+        )
         asked, started = _core.num_threads(), _core.start_threads()
         if started < asked:
             self._say_once(
@@ -99,8 +115,9 @@ class Engine:
             target_model=pair.target_name,
             draft_model=pair.draft_name or "none",
             target_engine=f"native {pair.target.precision}",
-            gamma=self._gamma(self.resolved)[0],
-            rule=self._rule(self.resolved, seeded=seeded),
+            drafter=self.drafter,
+            gamma=self._gamma(self.resolved, self.drafter)[0],
+            rule=self._rule(self.resolved, self.drafter, seeded=seeded),
         )
 
     def set_models(self, target: str | None, draft: str | None = None) -> None:
@@ -113,25 +130,27 @@ class Engine:
         """
         resolved = self.resolved.with_models(target, draft)
         pair = self._load(resolved.config) if self._pair else None
-        self.resolved, self._pair = resolved, pair
+        self.resolved, self._pair, self._measured = resolved, pair, {}
 
     def get_speculation_stats(self) -> dict[str, Any]:
         """Counters and rates since the engine was built; works before any model is loaded.
 
         Returns:
             model_family_compatibility ("compatible", "incompatible" or "unknown"), acceptance_rate (a float),
-            lossless, rule (of requests without a seed), lenience (no token gets more than max(1, lenience) times its probability), precision,
-            target_model, draft_model, and the counters of SpeculationStats.
+            lossless, rule (of requests without a seed), lenience (no token gets more than max(1, lenience) times its
+            probability), precision, target_model, draft_model, drafter (None before a model is loaded, unless typed), and
+            the counters of SpeculationStats.
         """
         pair, config = self._pair, self.config
         return {
             "model_family_compatibility": pair.compatibility if pair else "unknown",
-            "lossless": config.lossless or (pair is not None and pair.draft is None),
+            "lossless": config.lossless or (pair is not None and self._drafter_name(self.resolved, pair) == "none"),
             "rule": config.effective_rule,
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else (self._precision or "unknown"),
             "target_model": config.target_model,
             "draft_model": config.draft_model,
+            "drafter": self._drafter_name(self.resolved, pair) if pair else config.drafter,
             **self.stats.as_dict(),
         }
 
@@ -182,7 +201,7 @@ class Engine:
             ignore_eos: go on after end tokens (for measurements).
             progress: called with (done, total) while the prompt is read.
             **request: options of SpeculativeConfig for this request: gamma, temperature, top_k_threshold, lenience,
-                rule, disabled.
+                drafter, rule, disabled.
 
         Raises:
             ConfigurationError: bad options, or a prompt of 0 tokens.
@@ -190,7 +209,8 @@ class Engine:
             ModelFormatError: a file of the models was written in place since they were loaded.
             NumericalError: logits that are not finite.
         """
-        models = sorted(set(request) & {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine"})
+        fixed = {"target_model", "draft_model", "auto_config", "target_engine", "draft_engine", "early_exit"}
+        models = sorted(set(request) & fixed)
         if models:
             raise ConfigurationError(
                 f"{models[0]} cannot change with a request; use set_models or build another engine"
@@ -234,7 +254,10 @@ class Engine:
             )
         law = sampling.law(pair.target.model.vocab, pair.vocab)
         adjustments = sampling.adjustments(len(tokens), pair.vocab)
-        rule = "greedy" if law.temperature == 0 else self._rule(resolved, seeded=seed is not None)
+        name = self._drafter_name(resolved, pair)
+        if seed is not None and law.temperature > 0 and not self._asked(resolved, pair):
+            name = "none"  # with a seed, the text is that of plain decoding unless someone asks for a drafter
+        rule = "greedy" if law.temperature == 0 else self._rule(resolved, name, seeded=seed is not None)
         native_rule = "token" if rule == "greedy" else rule
         context = Context(
             tokens,
@@ -242,31 +265,58 @@ class Engine:
             capacity,
             frozenset() if ignore_eos else frozenset(pair.eos_ids),
             TextStream(StreamDecoder(pair.tokenizer, continues=True), stops),
-            whole_rounds=seed is not None and rule == "block",
+            whole_rounds=rule == "block",
         )
-        speculating = pair.draft is not None and not config.disabled
-        exact = config.lenience <= 1 or law.temperature == 0 or not speculating
+        exact = config.lenience <= 1 or law.temperature == 0 or name == "none"
         if not exact:
             self._say_once(
                 f"lenience {config.lenience:g} accepts more drafts, and the output law is no longer the target's: a token "
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
         lenience = config.lenience if native_rule == "token" else 1.0
-        drafter: Drafter = NoDrafter()
-        if pair.draft and speculating:
-            drafter = ModelDrafter(pair.draft.model, law, sampling.seed, capacity, native_rule, adjustments)
+        target = NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule, adjustments)
+        gamma, ceiling = self._gamma(resolved, name) if name != "none" else (0, 0)
+        if gamma == "auto" and seed is not None and rule not in ("greedy", "coupled"):
+            gamma = min(ceiling, 5)
+            self._say_once(
+                f"gamma is fixed at {gamma}: with a seed, timing must not change the text; the coupled rule lets gamma vary"
+            )
+        path = measurements_path(pair.target, pair.draft, pair.early_exit) if gamma == "auto" else None
+
+        def ended(stats: SpeculationStats) -> None:
+            self.stats.add(stats)
+            if gamma == "auto" and stats.target_passes >= WORTH_KEEPING:
+                save_measurements(path, self._measured[path])
+
+        drafter = NoDrafter() if name == "none" else self._make_drafter(name, pair, target, gamma, ceiling)
         return Generation(
             context,
-            NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule, adjustments),
+            target,
             drafter,
-            self._controller(resolved, timed=seed is None or rule in ("greedy", "coupled")),
+            FixedGamma(gamma) if gamma != "auto" else AutoGamma(ceiling, self._measurements(path)),
             progress=progress,
-            terms=Terms(
-                sampling.seed, self._gamma(resolved)[0] if speculating else 0, exact, pair.target.precision, rule
-            ),
+            terms=Terms(sampling.seed, gamma, name, exact, pair.target.precision, rule),
             on_draft_failure=self._draft_failed,
-            on_end=self.stats.add,
+            on_end=ended,
         )
+
+    def _make_drafter(
+        self, name: str, pair: ModelPair, target: NativeTarget, gamma: int | Literal["auto"], ceiling: int
+    ) -> Drafter:
+        if name in ("suffix", "prompt-lookup"):
+            return CopyDrafter(name)
+        if name == "early-exit":
+
+            def chosen(found: Exit) -> None:
+                self._say_once(f"early exit after layer {found.layers} of {pair.target.model.layers}")
+
+            assert pair.early_exit is not None
+            gammas = range(1, ceiling + 1) if gamma == "auto" else (gamma,)
+            return EarlyExitDrafter(target, pair.early_exit, gammas=gammas, on_choice=chosen)
+        assert pair.draft is not None
+        draws = target.law, target.seed, target.cache.capacity, target.rule, target.adjustments
+        model = ModelDrafter(pair.draft.model, *draws)
+        return model if name == "model" else CombinedDrafter({"suffix": CopyDrafter("suffix"), "model": model})
 
     def _draft_failed(self, error: Exception) -> None:
         self._say_once(f"drafting failed, and plain decoding goes on ({type(error).__name__}: {error})")
@@ -278,30 +328,59 @@ class Engine:
         return resolved.config.top_k_threshold if given or top_k is None else 0.0
 
     @staticmethod
-    def _gamma(resolved: ResolvedConfig) -> tuple[int | Literal["auto"], int]:
-        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling."""
-        gamma = resolved.config.gamma
-        if gamma == "auto":
+    def _drafter_name(resolved: ResolvedConfig, pair: ModelPair) -> str:
+        """Who drafts: the one typed, else the early exit that was asked for, else both copies and the draft where there is
+        one, else copies alone.
+
+        A draft that was named and refused means plain decoding, as its warning says, and so does the draft "none".
+
+        Raises:
+            ConfigurationError: a drafter that needs a draft where none was named.
+        """
+        config = resolved.config
+        if config.disabled:
+            return "none"
+        named = config.draft_model is not None and (config.draft_model == NO_DRAFT or not config.auto_config)
+        refused = pair.draft is None and named
+        if config.drafter in ("model", "combined") and pair.draft is None and not refused:
+            raise ConfigurationError(
+                f"the {config.drafter} drafter needs a draft model, and there is none; name one with "
+                "--speculative-draft-model, or use 'suffix', which needs none"
+            )
+        if config.drafter is not None:
+            return "none" if refused and config.drafter in ("model", "combined") else config.drafter
+        if pair.early_exit is not None:
+            return "early-exit"
+        return "combined" if pair.draft else "none" if refused else "suffix"
+
+    @staticmethod
+    def _asked(resolved: ResolvedConfig, pair: ModelPair) -> bool:
+        """Whether someone asked for speculation: a drafter, a draft, a gamma, or the family's defaults."""
+        asked = (resolved.sources[name] != "default" for name in ("drafter", "gamma"))
+        drafts = pair.draft is not None or pair.early_exit is not None
+        return drafts or resolved.config.auto_config or any(asked)
+
+    @staticmethod
+    def _gamma(resolved: ResolvedConfig, drafter: str) -> tuple[int | Literal["auto"], int]:
+        """What gamma is said to be, and the most it can be: a typed number is fixed, a family's is a ceiling, and for copies
+        and an automatic exit it is automatic unless typed."""
+        gamma, source = resolved.config.gamma, resolved.sources["gamma"]
+        exits = drafter == "early-exit" and resolved.config.early_exit == "auto"
+        if gamma == "auto" or (source == "default" and (exits or drafter in ("suffix", "prompt-lookup"))):
             return "auto", 20
-        return ("auto" if resolved.sources["gamma"] == "family" else gamma), gamma
+        return ("auto" if source == "family" else gamma), gamma
+
+    def _measurements(self, path: Path | None) -> Measurements:
+        if path not in self._measured:
+            self._measured[path] = load_measurements(path)
+        return self._measured[path]
 
     @classmethod
-    def _rule(cls, resolved: ResolvedConfig, *, seeded: bool) -> str:
+    def _rule(cls, resolved: ResolvedConfig, drafter: str, *, seeded: bool) -> str:
         """The rule of a request: coupled where a seed must give the same text whatever an automatic gamma does."""
         config = resolved.config
-        automatic = cls._gamma(resolved)[0] == "auto" and config.rule is None and config.lenience == 1.0
+        automatic = cls._gamma(resolved, drafter)[0] == "auto" and config.rule is None and config.lenience == 1.0
         return "coupled" if seeded and automatic and not config.greedy else config.effective_rule
-
-    def _controller(self, resolved: ResolvedConfig, *, timed: bool) -> Controller:
-        said, ceiling = self._gamma(resolved)
-        if said == "auto" and timed:
-            return AutoGamma(ceiling)
-        if said == "auto":
-            ceiling = min(ceiling, 5)
-            self._say_once(
-                f"gamma is fixed at {ceiling}: with a seed, timing must not change the text; the coupled rule lets gamma vary"
-            )
-        return FixedGamma(ceiling)
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:

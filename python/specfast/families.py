@@ -255,8 +255,8 @@ def explain_suggestion(target: str) -> str:
     if drafts := ranked_drafts(target):
         return f"{target}: draft {', then '.join(drafts)}"
     if repository_of(target) is None:
-        return f"{target}: not in the registry, so no draft is known: plain decoding"
-    return f"{target}: no smaller sibling: suffix (plain decoding until the suffix drafter exists)"
+        return f"{target}: not in the registry, so no draft is known: suffix drafter"
+    return f"{target}: no smaller sibling: suffix drafter"
 
 
 def get_model_family_variants(target: str) -> dict[str, Any]:

@@ -25,20 +25,25 @@ def rounds(
     draw that token where a longer text checks a drafted one, and a seed's text would depend on max_tokens. Of a context
     of whole rounds max_tokens cuts none.
     """
+    clock = time.perf_counter
     while not context.done:
-        start = time.perf_counter()
-        proposal = drafter.propose(context, min(controller.gamma, context.draft_room))
-        drafted = time.perf_counter()
+        start, length = clock(), len(context.tokens)
+        gamma, offer = controller.plan(context, drafter)
+        planned = clock()
+        proposal = drafter.propose(context, offer, gamma) if offer else None
+        drafted = clock()
         verdict = target.verify(context, proposal)
-        verified = time.perf_counter()
+        verified = clock()
 
         tokens = proposal.tokens.tolist() if proposal else []
         chunk = context.keep([*tokens[: verdict.tau], verdict.next_token])
         kept = len(chunk.token_ids)
         target.commit(kept)
-        drafter.commit(kept)
+        if tokens:
+            drafter.commit(kept)
 
-        round_ = Round(len(tokens), verdict.tau, kept, drafted - start, verified - drafted)
+        times = (drafted - planned, verified - drafted, planned - start, clock() - verified)
+        round_ = Round(len(tokens), verdict.tau, kept, *times, length, offer if tokens else None)
         stats.count(round_)
         controller.update(round_)
         yield chunk
@@ -51,6 +56,7 @@ class Terms:
     Attributes:
         seed: of the random streams, given or drawn: with it the text can be had again.
         gamma: most tokens drafted a round, or "auto"; 0 is plain decoding.
+        drafter: who drafts: "model", "suffix", "prompt-lookup", "combined" (suffix and model), or "none".
         lossless: whether the tokens follow the target's law at this precision.
         precision: of the target's activations.
         rule: how drafted tokens are accepted: "greedy", "token", "block" or "coupled".
@@ -58,6 +64,7 @@ class Terms:
 
     seed: int = 0
     gamma: int | Literal["auto"] = 0
+    drafter: str = "none"
     lossless: bool = True
     precision: str = "unknown"
     rule: str = "unknown"
@@ -158,6 +165,7 @@ class Generation:
 
     def _draft_failed(self, error: Exception) -> None:
         self.stats.fallbacks += 1
+        self.stats.fallback_reasons[f"{type(error).__name__}: {error}"] += 1
         if self._on_draft_failure:
             self._on_draft_failure(error)
 

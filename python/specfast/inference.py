@@ -26,6 +26,7 @@ def load(
     max_context: int | None = None,
     isa: str | None = None,
     threads: int | None = None,
+    kv_bits: int | None = None,
     notify: Notify = print_notice,
     **options: Any,
 ) -> Engine:
@@ -39,6 +40,8 @@ def load(
         max_context: bounds the context below the model's own.
         isa: kernel table; None is the best this CPU runs.
         threads: of native calls, for the whole process; at most the CPUs this process may use, which is said.
+        kv_bits: of keys and values: 8 halves the memory they take and rounds them, which stats and results say
+            ("int8, kv 8 bit"); None and 16 store bf16, or f32 with f32 activations.
         notify: told, once each, what people should know; prints to stderr.
         **options: the fields of SpeculativeConfig (gamma, temperature, top_k_threshold, lenience, auto_config, ...).
 
@@ -52,7 +55,7 @@ def load(
         typed["target_model"] = str(target)
     if draft is not None:
         typed["draft_model"] = str(draft)
-    engine = Engine(resolve_config(typed), precision, max_context, isa, notify)
+    engine = Engine(resolve_config(typed), precision, max_context, isa, notify, kv_bits=kv_bits)
     _ = engine.pair
     return engine
 

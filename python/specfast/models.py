@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import embedded
+from .architecture import read_config
 from .chat import chat_template, render_chat
 from .checkpoint import LoadedModel, load_model
 from .compatibility import Status, compare_models
-from .config import NO_DRAFT, SpeculativeConfig
+from .config import NO_DRAFT, EarlyExit, SpeculativeConfig
+from .early_exit import require_exit
 from .errors import ConfigurationError, ModelFormatError, SpecfastError
 from .families import explain_suggestion, parameters, ranked_drafts, suggested_drafts
 from .tokenizer import Tokenizer
@@ -48,7 +50,8 @@ class ModelPair:
     """A target, its draft if there is one that fits, and their tokenizer.
 
     Attributes:
-        target, draft: the native models; no draft means plain decoding.
+        target, draft: the native models; without a draft, drafting is copying, or early exit.
+        early_exit: how many of the target's first layers draft, or "auto"; there is no draft then.
         target_name, draft_name: what people call them.
         template: the target's chat template, if any.
         compatibility: "compatible", "incompatible" (then there is no draft) or "unknown" (nothing to compare).
@@ -58,6 +61,7 @@ class ModelPair:
 
     target: LoadedModel
     draft: LoadedModel | None
+    early_exit: EarlyExit
     target_name: str
     draft_name: str | None
     tokenizer: Tokenizer
@@ -75,6 +79,7 @@ class ModelPair:
         isa: str | None,
         notify: Notify,
         resolve: Resolve,
+        kv_bits: int | None = None,
     ) -> ModelPair:
         """Finds and loads what a configuration names; a draft that does not fit is refused with a warning.
 
@@ -82,14 +87,18 @@ class ModelPair:
 
         Raises:
             ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
+            ConfigurationError: an early exit the target does not have.
         """
         directory = embedded.path("target") if config.target_model is None else resolve(config.target_model)
-        target = load_model(directory, precision=precision, isa=isa, max_context=max_context)
+        early_exit = None if config.disabled else config.early_exit
+        if early_exit is not None:
+            require_exit(early_exit, read_config(directory).layers, _target_name(config))
+        target = load_model(directory, precision=precision, isa=isa, max_context=max_context, kv_bits=kv_bits)
         tokenizer = Tokenizer(directory)
         choice = choose_draft(config, directory, notify, resolve)
         draft = None
         if choice.directory:
-            draft = load_model(choice.directory, isa=isa, precision=_draft_precision(precision))
+            draft = load_model(choice.directory, isa=isa, precision=_draft_precision(precision), kv_bits=kv_bits)
             if draft.model.weight_bytes >= target.model.weight_bytes:
                 notify(
                     f"check that the draft model is actually smaller: {choice.name} has {draft.model.weight_bytes / 1e6:.0f} MB "
@@ -104,11 +113,12 @@ class ModelPair:
         return cls(
             target=target,
             draft=draft,
+            early_exit=early_exit,
             target_name=_target_name(config),
-            draft_name=choice.name,
+            draft_name=choice.name if early_exit is None else f"early exit {early_exit}",
             tokenizer=tokenizer,
             template=chat_template(directory, tokenizer),
-            compatibility=choice.status,
+            compatibility=choice.status if early_exit is None else "compatible",
             vocab=min(tokenizer.vocab, target.config.vocab),
             eos_ids=tuple(sorted({*target.config.eos_ids, *(() if end is None else (end,))})),
         )
@@ -172,7 +182,8 @@ def _draft_precision(precision: str | None) -> str | None:
 
 def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolve: Resolve) -> DraftChoice:
     """The draft a configuration names or its family suggests, compared with the target's directory; says why there is none."""
-    if config.disabled or config.draft_model == NO_DRAFT:
+    without = config.early_exit is not None or config.drafter in ("suffix", "prompt-lookup", "none")
+    if config.disabled or config.draft_model == NO_DRAFT or without:
         return DraftChoice()
     if config.target_model is None and config.draft_model is None:
         return DraftChoice("compatible", embedded.path("draft"), "embedded")
@@ -189,7 +200,7 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
             if drafts
             else "name one with --speculative-draft-model"
         )
-        notify(f"{name} has no draft: plain decoding; {hint}")
+        notify(f"{name} has no draft: its own text so far is copied where that pays (the suffix drafter); {hint}")
         return typed
     free = _free_bytes()
     for candidate in ranked_drafts(name):
@@ -206,7 +217,7 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
             continue
         if choice.directory:
             return choice
-    notify(f"no draft is known to fit {name}: plain decoding" if ranked_drafts(name) else explain_suggestion(name))
+    notify(f"no draft is known to fit {name}: suffix drafter" if ranked_drafts(name) else explain_suggestion(name))
     return typed
 
 

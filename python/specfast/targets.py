@@ -60,18 +60,25 @@ class NativeTarget:
         rule: str = "token",
         adjustments: _core.Adjustments | None = None,
     ) -> None:
-        self._adjustments = adjustments
-        self._model, self._law, self._lenience, self._seed, self._rule = model, law, lenience, seed, rule
+        self.model, self.law, self.seed, self.rule, self.adjustments = model, law, seed, rule, adjustments
+        self._lenience = lenience
         self.cache = _core.Cache(model, capacity)
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
-        prefill(self._model, self.cache, tokens, progress)
+        prefill(self.model, self.cache, tokens, progress)
+
+    def draft_early(self, context: Context, gamma: int, layers: int, proposal: _core.Proposal) -> None:
+        """Drafts gamma tokens with the first layers; `verify` goes on from what these computed."""
+        pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
+        follow(self.adjustments, context)
+        draws = self.law, self.seed, context.round, proposal, self.rule, self.adjustments
+        self.model.draft_early(self.cache, pending, gamma, layers, *draws)
 
     def verify(self, context: Context, proposal: _core.Proposal | None) -> _core.Verdict:
         pending = np.asarray(context.tokens[self.cache.length :], dtype=np.int32)
-        follow(self._adjustments, context)
-        draws = self._law, self._lenience, self._seed, context.round, self._rule
-        return self._model.verify(self.cache, pending, proposal, *draws, self._adjustments)
+        follow(self.adjustments, context)
+        draws = self.law, self._lenience, self.seed, context.round, self.rule
+        return self.model.verify(self.cache, pending, proposal, *draws, self.adjustments)
 
     def commit(self, kept: int) -> None:
         self.cache.commit(kept)

@@ -7,7 +7,9 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <tuple>
 
+#include "attend_rows.hpp"
 #include "decoder.hpp"
 #include "dispatch.hpp"
 #include "errors.hpp"
@@ -209,13 +211,96 @@ void check_matmuls(const KernelTable& kernels) {
   }
 }
 
+/// What a vector becomes in 8 bits.
+void round_vector(float* x, int n) {
+  float largest = 0;
+  for (int i = 0; i < n; i++) largest = std::max(largest, std::fabs(x[i]));
+  for (int i = 0; i < n; i++) x[i] = std::rint(x[i] * (127.0f / largest)) * (largest / 127.0f);
+}
+
+/// Attention of M rows at the end of S positions against float64 on what the cache rounds to.
+void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S, int M, int64_t window) {
+  const int heads = 6, kv_heads = 2;
+  KvCache cache({1, kv_heads, dim, format}, {window}, S);
+  cache.append(S);
+  const auto random_rows = [&](int rows, int columns) {
+    std::vector<float> x(static_cast<size_t>(rows) * columns);
+    for (float& value : x) value = format == KvFormat::bf16 ? widen_bf16(cut_bf16(gaussian())) : gaussian();
+    return x;
+  };
+  const std::vector<float> q = random_rows(M, heads * dim);
+  std::vector<float> k = random_rows(S, kv_heads * dim), v = random_rows(S, kv_heads * dim);
+  for (int i = 0; i < S; i++) {
+    for (int h = 0; h < kv_heads; h++) {
+      const size_t at = static_cast<size_t>((i * kv_heads + h) * dim);
+      kernels.append_head(cache.page(i / kPagePositions, 0, h), &k[at], &v[at], dim, cache.shape().padded_dim(),
+                          i % kPagePositions);
+    }
+  }
+  Attention a;
+  a.heads = heads;
+  a.M = M;
+  a.position = S - M;
+  a.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  std::vector<float> partial(Attention::partial_floats(cache, heads, M, S - M)), out(q.size());
+  a.q = q.data();
+  a.q_stride = a.out_stride = heads * dim;
+  a.partial = partial.data();
+  a.out = out.data();
+  attend_rows(Team{}, kernels, cache, a);
+
+  if (format == KvFormat::int8) {
+    for (std::vector<float>* x : {&k, &v}) {
+      for (size_t at = 0; at < x->size(); at += static_cast<size_t>(dim)) round_vector(&(*x)[at], dim);
+    }
+  }
+  double worst = 0;
+  for (int m = 0; m < M; m++) {
+    const int end = S - M + m + 1, begin = window ? std::max(0, end - static_cast<int>(window)) : 0;
+    for (int head = 0; head < heads; head++) {
+      const float* query = &q[static_cast<size_t>((m * heads + head) * dim)];
+      const size_t kv_head = static_cast<size_t>(head / (heads / kv_heads) * dim);
+      std::vector<double> exact(static_cast<size_t>(dim));
+      double total = 0;
+      for (int i = begin; i < end; i++) {
+        const size_t at = static_cast<size_t>(i * kv_heads * dim) + kv_head;
+        double score = 0;
+        for (int d = 0; d < dim; d++) score += static_cast<double>(query[d]) * k[at + static_cast<size_t>(d)];
+        const double weight = std::exp(score * a.scale);
+        total += weight;
+        for (int d = 0; d < dim; d++) exact[static_cast<size_t>(d)] += weight * v[at + static_cast<size_t>(d)];
+      }
+      for (int d = 0; d < dim; d++)
+        worst = std::max(worst, std::fabs(exact[static_cast<size_t>(d)] / total -
+                                          out[static_cast<size_t>((m * heads + head) * dim + d)]));
+    }
+  }
+  expect(worst < (format == KvFormat::f32    ? 3e-5
+                  : format == KvFormat::bf16 ? 0.01
+                                             : 4e-4),
+         kernels.isa,
+         "attention of head " + std::to_string(dim) + ", " + std::to_string(S) + " positions, window " +
+             std::to_string(window) + ": error " + std::to_string(worst));
+}
+
+void check_attentions(const KernelTable& kernels) {
+  for (const KvFormat format : {KvFormat::bf16, KvFormat::f32, KvFormat::int8}) {
+    for (const int dim : {6, 16, 80, 128}) {
+      for (const auto& [S, M] : {std::pair{3, 3}, std::pair{270, 16}, std::pair{1300, 6}}) {
+        if (!full && S == 1300 && dim != 16) continue;
+        for (const int64_t window : {0, 1, 5, 258, 700}) check_attention(kernels, format, dim, S, M, window);
+      }
+    }
+  }
+}
+
 /// A tiny model whose matrices are owned here.
 struct TinyModel {
   std::vector<OwnedMatrix> matrices;
   std::shared_ptr<Model> model = std::make_shared<Model>();
 };
 
-TinyModel tiny_model(const KernelTable& kernels, Format format, Precision precision) {
+TinyModel tiny_model(const KernelTable& kernels, Format format, Precision precision, KvFormat kv) {
   TinyModel tiny;
   tiny.matrices.reserve(64);
   Model& m = *tiny.model;
@@ -227,6 +312,7 @@ TinyModel tiny_model(const KernelTable& kernels, Format format, Precision precis
   m.vocab = 131;
   m.max_context = 600;
   m.precision = precision;
+  m.kv_format = kv;
   m.kernels = &kernels;
   for (int i = 0; i < m.head_dim / 2; i++) m.rope_inv_freq.push_back(std::pow(10000.0f, -static_cast<float>(i) / 16));
   const auto matrix = [&](int N, int K) {
@@ -248,6 +334,7 @@ TinyModel tiny_model(const KernelTable& kernels, Format format, Precision precis
     w.input_norm = w.post_norm = ones;
     if (i == 0) w.q_bias.assign(static_cast<size_t>(m.q_columns()), 0.1f);
     if (i == 1) w.q_norm.assign(static_cast<size_t>(m.head_dim), 1.0f);
+    if (i == 1) w.window = 100;
     m.layers.push_back(w);
   }
   m.check();
@@ -268,10 +355,11 @@ std::vector<float> run_in_steps(const TinyModel& tiny, const std::vector<int32_t
 }
 
 void check_decoder(const KernelTable& kernels) {
-  for (const auto& [format, precision] :
-       {std::pair{Format::q4, Precision::int8}, std::pair{Format::q8, Precision::int8},
-        std::pair{Format::bf16, Precision::bf16}, std::pair{Format::f32, Precision::f32}}) {
-    const TinyModel tiny = tiny_model(kernels, format, precision);
+  for (const auto& [format, precision, kv] : {std::tuple{Format::q4, Precision::int8, KvFormat::bf16},
+                                              std::tuple{Format::q8, Precision::int8, KvFormat::int8},
+                                              std::tuple{Format::bf16, Precision::bf16, KvFormat::bf16},
+                                              std::tuple{Format::f32, Precision::f32, KvFormat::f32}}) {
+    const TinyModel tiny = tiny_model(kernels, format, precision, kv);
     std::vector<int32_t> tokens(270);  // across a page
     for (int32_t& token : tokens) token = static_cast<int32_t>(generator() % 131);
     const std::vector<float> one = run_in_steps(tiny, tokens, 1, 1);
@@ -410,6 +498,7 @@ int main(int argc, char** argv) {
     const int before = checks;
     check_matmuls(*entry.table);
     check_special_values(*entry.table);
+    check_attentions(*entry.table);
     check_decoder(*entry.table);
     check_law_loops(*entry.table);
     std::printf("%s: %d checks\n", entry.table->isa, checks - before);

@@ -1,4 +1,4 @@
-"""A Llama, Qwen2 or Qwen3 decoder in float64: the whole text is recomputed, there is no cache."""
+"""A Llama, Mistral, Qwen2 or Qwen3 decoder in float64: the whole text is recomputed, there is no cache."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,10 @@ Array = NDArray[np.float64]
 
 @dataclass
 class Layer:
-    """Weights (outputs, inputs); biases only in Qwen2, q_norm and k_norm (head_dim,) only in Qwen3."""
+    """Weights (outputs, inputs); biases only in Qwen2, q_norm and k_norm (head_dim,) only in Qwen3.
+
+    window: positions up to its own that a row attends to; None is all.
+    """
 
     input_norm: Array
     q: Array
@@ -26,6 +29,7 @@ class Layer:
     v_bias: Array | None = None
     q_norm: Array | None = None
     k_norm: Array | None = None
+    window: int | None = None
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Decoder:
 
     group_of: name of a matrix ("q", ..., "down", "head") to the size of its quantisation groups. The inputs of these
     matrices are rounded as int8 kernels round them; empty means exact activations.
+    int8_kv: keys and values are rounded as an 8-bit cache rounds them.
     """
 
     heads: int
@@ -45,6 +50,7 @@ class Decoder:
     layers: list[Layer]
     head: Array | None = None
     group_of: dict[str, int] = field(default_factory=dict)
+    int8_kv: bool = False
 
 
 def rmsnorm(x: Array, weight: Array, eps: float) -> Array:
@@ -59,22 +65,32 @@ def rotate(x: Array, inv_freq: Array) -> Array:
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
 
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """Causal attention. q: (M, heads, d); k, v: (M, kv_heads, d), each shared by heads / kv_heads neighbours."""
+def attend(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
+    """Causal attention. q: (M, heads, d); k, v: (M, kv_heads, d), each shared by heads / kv_heads neighbours.
+
+    Row i sees key j if j <= i and, with a window, i - j < window (Jiang et al. 2023, Sec. 2, arXiv:2310.06825).
+    """
     share = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, share, 1), np.repeat(v, share, 1)
     scores = np.einsum("mhd,nhd->hmn", q, k) / np.sqrt(q.shape[-1])
     scores += np.triu(np.full(scores.shape[1:], -np.inf), 1)
+    if window is not None:
+        scores += np.tril(np.full(scores.shape[1:], -np.inf), -window)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hmn,nhd->mhd", weights / weights.sum(-1, keepdims=True), v)
 
 
-def round_to_int8(x: Array, group: int) -> Array:
-    """x (M, K) as int8 activations see it: per row and block of min(group, 64), scale max|x| / 127, ties to even."""
-    block = min(group, 64)
+def round_to_int8(x: Array, group: int, most: int = 64) -> Array:
+    """x (M, K) as int8 activations see it: per row and block of min(group, most), scale max|x| / 127, ties to even."""
+    block = min(group, most)
     blocks = x.reshape(len(x), -1, block)
     scale = np.abs(blocks).max(-1, keepdims=True) / 127
     return (np.rint(blocks / np.where(scale > 0, scale, 1)) * scale).reshape(x.shape)
+
+
+def round_vectors(x: Array) -> Array:
+    """x (M, heads, d) as an 8-bit cache keeps it: per vector, scale max|x| / 127, ties to even."""
+    return round_to_int8(x.reshape(len(x), -1), x.shape[-1], x.shape[-1]).reshape(x.shape)
 
 
 def dequantise(packed: ArrayLike, scales: ArrayLike, biases: ArrayLike, bits: int, group: int) -> Array:
@@ -102,7 +118,10 @@ def forward(model: Decoder, tokens: ArrayLike) -> Array:
         v = project(h, w.v, "v", w.v_bias).reshape(M, model.kv_heads, -1)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rmsnorm(q, w.q_norm, model.rms_eps), rmsnorm(k, w.k_norm, model.rms_eps)
-        attended = attend(rotate(q, model.inv_freq), rotate(k, model.inv_freq), v)
+        q, k = rotate(q, model.inv_freq), rotate(k, model.inv_freq)
+        if model.int8_kv:
+            k, v = round_vectors(k), round_vectors(v)
+        attended = attend(q, k, v, w.window)
         x = x + project(attended.reshape(M, -1), w.o, "o")
         h = rmsnorm(x, w.post_norm, model.rms_eps)
         gate = project(h, w.gate, "gate")

@@ -83,6 +83,7 @@ def random_model(
     seed: int = 0,
     isa: str | None = None,
     pack: bool = True,
+    kv_bits: int = 16,
     progress: Progress | None = None,
 ) -> _core.Model:
     """A model of a shape whose logits are finite and whose weights are cold: each lies in memory of its own.
@@ -117,6 +118,7 @@ def random_model(
         intermediate=shape.intermediate, vocab=shape.vocab, rms_eps=1e-5, rope_inv_freq=inv_freq, max_context=max_context,
         embed=make.matrix(shape.vocab, shape.hidden), head=None if shape.tied else make.matrix(shape.vocab, shape.hidden),
         norm=ones, layers=layers, precision="int8" if make.group else "f32" if make.format == "f32" else "bf16", isa=isa, pack=pack,
+        kv_bits=kv_bits,
     )  # fmt: skip
     if progress:
         progress(shape.layers + 1, shape.layers + 1)

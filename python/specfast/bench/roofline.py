@@ -48,11 +48,6 @@ class Roofline:
         return {**vars(self), "rows": [vars(row) for row in self.rows]}
 
 
-def kv_bytes_per_position(model: _core.Model) -> int:
-    """Bytes of keys and values one position takes in all layers."""
-    return 2 * model.layers * model.kv_heads * model.head_dim * (4 if model.precision == "f32" else 2)
-
-
 def check_rows(rows: Sequence[int]) -> None:
     """Refuses row counts that no pass has.
 
@@ -111,7 +106,7 @@ def _summarise(
     peak: float,
     context: int,
 ) -> Roofline:
-    kv = kv_bytes_per_position(model) * context
+    kv = model.kv_bytes_per_position * context
     macs = model.macs_per_row
     one = float(np.median(seconds[1]))
     table = []

@@ -11,7 +11,7 @@ import numpy as np
 from .. import _core
 from ..context import Context
 from ..controllers import FixedGamma
-from ..drafters import ModelDrafter, NoDrafter
+from ..drafters import ModelDrafter, NoDrafter, Offer
 from ..errors import ConfigurationError, SpecfastError
 from ..generation import rounds
 from ..stats import SpeculationStats
@@ -48,8 +48,8 @@ class _SetAcceptance(ModelDrafter):
         self._right, self._acceptance, self._vocab = right, acceptance, model.vocab
         self._random = np.random.default_rng(seed)
 
-    def propose(self, context: Context, gamma: int) -> _core.Proposal | None:
-        proposal = super().propose(context, gamma)
+    def propose(self, context: Context, offer: Offer, gamma: int) -> _core.Proposal | None:
+        proposal = super().propose(context, offer, gamma)
         if proposal:
             right = self._right[context.generated : context.generated + proposal.gamma]
             other = (right + 1 + self._random.integers(0, self._vocab - 1, len(right))) % self._vocab

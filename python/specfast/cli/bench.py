@@ -56,6 +56,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of native calls (one per core; at most one per CPU)")
     parser.add_argument("--isa", metavar="ISA", help=f"kernel table: {isas} (the best this CPU runs)")
+    parser.add_argument("--kv-bits", type=int, default=16, choices=(8, 16), help="of keys and values (16)")
     parser.add_argument("--in-place", action="store_true", help="no packed copy of the weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file (- for stdout)")
     rows = parser.add_argument_group("T(M)")
@@ -116,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
         with _bar(f"making random weights of {of.name}") as progress:
             return random_model(
                 of, options.quant, max_context=max_context, seed=seed, isa=options.isa, pack=not options.in_place,
-                progress=progress,
+                kv_bits=options.kv_bits, progress=progress,
             )  # fmt: skip
 
     target = make(shape, 0)
@@ -124,12 +125,14 @@ def run(options: argparse.Namespace) -> int:
         "shape": shape.name,
         "quant": options.quant,
         "precision": target.precision,
+        "kv_bits": target.kv_bits,
         "isa": target.isa,
         "in_place": options.in_place,
         **environment(),
     }
     out = sys.stderr if str(options.json) == "-" else sys.stdout
     print(f"{shape.name} {options.quant}, {target.weight_bytes / 1e6:.0f} MB a pass, {target.precision} activations, "
+          f"{target.kv_bits} bit keys and values, "
           f"{target.isa}, {_core.start_threads()} threads, random weights", file=out)  # fmt: skip
     if target.weight_bytes < 64 << 20:
         print(

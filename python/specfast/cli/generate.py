@@ -26,7 +26,7 @@ def count_lines(path):
     """Return the number of lines in the file at path."""
 '''
 LONG_PROMPT_CHARACTERS = 8000
-_NEEDS_DRAFT = "needs a draft that fits; give --draft-model or --auto-config"
+_NEEDS_DRAFT = "needs a draft that fits; give --draft-model, --auto-config, --early-exit or --drafter suffix"
 
 
 def add_parser(commands: Any) -> None:
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if options.time and options.quiet and not options.compare:
         raise ConfigurationError("--time prints to stderr, where --quiet allows nothing; give one of them")
     set_threads(options.threads)
-    engine = Engine(resolve_config(typed_options(options)), options.precision, options.context)
+    engine = Engine(resolve_config(typed_options(options)), options.precision, options.context, kv_bits=options.kv_bits)
     if options.compare:
         _require_draft_named(engine.config)
     prompt = _read_prompt(options)
@@ -66,8 +66,11 @@ def _require_draft_named(config: SpeculativeConfig) -> None:
     """Refuses to compare where no draft can come of the options, before anything is loaded."""
     if config.disabled:
         raise ConfigurationError("--compare runs with and without the draft, and --plain has none; give one of them")
+    if config.drafter in ("suffix", "prompt-lookup"):
+        return
     named = config.target_model is None or config.draft_model is not None or config.auto_config
-    if config.draft_model == NO_DRAFT or not named:
+    without = config.draft_model == NO_DRAFT or not named
+    if config.drafter == "none" or (config.early_exit is None and without):
         raise ConfigurationError(f"--compare {_NEEDS_DRAFT}")
 
 
@@ -79,7 +82,10 @@ def _compare(engine: Engine, prompt: str, options: argparse.Namespace) -> int:
         runs.append(_generate(engine, prompt, options, announce=number == 0, show=number == 2, **request))
         if runs[-1].finish_reason == "interrupted":
             return 130
-        if engine.pair.draft is None:
+        pair = engine.pair
+        if engine.drafter == "none" or (
+            pair.draft is None and pair.early_exit is None and engine.config.drafter is None
+        ):
             raise ConfigurationError(f"--compare {_NEEDS_DRAFT}")
     _, plain, speculative = runs
     identical = plain.token_ids == speculative.token_ids
@@ -177,7 +183,6 @@ def _prompt_progress(characters: int) -> Iterator[Progress | None]:
 
 def _print_figures(stats: SpeculationStats, label: str, options: argparse.Namespace, file: Any) -> None:
     if options.time:
-        rest = stats.total_seconds - stats.prefill_seconds - stats.draft_seconds - stats.verify_seconds
         print(
             f"{label}prompt {stats.prompt_tokens} tokens at {stats.prompt_tok_s:.1f} tok/s, "
             f"first token after {stats.first_token_seconds * 1e3:.1f} ms",
@@ -185,9 +190,12 @@ def _print_figures(stats: SpeculationStats, label: str, options: argparse.Namesp
         )
         print(
             f"{label}time {stats.total_seconds * 1e3:.1f} ms: prompt {stats.prefill_seconds * 1e3:.1f}, "
-            f"draft {stats.draft_seconds * 1e3:.1f}, verify {stats.verify_seconds * 1e3:.1f}, text {rest * 1e3:.1f}",
+            f"draft {stats.draft_seconds * 1e3:.1f}, verify {stats.verify_seconds * 1e3:.1f}, "
+            f"rest {stats.overhead_seconds * 1e3:.1f}",
             file=file,
         )
+        for line in stats.decision_lines():
+            print(f"{label}{line}", file=file)
     print(f"{label}{stats.summary()}", file=file)
 
 
@@ -198,6 +206,7 @@ def _as_json(result: Result, engine: Engine) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "seed": result.terms.seed,
+        "drafter": result.terms.drafter,
         "gamma": result.terms.gamma,
         "lossless": result.terms.lossless,
         "rule": result.terms.rule,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import ENGINES, FIELDS, RULES, UNSET, check_option
+from ..config import DRAFTERS, ENGINES, FIELDS, RULES, UNSET, check_option
 from ..errors import ConfigurationError
 from ..sampling import TRUNCATIONS
 
@@ -37,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--precision", choices=("int8", "bf16", "f32"), help="of activations (int8 for quantised weights, else theirs)"
     )
+    machine.add_argument("--kv-bits", type=int, choices=(8, 16), help="of keys and values: 8 halves their memory (16)")
     machine.add_argument("--threads", type=int, metavar="N", help="of native calls (one per core; at most one per CPU)")
     machine.add_argument("--context", type=int, metavar="N", help="bound the context below the model's")
     output = parser.add_argument_group("output")
@@ -119,9 +120,14 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
         help="token, block or coupled (block; with --seed and an automatic gamma coupled; token where lenience is not 1)",
     )
     add(
+        *("--drafter", "--speculative-drafter"),
+        **{"dest": "drafter", "choices": DRAFTERS, "metavar": "DRAFTER"},
+        help="model, suffix, prompt-lookup, combined or none (combined where there is a draft, else suffix)",
+    )
+    add(
         *("--early-exit", "--speculative-early-exit"),
-        **{"dest": "early_exit", "type": int, "metavar": "LAYER"},
-        help="draft with the target's first layers; not in this version",
+        **{"dest": "early_exit", "type": _early_exit, "metavar": "LAYER|auto"},
+        help="draft with the target's first layers instead of a draft model; auto measures which",
     )
     add(
         *("--plain", "--disable-speculative"),
@@ -195,6 +201,14 @@ def _gamma(text: str) -> int | str:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer in 1 to 20 nor 'auto'") from None
     return value if value == "auto" else int(_in_range("gamma", value))
+
+
+def _early_exit(text: str) -> int | str:
+    try:
+        value = text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a layer nor 'auto'") from None
+    return value if value == "auto" else int(_in_range("early_exit", value))
 
 
 def _bias(text: str) -> tuple[int, float]:

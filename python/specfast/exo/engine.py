@@ -70,6 +70,9 @@ class SpeculativeEngine:
         if config.draft_engine not in (None, "native", config.target_engine):
             engine += f", drafts from {config.draft_engine}'s"
         automatic = "by auto-config" if config.auto_config and not config.disabled else "none"
+        unset = "combined with a draft, else suffix"
+        if config.early_exit is not None and not config.disabled:
+            automatic, unset = f"early exit {config.early_exit}", "early-exit"
         by_family = [name for name, source in self.resolved.sources.items() if source == "family"]
         values: dict[str, object] = {} if config.target_model else dict.fromkeys(by_family, "the model's")
         if config.target_model and "gamma" in by_family:
@@ -78,6 +81,7 @@ class SpeculativeEngine:
             **values,
             target_model=config.target_model or "the model asked for",
             draft_model=config.draft_model or automatic,
+            drafter="none" if config.disabled else config.drafter or unset,
             target_engine=engine,
             rule=config.effective_rule,
         )
@@ -248,10 +252,11 @@ class SpeculativeEngine:
         config = self.resolved.config
         name = config.target_model or (self.shard.model_id if self.shard else None)
         served = self._models.get(name)
-        pair = served.engine.pair if served and served.engine else None
+        native = served.engine if served else None
+        pair = native.pair if native else None
         return {
             "model_family_compatibility": served.compatibility if served else "unknown",
-            "lossless": config.lossless or (pair is not None and pair.draft is None),
+            "lossless": config.lossless or (native is not None and native.drafter == "none"),
             "lenience": config.lenience,
             "precision": pair.target.precision if pair else "unknown",
             "target_model": name,

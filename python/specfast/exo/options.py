@@ -13,6 +13,7 @@ from typing import Any
 from .. import hub
 from ..cli.options import add_speculation, typed_options
 from ..config import NO_DRAFT, UNSET, ResolvedConfig, resolve_config
+from ..early_exit import require_exit
 from ..errors import ConfigurationError
 
 __all__ = ["CommandLine", "add_options", "command_line", "typed_options", "watch_parser"]
@@ -123,7 +124,10 @@ def _check(parser: argparse.ArgumentParser, found: argparse.Namespace, registry:
     if found.max_generate_tokens < 1:
         parser.error(f"--max-generate-tokens is {found.max_generate_tokens}, but must be at least 1")
     try:
-        without_engines(_command_line.resolve()).config.require_available()
+        config = without_engines(_command_line.resolve()).config
+        config.require_available()
+        if target is not None and config.early_exit is not None and not config.disabled:
+            require_exit(config.early_exit, registry[target]["layers"], target)
     except ConfigurationError as error:
         parser.error(str(error))
 

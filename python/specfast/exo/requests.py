@@ -60,10 +60,10 @@ def request_options(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def why_plain(engine: Engine) -> str | None:
-    """Why an engine decodes plainly; None when it has a draft and uses it."""
+    """Why an engine decodes plainly; None when it speculates."""
     if engine.config.disabled:
         return "disabled"
-    if engine.pair.draft is not None:
+    if engine.drafter != "none":
         return None
     return "incompatible draft" if engine.pair.compatibility == "incompatible" else "no draft"
 

@@ -144,8 +144,10 @@ class ServedModels:
         except UnsupportedModelError as error:
             choice = await self._compute(choose_draft, config.config, path, self._say_once, locate.metadata)
             return await self._load_host(shard, engine, str(error), choice.status)
-        draft = f"draft {pair.draft_name} ({pair.compatibility})" if pair.draft else "no draft, plain decoding"
-        lossless = "lossless" if config.config.lossless or pair.draft is None else "not lossless: lenience above 1"
+        copying = "no draft, plain decoding" if native.drafter == "none" else f"no draft, {native.drafter} drafter"
+        draft = f"draft {pair.draft_name} ({pair.compatibility})" if pair.draft_name else copying
+        exact = config.config.lossless or native.drafter == "none"
+        lossless = "lossless" if exact else "not lossless: lenience above 1"
         say(f"{shard.model_id}: {draft}, {pair.target.precision} activations, {lossless}")
         tokenizer = await importlib.import_module("exo.inference.tokenizers").resolve_tokenizer(path)
         return ServedModel(shard, tokenizer, native, compatibility=pair.compatibility)
@@ -205,10 +207,13 @@ def _draft_engine(resolved: ResolvedConfig) -> str | None:
 
 
 def _config_of(model: str, resolved: ResolvedConfig) -> ResolvedConfig:
-    """The configuration for a model: a draft typed for one target is not used with another."""
+    """The configuration for a model: a draft or a layer typed for one target is not used with another."""
     native = without_engines(resolved)
     target = native.config.target_model
     typed: dict[str, Any] = {**native.typed, "target_model": model}
-    if target is not None and model != target and native.config.draft_model != NO_DRAFT:
-        typed.pop("draft_model", None)
+    if target is not None and model != target:
+        if native.config.draft_model != NO_DRAFT:
+            typed.pop("draft_model", None)
+        if native.config.early_exit != "auto":
+            typed.pop("early_exit", None)
     return resolve_config(typed, host=native.host)

@@ -42,7 +42,10 @@ def native_model(model: nn.Module, precision: str | None) -> _core.Model:
         _check_module(source, path, module)
         if hasattr(module, "group_size"):
             quantised[path] = (module.bits, module.group_size)
-    config = replace(parse_config(source, vars(model.args)), quantisation=Quantisation(0, 0, quantised))
+    config = parse_config(source, {"sliding_window": None, **vars(model.args)})
+    if any(config.windows):
+        raise UnsupportedModelError(f"{source} has a sliding window in its config; supported: full attention")
+    config = replace(config, quantisation=Quantisation(0, 0, quantised))
     return build_model(source, config, _tensors(model), precision=precision, max_context=_UNBOUNDED)
 
 
