@@ -84,6 +84,18 @@ def test_bad_rows_are_refused():
     from specfast import ContextFullError
 
     long = np.zeros((2, 9, 16), np.float32)
-    with pytest.raises(ContextFullError, match="9 were to be put in"):
+    with pytest.raises(ContextFullError, match="9 more were asked for"):
         cache.assign([long, long], [long, long])
     assert cache.length == 0
+
+
+def test_caches_without_plain_rows_are_refused():
+    windowed = random_decoder(1)
+    windowed.layers[0].window = 4
+    for decoder in (native(random_decoder(1), kv_bits=8), native(windowed)):
+        cache = _core.Cache(decoder)
+        decoder.prefill(cache, TOKENS[:9])
+        rows = [np.zeros((2, 9, 16), np.float32)] * 2
+        for call in (lambda c=cache: c.keys(0), lambda c=cache: c.values(1), lambda c=cache: c.assign(rows, rows)):
+            with pytest.raises(ShapeError, match="without a sliding window"):
+                call()
