@@ -96,6 +96,6 @@ def test_caches_without_plain_rows_are_refused():
         cache = _core.Cache(decoder)
         decoder.prefill(cache, TOKENS[:9])
         rows = [np.zeros((2, 9, 16), np.float32)] * 2
-        for call in (lambda c=cache: c.keys(0), lambda c=cache: c.values(1), lambda c=cache: c.assign(rows, rows)):
+        for read, arguments in ((cache.keys, (0,)), (cache.values, (1,)), (cache.assign, (rows, rows))):
             with pytest.raises(ShapeError, match="without a sliding window"):
-                call()
+                read(*arguments)
