@@ -29,7 +29,8 @@ def model_of(windows=(None,), **options):
 
 MODELS = {kind: model_of(**options) for kind, options in KINDS.items()}
 MODEL = MODELS["full"]
-ACTIONS = ("append", "append", "append", "commit", "commit", "rollback", "truncate", "end", "fail")
+GREEDY = _core.Law(temperature=0.0)
+ACTIONS = ("append", "append", "append", "commit", "commit", "rollback", "truncate", "end", "fail", "draft", "draft")
 
 
 def logits_after(model, tokens):
@@ -45,6 +46,17 @@ def run_random_steps(model, rng):
             if len(tokens):
                 model.forward(cache, tokens.astype(np.int32), 0)
                 open_tokens += tokens.tolist()
+        elif action == "draft":  # by the first layers; what follows goes on from them, or from some of them, or anew
+            gamma, exit_layer = int(rng.integers(1, 21)), int(rng.integers(1, model.layers))
+            pending = rng.integers(0, 40, max(0, min(n, CONTEXT - len(kept) - gamma))).astype(np.int32)
+            if len(pending):
+                proposal, open_tokens = _core.Proposal(), []
+                model.draft_early(cache, pending, gamma, exit_layer, GREEDY, 0, 0, proposal)
+                used = rng.choice([0, 1, gamma])
+                tokens = [*pending, *proposal.tokens[:used]] if rng.random() < 0.7 else []
+                if tokens:
+                    model.forward(cache, np.array(tokens, dtype=np.int32), 0)
+                    open_tokens = [int(token) for token in tokens]
         elif action in ("commit", "end"):
             n = min(n, len(open_tokens))
             cache.commit(n)
