@@ -187,6 +187,8 @@ USAGE = {
     "early exit word": ("--early-exit", "last"),
     "early exit beyond": ("--early-exit", "99"),
     "early exit and draft": ("--early-exit", "1", "--draft-model", "x"),
+    "early exit and drafter": ("--early-exit", "1", "--drafter", "suffix", "--draft-model", "none"),
+    "bias twice": ("--logit-bias", "5=1", "--logit-bias", "6=1", "--logit-bias", "5=-1"),
     "rule": ("--speculative-rule", "typical"),
     "rule and lenience": ("--speculative-rule", "block", "--lenience", "1.1"),
     "min-p": ("--min-p", "-0.1"),

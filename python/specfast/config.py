@@ -151,7 +151,8 @@ class SpeculativeConfig:
             where lenience is not 1. Block and coupled need lenience 1, unless greedy.
 
     Raises:
-        ConfigurationError: a value outside its range, with the limit and the remedy; early_exit and a draft_model.
+        ConfigurationError: a value outside its range, with the limit and the remedy; early_exit and a draft_model, or a drafter other
+            than "none".
     """
 
     target_model: str | None = None
@@ -174,6 +175,10 @@ class SpeculativeConfig:
         if self.early_exit is not None and self.draft_model not in (None, NO_DRAFT):
             raise ConfigurationError(
                 f"early_exit {self.early_exit} and draft_model {self.draft_model} are two ways to draft; give one of them"
+            )
+        if self.early_exit is not None and self.drafter not in (None, "none"):
+            raise ConfigurationError(
+                f"early_exit {self.early_exit} and drafter {self.drafter} are two ways to draft; give one of them"
             )
         if self.rule in ("block", "coupled") and self.lenience != 1.0 and not self.greedy:
             raise ConfigurationError(

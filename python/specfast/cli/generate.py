@@ -17,7 +17,7 @@ from ..generation import Result
 from ..inference import set_threads
 from ..stats import SpeculationStats
 from ..targets import Progress
-from .options import EPILOG, add_options, typed_options
+from .options import EPILOG, add_options, logit_biases, typed_options
 
 BUILT_IN_PROMPT = '''import os
 
@@ -122,7 +122,7 @@ def _generate(
             *("max_tokens", "seed", "stop", "top_k", "top_p", "min_p", "truncation", "raw", "system", "ignore_eos"),
             *("repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_window"),
         )
-        typed = {name: getattr(options, name) for name in names} | {"logit_bias": dict(options.logit_bias)}
+        typed = {name: getattr(options, name) for name in names} | {"logit_bias": logit_biases(options)}
         generation = engine.stream(prompt, progress=progress, **{**typed, **request})
         if announce and not options.quiet:
             print(f"specfast: {engine.describe(seeded=options.seed is not None)}", file=sys.stderr)

@@ -57,6 +57,22 @@ def typed_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in FIELDS if (value := getattr(options, name, UNSET)) is not UNSET}
 
 
+def logit_biases(options: argparse.Namespace) -> dict[int, float]:
+    """The biases that were typed, by token id.
+
+    Raises:
+        ConfigurationError: two of one token.
+    """
+    biases: dict[int, float] = {}
+    for token, bias in options.logit_bias:
+        if token in biases:
+            raise ConfigurationError(
+                f"--logit-bias of {token} is given twice, {biases[token]:g} and {bias:g}; give one"
+            )
+        biases[token] = bias
+    return biases
+
+
 def add_speculation(group: Any, *, short: bool = True) -> None:
     """Adds the options of SpeculativeConfig; where none is typed the namespace holds UNSET.
 
