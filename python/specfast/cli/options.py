@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--compare",
         action="store_true",
-        help="run plain and speculative; both figures, and whether tokens are identical",
+        help="run plain and speculative by turns, three times (a long text once); both figures, and whether tokens are identical",
     )
     output.add_argument("--json", action="store_true", help="the last line is a JSON object")
     output.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
