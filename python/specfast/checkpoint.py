@@ -347,12 +347,13 @@ def load_model(
         ConfigurationError: unknown precision, bits or kernel table, or an impossible context.
     """
     check_precision(precision)
-    if kv_bits is not None and (isinstance(kv_bits, bool) or kv_bits not in KV_BITS):
+    if kv_bits is not None and (not isinstance(kv_bits, int) or kv_bits not in KV_BITS):
         raise ConfigurationError(f"kv_bits is {kv_bits!r}, but must be 8 or 16")
     check_isa(isa)
     config = read_config(directory)
-    if max_context is not None and not 1 <= max_context <= config.max_context:
-        raise ConfigurationError(f"a context of {max_context} is outside 1 to the model's {config.max_context}")
+    whole = isinstance(max_context, int) and not isinstance(max_context, bool)
+    if max_context is not None and not (whole and 1 <= max_context <= config.max_context):
+        raise ConfigurationError(f"a context of {max_context!r} is outside 1 to the model's {config.max_context}")
     tensors = open_weights(directory)
     model = build_model(
         directory, config, tensors, precision=precision, isa=isa, max_context=max_context, pack=pack, mapped=True, kv_bits=kv_bits,

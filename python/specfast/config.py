@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -37,7 +38,7 @@ def _number(name: str, low: float, high: float, also: float | None = None, hint:
     allowed = f"{low:g} to {high:g}" + (f" (or {also:g})" if also is not None else "")
 
     def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise ConfigurationError(f"{name} is {value!r}, but must be a number in {allowed}{hint}")
         if not low <= value <= high and value != also:
             raise ConfigurationError(f"{name} is {value:g}, outside {allowed}{hint}")
@@ -55,7 +56,7 @@ def _threshold(value: Any) -> float:
 
 
 def _gamma(value: Any) -> Gamma:
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return "auto"
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 20:
         raise ConfigurationError(
@@ -65,7 +66,7 @@ def _gamma(value: Any) -> Gamma:
 
 
 def _layer(value: Any) -> EarlyExit:
-    if value is None or value == "auto":
+    if value is None or (isinstance(value, str) and value == "auto"):
         return None if value is None else "auto"
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(
@@ -76,7 +77,7 @@ def _layer(value: Any) -> EarlyExit:
 
 def _choice(name: str, choices: tuple[str, ...]) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        if value is not None and value not in choices:
+        if value is not None and (not isinstance(value, str) or value not in choices):
             raise ConfigurationError(f"{name} is {value!r}, which is unknown; choose one of {', '.join(choices)}")
         return None if value is None else str(value)
 
