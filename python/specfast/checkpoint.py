@@ -14,6 +14,8 @@ import numpy.typing as npt
 from . import _core
 from .architecture import ModelConfig, read_config, read_json
 from .errors import ConfigurationError, ModelFormatError, ShapeError, UnsupportedModelError
+from .gguf_file import is_gguf, open_gguf
+from .gguf_model import gguf_config, gguf_weights
 from .safetensors_file import MappedFile, TensorView, open_safetensors
 
 FLOAT_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -46,7 +48,7 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """The directory's name, for messages."""
+        """The directory's or file's name, for messages."""
         return self.directory.name
 
     def require_unchanged(self) -> None:
@@ -85,6 +87,10 @@ def open_weights(directory: Path) -> dict[str, TensorView]:
             raise UnsupportedModelError(
                 f"{directory}: only pickled weights ({pickled[0]}) are there; they can run code when loaded and are refused. "
                 "Use a *.safetensors version of the model"
+            )
+        if other := sorted(directory.glob("*.gguf")):
+            raise UnsupportedModelError(
+                f"{directory}: no *.safetensors file; a GGUF file is named itself: {other[0]}"
             )
         raise ModelFormatError(
             f"{directory}: no *.safetensors file; a model directory needs config.json, weights and tokenizer.json"
@@ -241,6 +247,25 @@ def check_isa(isa: str | None) -> None:
         raise ConfigurationError(f"isa {isa!r} cannot be used here; choose one of {', '.join(supported)}, or none")
 
 
+def _files(tensors: Mapping[str, TensorView]) -> tuple[MappedFile, ...]:
+    return tuple({tensor.file: None for tensor in tensors.values() if tensor.file})
+
+
+def model_config(path: Path) -> ModelConfig:
+    """The configuration of a model directory or GGUF file; raises as read_config and gguf_config do."""
+    return gguf_config(open_gguf(path)) if is_gguf(path) else read_config(path)
+
+
+def _open(path: Path) -> tuple[ModelConfig, dict[str, TensorView], tuple[MappedFile, ...]]:
+    """Configuration and tensors of a model, and the files they lie in."""
+    if not is_gguf(path):
+        config, tensors = read_config(path), open_weights(path)
+        return config, tensors, _files(tensors)
+    file = open_gguf(path)
+    config = gguf_config(file)
+    return config, gguf_weights(file, config), _files(file.tensors)
+
+
 def load_model(
     directory: Path,
     *,
@@ -250,7 +275,7 @@ def load_model(
     pack: bool = True,
     kv_bits: int | None = None,
 ) -> LoadedModel:
-    """Loads a model directory in Hugging Face or MLX layout.
+    """Loads a model directory in Hugging Face or MLX layout, or a GGUF file.
 
     Files are mapped. Weights stay there, or are packed for kernels that stream a layout of their own (quantised and bf16
     weights on AVX-512), matrix by matrix: the packed copy takes the place of the mapped pages, so that memory holds the weights once. Replace the files of a
@@ -258,7 +283,8 @@ def load_model(
     files written in place, but one that is cut short during a request ends the process (SIGBUS).
 
     Args:
-        directory: config.json, *.safetensors and generation_config.json if any.
+        directory: config.json, *.safetensors and generation_config.json if any; or a *.gguf file, whose quantised
+            matrices are converted into new memory with the same values.
         precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.
         isa: kernel table to use; None is the best.
         max_context: bounds the context below the model's own.
@@ -275,10 +301,10 @@ def load_model(
     if kv_bits is not None and (isinstance(kv_bits, bool) or kv_bits not in KV_BITS):
         raise ConfigurationError(f"kv_bits is {kv_bits!r}, but must be 8 or 16")
     check_isa(isa)
-    config = read_config(directory)
+    config, tensors, files = _open(directory)
     if max_context is not None and not 1 <= max_context <= config.max_context:
         raise ConfigurationError(f"a context of {max_context} is outside 1 to the model's {config.max_context}")
-    weights = _Weights(directory, config, open_weights(directory))
+    weights = _Weights(directory, config, tensors)
     embed = weights.matrix(f"{weights.prefix}embed_tokens", config.vocab, config.hidden)
     weights.require_no_more_layers()
     head = weights.head()
@@ -303,11 +329,10 @@ def load_model(
             precision=chosen,
             isa=isa,
             pack=pack,
-            mapped=True,
+            mapped=all(tensor.file for tensor in tensors.values()),
             kv_bits=kv_bits or 16,
         )
     except ShapeError as error:
         raise ModelFormatError(f"{directory}: {error}") from None
-    files = {tensor.file: None for tensor in weights.tensors.values() if tensor.file}
     said = f"{chosen}, kv 8 bit" if kv_bits == 8 else chosen
-    return LoadedModel(model, config, directory, said, tuple(files))
+    return LoadedModel(model, config, directory, said, files)

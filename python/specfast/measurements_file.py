@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import _core
 from .checkpoint import LoadedModel
+from .gguf_file import is_gguf
 from .measurements import Measurements
 
 SWITCH = "SPECFAST_MEASUREMENTS"
@@ -36,12 +37,15 @@ def measurements_path(
     return Path(home) / "specfast" / "measurements" / f"{name}.json"
 
 
-def _fingerprint(directory: Path) -> str:
-    """Tells models apart by their configuration, and the size and beginning of their weights."""
+def _fingerprint(model: Path) -> str:
+    """Tells models apart by their configuration, and the size and both ends of their weights."""
     digest = hashlib.sha256()
-    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+    for path in [model] if is_gguf(model) else [model / "config.json", *sorted(model.glob("*.safetensors"))]:
         with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
