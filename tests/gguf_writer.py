@@ -162,7 +162,7 @@ def decoder_tensors(decoder, architecture, kind, *, kinds=None):
 
     Vectors are F32. Where a matrix has no whole number of blocks it is Q8_0's 32, or F32.
     """
-    from copy import copy  # noqa: PLC0415
+    from copy import copy
 
     exact, tensors = copy(decoder), {}
 
@@ -221,7 +221,7 @@ def decoder_metadata(decoder, architecture, *, max_context=512):
 
 def tokenizer_metadata(tokenizer, *, pre="gpt-2", bos=0, eos=1, size=None):
     """A byte-level BPE tokenizer's tokens and merges; up to `size` tokens are padding, as converters add it."""
-    import json  # noqa: PLC0415
+    import json
 
     state = json.loads(tokenizer.to_str())
     vocab = tokenizer.get_vocab(with_added_tokens=True)

@@ -89,9 +89,7 @@ def open_weights(directory: Path) -> dict[str, TensorView]:
                 "Use a *.safetensors version of the model"
             )
         if other := sorted(directory.glob("*.gguf")):
-            raise UnsupportedModelError(
-                f"{directory}: no *.safetensors file; a GGUF file is named itself: {other[0]}"
-            )
+            raise UnsupportedModelError(f"{directory}: no *.safetensors file; a GGUF file is named itself: {other[0]}")
         raise ModelFormatError(
             f"{directory}: no *.safetensors file; a model directory needs config.json, weights and tokenizer.json"
         )

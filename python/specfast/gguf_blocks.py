@@ -45,7 +45,7 @@ def _q4_1(blocks: Bytes) -> Affine:
 def _q8_0(blocks: Bytes) -> Affine:
     # 34 bytes: f16 d; 32 int8. w = d q, with q + 128 as an unsigned byte
     d = _f16(blocks, 0)
-    return blocks[:, 2:] ^ 128, d, -128 * d
+    return blocks[:, 2:] ^ np.uint8(128), d, -128 * d
 
 
 def _k_scales(blocks: Bytes) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -71,9 +71,9 @@ def _q4_k(blocks: Bytes) -> Affine:
 
 def _q5_k(blocks: Bytes) -> Affine:
     # 176 bytes: as Q4_K, with 32 bytes of fifth bits before the nibbles: bit g of byte i is of weight i of group g
-    high = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    high = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)
     low = _k_nibbles(blocks[:, 48:]).reshape(len(blocks), 8, GROUP)
-    return (low | high << 4).reshape(-1, GROUP), *_k_scales(blocks)
+    return (low | high << np.uint8(4)).reshape(-1, GROUP), *_k_scales(blocks)
 
 
 def _q6_k(blocks: Bytes) -> npt.NDArray[np.float32]:

@@ -248,7 +248,9 @@ def open_gguf(path: Path) -> GgufFile:
         if info.offset % alignment:
             raise _damaged(path, f"tensor {name!r} starts at {info.offset}, which is no multiple of {alignment}")
         if last > len(data):
-            raise _damaged(path, f"tensor {name!r} lies at {info.offset}..{last}, but {len(data)} bytes of data are there")
+            raise _damaged(
+                path, f"tensor {name!r} lies at {info.offset}..{last}, but {len(data)} bytes of data are there"
+            )
         if info.offset < end:
             raise _damaged(path, f"tensor {name!r} starts at {info.offset}, but the one before it ends at {end}")
         end = last

@@ -73,7 +73,7 @@ def _rope_inv_freq(file: GgufFile, reader: ConfigReader, name: str, head_dim: in
 
 def _quantisation(file: GgufFile) -> Quantisation:
     """How each matrix will be stored once converted; a quantised one's module is in the overrides."""
-    modules = {name: _module(name, _OF_LAYER) for name in file.tensors}
+    modules = {name: _module(name, _OF_LAYER) for name in file.tensors if name.endswith(".weight")}
     kinds = {module: file.tensors[name].dtype for name, module in modules.items() if module}
     return Quantisation(4, GROUP, {module: (BITS[kind], GROUP) for module, kind in kinds.items() if kind in BITS})
 
@@ -150,6 +150,26 @@ def _in_halves(tensor: TensorView, heads: int) -> TensorView:
     return TensorView(tensor.dtype, tensor.shape, np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1))
 
 
+def _in_order(file: GgufFile, name: str, config: ModelConfig) -> TensorView:
+    """A tensor with its rows in the order of a checkpoint directory."""
+    tensor, layer = file.tensors[name], _LAYER.fullmatch(name)
+    matrix = len(tensor.shape) == 2 and name.endswith(".weight")
+    if (tensor.dtype in BITS or tensor.dtype == "Q6_K") and not matrix:
+        raise ModelFormatError(
+            f"{file.path}: tensor {name!r} is {tensor.dtype} of shape {tensor.shape}, but only matrices may be quantised; "
+            "download or convert the model again"
+        )
+    if config.model_type != "llama" or not matrix or layer is None or layer[2] not in ("attn_q", "attn_k"):
+        return tensor
+    heads = config.heads if layer[2] == "attn_q" else config.kv_heads
+    if tensor.shape[0] != heads * config.head_dim:
+        raise ModelFormatError(
+            f"{file.path}: tensor {name!r} has {tensor.shape[0]} rows, but {heads} heads of {config.head_dim} need "
+            f"{heads * config.head_dim}; the file is damaged, download or convert it again"
+        )
+    return _in_halves(tensor, heads)
+
+
 def gguf_weights(file: GgufFile, config: ModelConfig) -> dict[str, TensorView]:
     """All tensors under the names of a checkpoint directory in MLX's layout.
 
@@ -161,8 +181,7 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> dict[str, TensorView]:
     """
     weights: dict[str, TensorView] = {}
     names = _OF_LAYER | (_QK_NORMS if config.model_type == "qwen3" else {})
-    turned = {"attn_q": config.heads, "attn_k": config.kv_heads} if config.model_type == "llama" else {}
-    for name, tensor in file.tensors.items():
+    for name in file.tensors:
         if name == _ROPE_FACTORS:
             continue
         module = _module(name, names)
@@ -171,25 +190,11 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> dict[str, TensorView]:
                 f"{file.path}: tensor {name!r} has no place in a {config.model_type} decoder as specfast knows it; download or "
                 "convert the model again, or take one of its safetensors versions"
             )
-        part = name.rpartition(".")[2]
-        matrix = part == "weight" and len(tensor.shape) == 2
-        if (tensor.dtype in BITS or tensor.dtype == "Q6_K") and not matrix:
-            raise ModelFormatError(
-                f"{file.path}: tensor {name!r} is {tensor.dtype} of shape {tensor.shape}, but only matrices may be quantised; "
-                "download or convert the model again"
-            )
-        layer = _LAYER.fullmatch(name)
-        heads = turned.get(layer[2]) if layer and matrix else None
-        if heads:
-            if tensor.shape[0] != heads * config.head_dim:
-                raise ModelFormatError(
-                    f"{file.path}: tensor {name!r} has {tensor.shape[0]} rows, but {heads} heads of {config.head_dim} need "
-                    f"{heads * config.head_dim}; the file is damaged, download or convert it again"
-                )
-            tensor = _in_halves(tensor, heads)
+        tensor = _in_order(file, name, config)
         if tensor.dtype in BITS:
-            weights |= {f"{module}.{key}": value for key, value in affine(tensor).items()}
+            weights |= {f"{module}.{part}": values for part, values in affine(tensor).items()}
         else:
+            part = name.rpartition(".")[2]
             weights[f"{module}.{part}"] = q6_k_as_f32(tensor) if tensor.dtype == "Q6_K" else tensor
     file.give_back()
     return weights

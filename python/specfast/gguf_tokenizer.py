@@ -192,9 +192,7 @@ def gguf_tokenizer(file: GgufFile) -> tokenizers.Tokenizer:
             tokenizer, starts = _sentencepiece(reader, vocab, kinds), True
         for special, number in ((True, _CONTROL), (False, _USER_DEFINED)):
             texts = [token for token, i in vocab.items() if kinds[i] == number and token]
-            tokenizer.add_tokens(
-                [tokenizers.AddedToken(text, special=special, normalized=False) for text in texts]
-            )
+            tokenizer.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
         if start and reader.flag("add_bos_token", starts):
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=["<start>", "$A"], special_tokens=[{"id": "<start>", "ids": [vocab[start]], "tokens": [start]}]

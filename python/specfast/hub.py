@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import DownloadError, ModelFormatError
-from .gguf_file import is_gguf
 from .families import REPOSITORIES, repository_of
+from .gguf_file import is_gguf
 
 METADATA = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
