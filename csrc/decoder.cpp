@@ -60,6 +60,7 @@ bool Sequence::alone() const {
 void Sequence::run(const Stretch& s) {
   const size_t hidden = static_cast<size_t>(model_->hidden);
   const int64_t first_logits = s.count - s.logits_rows;
+  float* logits = s.logits ? s.logits : work_.logits.data();
   for (int64_t done = 0; done < s.count; done += kTileRows) {
     const int32_t M = static_cast<int32_t>(std::min<int64_t>(kTileRows, s.count - done));
     float* x = s.x ? s.x + static_cast<size_t>(done) * hidden : nullptr;
@@ -69,7 +70,7 @@ void Sequence::run(const Stretch& s) {
     const size_t slot = wanted < done + M ? static_cast<size_t>(wanted - first_logits) : 0;
     tile({s.tokens ? s.tokens + done : nullptr, M, s.position + done, s.first_layer, s.last_layer},
          static_cast<int32_t>(std::min<int64_t>(wanted - done, M)), s.limit,
-         work_.logits.data() + slot * static_cast<size_t>(model_->vocab), best_.data() + slot);
+         logits + slot * static_cast<size_t>(model_->vocab), best_.data() + slot);
     if (x && s.last_layer < layers()) std::copy_n(work_.x.data(), elements, x);
   }
 }
@@ -89,16 +90,17 @@ void Sequence::append(int64_t count) {
                            std::to_string(first) + " are in it and " + std::to_string(count) + " more were asked for");
 }
 
-void Sequence::reserve_logits(int32_t rows) {
-  work_.logits.resize(std::max(work_.logits.size(), static_cast<size_t>(rows) * static_cast<size_t>(model_->vocab)));
+void Sequence::reserve_logits(int32_t rows, bool elsewhere) {
+  const size_t needed = elsewhere ? 0 : static_cast<size_t>(rows) * static_cast<size_t>(model_->vocab);
+  work_.logits.resize(std::max(work_.logits.size(), needed));
   best_.assign(static_cast<size_t>(rows), RowMax{});
 }
 
-void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit) {
+void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit, float* out) {
   require_tokens(tokens, count);
   const int64_t before = cache_.provisional();
   const int64_t first = cache_.length() + before;
-  reserve_logits(logits_rows);
+  reserve_logits(logits_rows, out != nullptr);
   append(count);
   const int64_t known = early_.known(first, tokens, count);
   const int32_t begun = known ? early_.layers : 0;
@@ -110,12 +112,29 @@ void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows
       run({tokens + known, early_.x.data() + static_cast<size_t>(known) * hidden, count - known, first + known, 0,
            begun});
     }
-    run({begun ? nullptr : tokens, begun ? early_.x.data() : nullptr, count, first, begun, layers(), logits_rows,
-         limit});
+    run({begun ? nullptr : tokens, begun ? early_.x.data() : nullptr, count, first, begun, layers(), logits_rows, limit,
+         out});
   } catch (...) {
     cache_.drop_to(before);
     throw;
   }
+}
+
+void Sequence::assign(int64_t rows, const float* const* k, const float* const* v) {
+  const KvShape& shape = cache_.shape();
+  early_.layers = 0;
+  cache_.truncate(0);
+  append(rows);
+  for (int32_t layer = 0; layer < shape.layers; layer++) {
+    for (int32_t head = 0; head < shape.kv_heads; head++) {
+      for (int64_t i = 0; i < rows; i++) {
+        const size_t at = static_cast<size_t>(head * rows + i) * static_cast<size_t>(shape.head_dim);
+        model_->kernels->append_head(cache_.page(i / kPagePositions, layer, head), k[layer] + at, v[layer] + at,
+                                     shape.head_dim, shape.padded_dim(), static_cast<int>(i % kPagePositions));
+      }
+    }
+  }
+  cache_.commit(rows);
 }
 
 void Sequence::require_finite(int32_t rows) const {

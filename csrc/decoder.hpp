@@ -40,6 +40,7 @@ struct Stretch {
   int32_t last_layer = 0;
   int32_t logits_rows = 0;  // of the last rows; their maxima are over ids below `limit`
   int32_t limit = 0;
+  float* logits = nullptr;  // (logits_rows, vocab), null: the sequence's own
 };
 
 /// The KV cache and buffers of one sequence of one model. Calls on one sequence must not overlap.
@@ -51,10 +52,16 @@ class Sequence {
   KvCache& cache() { return cache_; }
   const KvCache& cache() const { return cache_; }
 
-  /// Appends `count` tokens provisionally and leaves the logits of the last `logits_rows` in work().logits with their
-  /// maxima over ids below `limit` in `best`. All or nothing: throws ContextFullError, ShapeError (token out of range)
-  /// or std::bad_alloc with the cache as it was. Rows that draft_early began are continued where it left them.
-  void forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit);
+  /// Appends `count` tokens provisionally and writes the logits of the last `logits_rows` to `out` (logits_rows, vocab)
+  /// or, if that is null, to logits(), and their maxima over ids below `limit` to best(). All or nothing: throws
+  /// ContextFullError, ShapeError (token out of range) or std::bad_alloc with the cache as it was. Rows that
+  /// draft_early began are continued where it left them.
+  void forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit, float* out = nullptr);
+
+  /// Replaces what the cache holds by `rows` positions, committed. k[layer] and v[layer] are (kv_heads, rows,
+  /// head_dim); the cache rounds them to its format. No layer may have a window. Throws ContextFullError or
+  /// std::bad_alloc with the cache emptied.
+  void assign(int64_t rows, const float* const* k, const float* const* v);
 
   /// Appends and commits `pending`, then drafts gamma tokens; gamma - 1 of them stay provisional. Under the coupled
   /// rule they are chosen by the noise of their positions, and no laws are kept. `adjustments`, of the text that ends
@@ -91,8 +98,8 @@ class Sequence {
   void require_tokens(const int32_t* tokens, int64_t count) const;
   /// Takes room for `count` rows in the cache.
   void append(int64_t count);
-  /// Makes room for the logits of some rows.
-  void reserve_logits(int32_t rows);
+  /// Makes room for the maxima of some rows of logits, and unless `elsewhere` for the logits.
+  void reserve_logits(int32_t rows, bool elsewhere = false);
   /// Runs rows for which there is room in the cache, in tiles.
   void run(const Stretch& stretch);
   void tile(const Tile& tile, int32_t first_logits_row, int32_t limit, float* logits, RowMax* best);

@@ -7,6 +7,29 @@
 #include <new>
 
 namespace specfast {
+namespace {
+
+/// Copies the first `rows` positions of one head's page; see KvPage for the order they lie in. `beside` elements of K
+/// (dimensions) and of V (positions) are neighbours.
+template <class T>
+void read_page(const KvPage& page, int rows, int head_dim, int padded_dim, int beside, T* k, T* v) {
+  const T* keys = static_cast<const T*>(page.k);
+  for (int i = 0; k && i < rows; i++) {
+    const T* tile = keys + i / kKeyTile * kKeyTile * head_dim + i % kKeyTile * beside;
+    for (int d = 0; d < head_dim; d++) k[i * head_dim + d] = tile[d / beside * beside * kKeyTile + d % beside];
+  }
+  const T* slice = static_cast<const T*>(page.v);
+  for (int first = 0; v && first < head_dim; first += kValueSlice) {
+    const int width = std::min(kValueSlice, padded_dim - first);
+    for (int i = 0; i < rows; i++) {
+      const T* from = slice + i / beside * beside * width + i % beside;
+      for (int d = 0; d < std::min(width, head_dim - first); d++) v[i * head_dim + first + d] = from[d * beside];
+    }
+    slice += width * kPagePositions;
+  }
+}
+
+}  // namespace
 
 KvCache::KvCache(const KvShape& shape, const std::vector<int64_t>& windows, int64_t capacity)
     : shape_(shape), capacity_(capacity) {
@@ -105,6 +128,27 @@ void KvCache::truncate(int64_t length) {
     }
     store.pages.clear();
     store.first = 0;
+  }
+}
+
+void KvCache::read(int layer, int64_t rows, void* k, void* v) const {
+  const size_t row_bytes = shape_.element_bytes() * static_cast<size_t>(shape_.head_dim);
+  const auto at = [&](void* base, size_t row) {
+    return base ? static_cast<uint8_t*>(base) + row * row_bytes : nullptr;
+  };
+  for (int32_t head = 0; head < shape_.kv_heads; head++) {
+    for (int64_t first = 0; first < rows; first += kPagePositions) {
+      const size_t row = static_cast<size_t>(head * rows + first);
+      const int count = static_cast<int>(std::min<int64_t>(kPagePositions, rows - first));
+      const KvPage from = page(first / kPagePositions, layer, head);
+      if (shape_.format == KvFormat::bf16) {
+        read_page(from, count, shape_.head_dim, shape_.padded_dim(), 2, reinterpret_cast<uint16_t*>(at(k, row)),
+                  reinterpret_cast<uint16_t*>(at(v, row)));
+      } else {
+        read_page(from, count, shape_.head_dim, shape_.padded_dim(), 1, reinterpret_cast<float*>(at(k, row)),
+                  reinterpret_cast<float*>(at(v, row)));
+      }
+    }
   }
 }
 

@@ -48,6 +48,10 @@ class KvCache {
   /// Drops committed positions from the end, and everything provisional. `length` is 0 or at least least_length().
   void truncate(int64_t length);
 
+  /// Copies the stored elements of the first `rows` positions of a layer to k and v, each (kv_heads, rows, head_dim);
+  /// either may be null. Not for int8, nor for a layer with a window.
+  void read(int layer, int64_t rows, void* k, void* v) const;
+
   KvPage page(int64_t page, int layer, int kv_head) const;
 
  private:

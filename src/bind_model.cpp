@@ -133,15 +133,85 @@ nb::ndarray<nb::numpy, float> forward(const BoundModel& self, BoundCache& cache,
     throw ShapeError("logits_rows " + std::to_string(logits_rows) + " is outside 0 to the " +
                      std::to_string(tokens.size()) + " tokens given");
   CacheUse use(cache);
-  const size_t vocab = static_cast<size_t>(self.model->vocab);
-  {
-    nb::gil_scoped_release release;
-    sequence.forward(tokens.data(), static_cast<int64_t>(tokens.size()), logits_rows, self.model->vocab);
+  float* data;
+  auto out = make_array(&data, {static_cast<size_t>(logits_rows), static_cast<size_t>(self.model->vocab)});
+  nb::gil_scoped_release release;
+  sequence.forward(tokens.data(), static_cast<int64_t>(tokens.size()), logits_rows, self.model->vocab, data);
+  return out;
+}
+
+using WritableRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void forward_into(const BoundModel& self, BoundCache& cache, const Tokens& tokens, const WritableRows& out) {
+  Sequence& sequence = sequence_of(self, cache);
+  require_tokens(tokens);
+  if (out.shape(0) > tokens.size() || out.shape(1) != static_cast<size_t>(self.model->vocab))
+    throw ShapeError("out must be (rows, " + std::to_string(self.model->vocab) + ") with rows up to the " +
+                     std::to_string(tokens.size()) + " tokens given, not (" + std::to_string(out.shape(0)) + ", " +
+                     std::to_string(out.shape(1)) + ")");
+  CacheUse use(cache);
+  nb::gil_scoped_release release;
+  sequence.forward(tokens.data(), static_cast<int64_t>(tokens.size()), static_cast<int32_t>(out.shape(0)),
+                   self.model->vocab, out.data());
+}
+
+void require_plain_rows(const KvCache& cache) {
+  bool windows = false;
+  for (int layer = 0; layer < cache.shape().layers; layer++) windows = windows || cache.window(layer) > 0;
+  if (windows || cache.shape().format == KvFormat::int8)
+    throw ShapeError("keys and values can be read and replaced in bf16 and f32, in layers without a sliding window");
+}
+
+/// Keys or values of a layer's committed positions in the cache's own elements.
+nb::object stored_rows(BoundCache& self, int layer, bool keys) {
+  const KvCache& cache = self.sequence->cache();
+  const KvShape& shape = cache.shape();
+  require_plain_rows(cache);
+  if (layer < 0 || layer >= shape.layers)
+    throw ShapeError("layer " + std::to_string(layer) + " is outside 0 to the model's " + std::to_string(shape.layers));
+  CacheUse use(self);
+  const size_t rows = static_cast<size_t>(cache.length()), heads = static_cast<size_t>(shape.kv_heads),
+               dim = static_cast<size_t>(shape.head_dim);
+  const auto read = [&](auto* data, auto out) {
+    {
+      nb::gil_scoped_release release;
+      cache.read(layer, cache.length(), keys ? data : nullptr, keys ? nullptr : data);
+    }
+    return nb::cast(std::move(out));
+  };
+  if (shape.format == KvFormat::bf16) {
+    uint16_t* data;
+    auto out = make_array(&data, {heads, rows, dim});
+    return read(data, std::move(out));
   }
   float* data;
-  auto out = make_array(&data, {static_cast<size_t>(logits_rows), vocab});
-  std::copy_n(sequence.logits(), static_cast<size_t>(logits_rows) * vocab, data);
-  return out;
+  auto out = make_array(&data, {heads, rows, dim});
+  return read(data, std::move(out));
+}
+
+void assign(BoundCache& self, const nb::list& keys, const nb::list& values) {
+  const KvShape& shape = self.sequence->cache().shape();
+  require_plain_rows(self.sequence->cache());
+  if (nb::len(keys) != static_cast<size_t>(shape.layers) || nb::len(values) != nb::len(keys))
+    throw ShapeError("keys and values of " + std::to_string(shape.layers) + " layers are needed, got " +
+                     std::to_string(nb::len(keys)) + " and " + std::to_string(nb::len(values)));
+  std::vector<Floats> owners;
+  std::vector<const float*> k, v;
+  for (const auto& [list, pointers] : {std::pair{&keys, &k}, std::pair{&values, &v}}) {
+    for (nb::handle item : *list) {
+      owners.emplace_back();
+      Floats& rows = owners.back();
+      if (!nb::try_cast<Floats>(item, rows)) throw ShapeError("keys and values are not all float32 arrays");
+      if (rows.ndim() != 3 || rows.shape(0) != static_cast<size_t>(shape.kv_heads) ||
+          rows.shape(1) != owners.front().shape(1) || rows.shape(2) != static_cast<size_t>(shape.head_dim))
+        throw ShapeError("keys and values must be (" + std::to_string(shape.kv_heads) + ", rows, " +
+                         std::to_string(shape.head_dim) + ") with the same rows in all layers");
+      pointers->push_back(rows.data());
+    }
+  }
+  CacheUse use(self);
+  nb::gil_scoped_release release;
+  self.sequence->assign(static_cast<int64_t>(owners.front().shape(1)), k.data(), v.data());
 }
 
 void prefill(const BoundModel& self, BoundCache& cache, const Tokens& tokens) {
@@ -273,6 +343,10 @@ void bind_model(nb::module_& m) {
            "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
            "rows.\n\n"
            "Raises ContextFullError or ShapeError with the cache unchanged.")
+      .def("forward_into", &forward_into, nb::arg("cache"), nb::arg("tokens"), nb::arg("out").noconvert(),
+           "Appends tokens (M,) int32 provisionally and writes the logits of the last rows to out (rows, vocab) "
+           "float32.\n\n"
+           "Raises ContextFullError or ShapeError with the cache unchanged.")
       .def("prefill", &prefill, nb::arg("cache"), nb::arg("tokens"),
            "Appends and commits tokens (M,) int32 without logits.")
       .def("draft", &draft, nb::arg("cache"), nb::arg("pending"), nb::arg("gamma"), nb::arg("law"), nb::arg("seed"),
@@ -370,6 +444,20 @@ void bind_model(nb::module_& m) {
             self.sequence->cache().commit(0);
           },
           "Drops every provisional row.")
+      .def(
+          "keys", [](BoundCache& self, int layer) { return stored_rows(self, layer, true); }, nb::arg("layer"),
+          nb::sig("def keys(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]"),
+          "A copy of a layer's committed keys, rotated: (kv_heads, length, head_dim), float32 or the bits of bf16.")
+      .def(
+          "values", [](BoundCache& self, int layer) { return stored_rows(self, layer, false); }, nb::arg("layer"),
+          nb::sig("def values(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]"),
+          "A copy of a layer's committed values: (kv_heads, length, head_dim), float32 or the bits of bf16.")
+      .def("assign", &assign, nb::arg("keys"), nb::arg("values"),
+           nb::sig("def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]]) -> "
+                   "None"),
+           "Replaces what the cache holds by rows per layer, rotated keys and values (kv_heads, rows, head_dim) "
+           "float32,\n"
+           "rounded to bf16 unless the precision is f32, and commits them. Raises ContextFullError, or ShapeError.")
       .def(
           "truncate",
           [](BoundCache& self, int64_t length) {

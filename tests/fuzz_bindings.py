@@ -185,7 +185,7 @@ class Fuzzer:
     def _step(self, model, cache, proposal):
         tokens = self.array((self.pick((1, 2, 17, 40)),), np.int32, high=model.vocab)
         seed, round_ = self.integer(0, 9), self.integer(0, 9)
-        match self.rng.integers(8):
+        match self.rng.integers(11):
             case 0:
                 model.forward(cache, tokens, self.integer(0, 3))
             case 1:
@@ -204,6 +204,14 @@ class Fuzzer:
             case 7:
                 cache.rollback()
                 _ = proposal.tokens, proposal.q, cache.nbytes
+            case 8:
+                model.forward_into(cache, tokens, self.array((self.pick((0, 1, 2, 17, 41)), model.vocab)))
+            case 9:
+                _ = cache.keys(self.integer(0, 1)), cache.values(self.integer(0, 1))
+            case 10:
+                shape = model.kv_heads, self.pick((0, 1, 300)), model.head_dim
+                keys, values = ([self.array(shape) for _ in range(model.layers)] for _ in range(2))
+                cache.assign(keys if not self.wild() else self.pick(([], [1], None)), values)
 
 
 CALLS = (

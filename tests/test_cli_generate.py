@@ -445,3 +445,4 @@ def test_doctor(run):
     for host in values["hosts"].values():
         assert host["why"]
         assert host["found"] or not host["used"]
+    assert values["hosts"]["mlx"]["used"] == values["hosts"]["mlx_lm"]["found"]

@@ -1,5 +1,6 @@
 """The coupled rule: the noise is what it says, its choices are the target's draws, and a seed's text has no drafter in it."""
 
+import functools
 import math
 import os
 
@@ -128,25 +129,35 @@ def test_rows_without_a_law_raise_if_they_are_looked_at():
 
 # --- the engine ---
 
-PROMPTS, TOKENS = (40, 128) if FULL else (3, 24)
+PROMPTS, TOKENS = (40, 128) if FULL else (3, 64)
 GAMMAS = range(1, 21) if FULL else (1, 4, 20)
+
+
+@functools.cache
+def engine_with(**options):
+    return specfast.load(temperature=0.8, rule="coupled", **options)
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return specfast.load(temperature=0.8, rule="coupled")
+    return engine_with()
 
 
+@pytest.mark.parametrize("drafter", ["model", "suffix", "prompt-lookup", "combined", "early-exit"])
 @pytest.mark.parametrize("number", range(PROMPTS))
-def test_a_seeds_text_is_the_same_with_and_without_a_drafter(engine, number):
+def test_a_seeds_text_is_the_same_with_and_without_a_drafter(drafter, number):
+    _core.set_num_threads(1)
     prompt, options = prompts(PROMPTS)[number], {"max_tokens": TOKENS, "ignore_eos": True, "seed": number}
+    engine = engine_with(early_exit=1 + number % 4) if drafter == "early-exit" else engine_with(drafter=drafter)
     plain = engine.generate(prompt, disabled=True, **options)
-    assert plain.terms.rule == "coupled"
-    for gamma in GAMMAS:
+    assert (plain.terms.rule, plain.stats.drafted) == ("coupled", 0)
+    accepted = 0
+    for gamma in (*GAMMAS, "auto"):
         run = engine.generate(prompt, gamma=gamma, **options)
-        assert run.token_ids == plain.token_ids
-        assert run.stats.accepted > 0
-    assert engine.generate(prompt, gamma="auto", **options).token_ids == plain.token_ids
+        assert (run.terms.drafter, run.terms.gamma, run.stats.fallbacks) == (drafter, gamma, 0)
+        assert run.token_ids == plain.token_ids, gamma
+        accepted += run.stats.accepted
+    assert accepted > 0
     assert engine.generate(prompt, disabled=True, **{**options, "seed": number + 1000}).token_ids != plain.token_ids
 
 

@@ -185,8 +185,18 @@ def test_logits_are_those_of_a_pass_that_starts_anew(model, pending):
                 cache.rollback()
 
 
+def window_model(kv_bits):
+    decoder = random_decoder(4, architecture="qwen3", windows=(None, 9), **SIZES)
+    return native(decoder, kv_bits=kv_bits)
+
+
 @pytest.mark.parametrize("pending", [1, 4, 25])
 @pytest.mark.parametrize("gamma", [1, 2, 5, 20])
+@pytest.mark.parametrize(
+    "model",
+    [*(model for _, model in MODELS.values()), native(DECODER, kv_bits=8), window_model(16), window_model(8)],
+    ids=[*MODELS, "8-bit cache", "windows", "windows in 8 bits"],
+)
 def test_no_layer_runs_twice_for_a_row(model, pending, gamma):
     proposal = _core.Proposal()
     for layers in range(1, L):

@@ -49,6 +49,17 @@ def assert_close(logits, expected, tolerance=1e-4):
     assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
 
 
+def values_of(tensor):
+    """What a quantised tensor stands for once it is converted, as float32."""
+    if tensor.dtype == "Q6_K":
+        return q6_k_as_f32(tensor).as_float32()
+    parts = affine(tensor)
+    words = parts["weight"].data.view("<u4").reshape(tensor.shape[0], -1)
+    bits = 32 * words.shape[1] // tensor.shape[1]
+    exact = dequantise(words, parts["scales"].as_float32(), parts["biases"].as_float32(), bits, 32)
+    return exact.astype(np.float32)
+
+
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_blocks_are_their_values(kind):
     """Every value exactly, whatever the bits of the blocks; the writer says what they stand for."""
@@ -58,14 +69,22 @@ def test_blocks_are_their_values(kind):
     raw, values = encode(w, kind)
     view = TensorView(kind, w.shape, np.frombuffer(raw, np.uint8))
     assert np.abs(values[2:] - w[2:]).max() < 0.5
-    if kind == "Q6_K":
-        assert np.array_equal(q6_k_as_f32(view).as_float32(), values)
-        return
-    parts = affine(view)
-    words = parts["weight"].data.view("<u4").reshape(len(w), -1)
-    scales, biases = parts["scales"].as_float32(), parts["biases"].as_float32()
-    bits = 32 * words.shape[1] // w.shape[1]
-    assert np.array_equal(dequantise(words, scales, biases, bits, 32), values)
+    assert np.array_equal(values_of(view), values.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_random_blocks_are_what_the_formats_own_package_reads(kind):
+    quants, gguf = pytest.importorskip("gguf.quants"), pytest.importorskip("gguf")
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = np.random.default_rng(2).integers(0, 256, (16, size), dtype=np.uint8)
+    halves = {"Q6_K": (208,), "Q4_0": (0,), "Q8_0": (0,)}.get(kind, (0, 2))
+    for at in halves:
+        blocks[:, at + 1] = blocks[:, at + 1] & 0x83 | 0x20  # neither huge nor NaN
+    expected = quants.dequantize(blocks.reshape(4, -1), gguf.GGMLQuantizationType[kind])
+    view = TensorView(kind, (4, 4 * weights), blocks.reshape(-1))
+    assert np.array_equal(values_of(view), expected)
+    blocks[0, -3] ^= 16
+    assert not np.array_equal(values_of(view), expected)
 
 
 def test_scales_that_f16_holds_stay_f16():

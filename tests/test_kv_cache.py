@@ -29,11 +29,23 @@ def model_of(windows=(None,), **options):
 
 MODELS = {kind: model_of(**options) for kind, options in KINDS.items()}
 MODEL = MODELS["full"]
-ACTIONS = ("append", "append", "append", "commit", "commit", "rollback", "truncate", "end", "fail")
+GREEDY = _core.Law(temperature=0.0)
+ACTIONS = ("append", "append", "append", "commit", "commit", "rollback", "truncate", "end", "fail", "draft", "draft")
 
 
 def logits_after(model, tokens):
     return model.forward(_core.Cache(model), np.asarray(tokens, dtype=np.int32), 1)[0]
+
+
+def draft_early(model, cache, pending, rng):
+    """Drafts with some first layers, and reads none, some or all of that: the tokens that are provisional."""
+    gamma, exit_layer, proposal = int(rng.integers(1, 21)), int(rng.integers(1, model.layers)), _core.Proposal()
+    model.draft_early(cache, pending, gamma, exit_layer, GREEDY, 0, 0, proposal)
+    if rng.random() < 0.3:
+        return []
+    tokens = [*pending.tolist(), *proposal.tokens[: rng.choice([0, 1, gamma])].tolist()]
+    model.forward(cache, np.array(tokens, dtype=np.int32), 0)
+    return tokens
 
 
 def run_random_steps(model, rng):
@@ -45,6 +57,10 @@ def run_random_steps(model, rng):
             if len(tokens):
                 model.forward(cache, tokens.astype(np.int32), 0)
                 open_tokens += tokens.tolist()
+        elif action == "draft":
+            most = min(n, CONTEXT - len(kept) - 20)
+            if most > 0:
+                open_tokens = draft_early(model, cache, rng.integers(0, 40, most).astype(np.int32), rng)
         elif action in ("commit", "end"):
             n = min(n, len(open_tokens))
             cache.commit(n)
@@ -171,6 +187,60 @@ def test_a_full_cache_is_refused_and_unchanged():
         with pytest.raises(_core.ContextFullError, match="10 tokens"):
             call()
         assert (cache.length, cache.provisional) == (8, 0)
+
+
+BROKEN = 39  # a token of which nothing but NaN comes
+
+
+def broken_model_of(windows=(None,), **options):
+    decoder = random_decoder(
+        3, V=40, hidden=32, architecture="qwen3", layers=max(2, len(windows)), windows=windows, tied=False
+    )
+    decoder.embed[BROKEN] = np.nan
+    return native(decoder, max_context=CONTEXT, **options)
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 700])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_that_raises_leaves_the_cache_as_it_was(kind, length):
+    """Whatever raises, and in whatever row: lengths, and the bits of a draft and a pass afterwards."""
+    model = broken_model_of(**KINDS[kind])
+    tokens, pending = np.arange(length, dtype=np.int32) % 39, np.array([7, 8, 9], dtype=np.int32)
+    damaged = np.array([7, BROKEN, 9], dtype=np.int32)
+    cache, proposal = _core.Cache(model, length + 24), _core.Proposal()
+    fresh = _core.Cache(model)
+    model.prefill(fresh, tokens)
+    model.draft_early(fresh, pending, 20, 1, GREEDY, 0, 0, proposal)
+    drafted = proposal.tokens.tolist()
+    logits = model.forward(fresh, pending, 3)
+    model.prefill(cache, tokens)
+
+    def verify_drafted_in_part():
+        model.draft_early(cache, pending, 20, 1, GREEDY, 0, 0, proposal)
+        tokens = proposal.tokens
+        tokens[13] = BROKEN
+        proposal.set_tokens(tokens)
+        model.verify(cache, pending, proposal, GREEDY, 1.0, 0, 0)
+
+    numerical, full = (_core.NumericalError, "not finite"), (_core.ContextFullError, "context")
+    for call, (error, match) in (
+        (lambda: model.verify(cache, damaged, None, GREEDY, 1.0, 0, 0), numerical),
+        (lambda: model.draft(cache, damaged, 4, GREEDY, 0, 0, proposal), numerical),
+        (lambda: model.draft_early(cache, damaged, 20, 1, GREEDY, 0, 0, proposal), numerical),
+        (verify_drafted_in_part, numerical),
+        (lambda: model.draft(cache, pending, 60, GREEDY, 0, 0, proposal), full),
+        (lambda: model.draft_early(cache, pending, 60, 1, GREEDY, 0, 0, proposal), full),
+        (lambda: model.forward(cache, np.full(600, 3, np.int32), 1), full),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+        assert (cache.length, cache.provisional) == (length, 0)
+        assert np.array_equal(model.forward(cache, pending, 3), logits)
+        cache.rollback()
+        model.draft_early(cache, pending, 20, 1, GREEDY, 0, 0, proposal)
+        assert proposal.tokens.tolist() == drafted
+        assert np.array_equal(model.forward(cache, pending, 3), logits)
+        cache.rollback()
 
 
 def test_impossible_commits_are_refused():

@@ -189,6 +189,13 @@ class Model:
         Raises ContextFullError or ShapeError with the cache unchanged.
         """
 
+    def forward_into(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+        """
+        Appends tokens (M,) int32 provisionally and writes the logits of the last rows to out (rows, vocab) float32.
+
+        Raises ContextFullError or ShapeError with the cache unchanged.
+        """
+
     def prefill(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
         """Appends and commits tokens (M,) int32 without logits."""
 
@@ -316,6 +323,22 @@ class Cache:
 
     def rollback(self) -> None:
         """Drops every provisional row."""
+
+    def keys(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
+        """
+        A copy of a layer's committed keys, rotated: (kv_heads, length, head_dim), float32 or the bits of bf16.
+        """
+
+    def values(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
+        """
+        A copy of a layer's committed values: (kv_heads, length, head_dim), float32 or the bits of bf16.
+        """
+
+    def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]]) -> None:
+        """
+        Replaces what the cache holds by rows per layer, rotated keys and values (kv_heads, rows, head_dim) float32,
+        rounded to bf16 unless the precision is f32, and commits them. Raises ContextFullError, or ShapeError.
+        """
 
     def truncate(self, length: int) -> None:
         """Drops committed positions from the end, and everything provisional."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class ConfigReader:
-    """Reads typed values from a config with errors that name the file."""
+    """Reads typed values from a config with errors that name the file, or whatever else the values are from."""
 
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+    def __init__(self, path: Path | str, values: Mapping[str, Any]) -> None:
         self.path, self.values = path, values
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
@@ -216,9 +216,18 @@ def read_config(directory: Path) -> ModelConfig:
         ModelFormatError: a value is missing, of the wrong type or impossible.
         UnsupportedModelError: the model is sound but of a kind specfast does not run.
     """
-    path = directory / "config.json"
-    reader = ConfigReader(path, read_json(path))
-    values = reader.values
+    values = read_json(directory / "config.json")
+    config = parse_config(directory / "config.json", values)
+    return replace(config, eos_ids=_eos_ids(directory, values, config.vocab))
+
+
+def parse_config(path: Path | str, values: Mapping[str, Any]) -> ModelConfig:
+    """Checks the values of a config.json, end tokens excepted; `path` is what messages call them.
+
+    Raises:
+        ModelFormatError, UnsupportedModelError: as for `read_config`.
+    """
+    reader = ConfigReader(path, values)
     names = values.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
     model_type = ARCHITECTURES.get(name) if isinstance(name, str) else values.get("model_type")
@@ -262,5 +271,5 @@ def read_config(directory: Path) -> ModelConfig:
         rope_inv_freq=tuple(_rope_inv_freq(reader, head_dim).tolist()),
         windows=_windows(reader, str(model_type), layers, max_context),
         quantisation=_quantisation(reader),
-        eos_ids=_eos_ids(directory, values, vocab),
+        eos_ids=(),
     )

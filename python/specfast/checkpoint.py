@@ -105,27 +105,27 @@ def open_weights(directory: Path) -> dict[str, TensorView]:
 class _Weights:
     """Tensors of one checkpoint under the names of its layout."""
 
-    def __init__(self, directory: Path, config: ModelConfig, tensors: Mapping[str, TensorView]) -> None:
-        self.directory, self.config, self.tensors = directory, config, tensors
+    def __init__(self, source: Path | str, config: ModelConfig, tensors: Mapping[str, TensorView]) -> None:
+        self.source, self.config, self.tensors = source, config, tensors
         for prefix in _PREFIXES:
             if any(f"{prefix}embed_tokens.{part}" in tensors for part in ("weight", "scales")):
                 self.prefix = prefix
                 break
         else:
             raise ModelFormatError(
-                f"{directory}: no embed_tokens.weight among {len(tensors)} tensors; this is not a decoder checkpoint"
+                f"{source}: no embed_tokens.weight among {len(tensors)} tensors; this is not a decoder checkpoint"
             )
 
     def find(self, name: str) -> TensorView:
         if name not in self.tensors:
-            raise ModelFormatError(f"{self.directory}: tensor {name!r} is missing; download or convert the model again")
+            raise ModelFormatError(f"{self.source}: tensor {name!r} is missing; download or convert the model again")
         return self.tensors[name]
 
     def expect_shape(self, name: str, shape: tuple[int, ...]) -> TensorView:
         tensor = self.find(name)
         if tensor.shape != shape:
             raise ModelFormatError(
-                f"{self.directory}: tensor {name!r} has shape {tensor.shape}, but config.json needs {shape}; "
+                f"{self.source}: tensor {name!r} has shape {tensor.shape}, but config.json needs {shape}; "
                 "the two files belong to different models"
             )
         return tensor
@@ -134,14 +134,12 @@ class _Weights:
         tensor = self.expect_shape(name, (size,))
         if tensor.dtype not in FLOAT_FORMATS:
             raise ModelFormatError(
-                f"{self.directory}: tensor {name!r} is {tensor.dtype}, but F32, F16 or BF16 is needed; "
+                f"{self.source}: tensor {name!r} is {tensor.dtype}, but F32, F16 or BF16 is needed; "
                 "download or convert the model again"
             )
         values = tensor.as_float32()
         if not np.isfinite(values).all():
-            raise ModelFormatError(
-                f"{self.directory}: tensor {name!r} holds NaN or infinite values; the file is damaged"
-            )
+            raise ModelFormatError(f"{self.source}: tensor {name!r} holds NaN or infinite values; the file is damaged")
         return values
 
     def matrix(self, module: str, N: int, K: int) -> _core.Matrix:
@@ -149,26 +147,26 @@ class _Weights:
             tensor = self.expect_shape(f"{module}.weight", (N, K))
             if tensor.dtype not in FLOAT_FORMATS:
                 raise UnsupportedModelError(
-                    f"{self.directory}: tensor '{module}.weight' is {tensor.dtype}; supported: F32, F16, BF16, or MLX affine quantisation"
+                    f"{self.source}: tensor '{module}.weight' is {tensor.dtype}; supported: F32, F16, BF16, or MLX affine quantisation"
                 )
             return _core.Matrix(FLOAT_FORMATS[tensor.dtype], N, K, tensor.data)
         quantisation = self.config.quantisation
         kind = quantisation.of(module) if quantisation else None
         if kind is None:
             raise ModelFormatError(
-                f"{self.directory}: '{module}' has scales, but config.json does not say how it is quantised ('quantization')"
+                f"{self.source}: '{module}' has scales, but config.json does not say how it is quantised ('quantization')"
             )
         bits, group = kind
         if K % group:
             raise ModelFormatError(
-                f"{self.directory}: '{module}' has {K} inputs, not a multiple of the group size {group}"
+                f"{self.source}: '{module}' has {K} inputs, not a multiple of the group size {group}"
             )
         weight = self.expect_shape(f"{module}.weight", (N, K * bits // 32))
         scales = self.expect_shape(f"{module}.scales", (N, K // group))
         biases = self.expect_shape(f"{module}.biases", (N, K // group))
         if weight.dtype != "U32" or scales.dtype not in FLOAT_FORMATS or biases.dtype != scales.dtype:
             raise ModelFormatError(
-                f"{self.directory}: '{module}' is stored as {weight.dtype} with {scales.dtype} scales and {biases.dtype} biases, "
+                f"{self.source}: '{module}' is stored as {weight.dtype} with {scales.dtype} scales and {biases.dtype} biases, "
                 "but U32 with scales and biases of one floating type is needed"
             )
         return _core.Matrix(
@@ -186,7 +184,7 @@ class _Weights:
         if self.config.tied is None:
             return None
         raise ModelFormatError(
-            f"{self.directory}: tensor '{name}.weight' is missing, but config.json says that the head is a matrix of its own "
+            f"{self.source}: tensor '{name}.weight' is missing, but config.json says that the head is a matrix of its own "
             "(tie_word_embeddings is false); download or convert the model again, or correct config.json if it is not"
         )
 
@@ -196,7 +194,7 @@ class _Weights:
         layers = 1 + max((int(found[1]) for found in map(layer.match, self.tensors) if found), default=-1)
         if layers > self.config.layers:
             raise ModelFormatError(
-                f"{self.directory}: the weights have {layers} layers, but config.json says {self.config.layers} "
+                f"{self.source}: the weights have {layers} layers, but config.json says {self.config.layers} "
                 "(num_hidden_layers); the two files belong to different models, download them again"
             )
 
@@ -219,7 +217,7 @@ class _Weights:
         for key in _PROJECTIONS if c.model_type != "qwen2" else ("o", "gate", "up", "down"):
             if f"{at}{_PROJECTIONS[key]}.bias" in self.tensors:
                 raise UnsupportedModelError(
-                    f"{self.directory}: a bias on {_PROJECTIONS[key]} is not supported; supported: QKV bias of Qwen2"
+                    f"{self.source}: a bias on {_PROJECTIONS[key]} is not supported; supported: QKV bias of Qwen2"
                 )
         return layer
 
@@ -229,6 +227,12 @@ def default_precision(formats: set[str]) -> str:
     if formats & {"q4", "q8"}:
         return "int8"
     return "bf16" if formats & {"bf16", "f16"} else "f32"
+
+
+def check_precision(precision: str | None) -> None:
+    """Raises ConfigurationError unless it is None or one of PRECISIONS."""
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
 
 
 def check_isa(isa: str | None) -> None:
@@ -243,6 +247,59 @@ def check_isa(isa: str | None) -> None:
     supported = cast(list[str], info["isas_supported"])
     if isa is not None and isa not in supported:
         raise ConfigurationError(f"isa {isa!r} cannot be used here; choose one of {', '.join(supported)}, or none")
+
+
+def build_model(
+    source: Path | str,
+    config: ModelConfig,
+    tensors: Mapping[str, TensorView],
+    *,
+    precision: str | None = None,
+    isa: str | None = None,
+    max_context: int | None = None,
+    pack: bool = False,
+    mapped: bool = False,
+    kv_bits: int | None = None,
+) -> _core.Model:
+    """A native model of tensors under the names of a checkpoint; matrices are used where they lie, and kept alive.
+
+    Args:
+        source: what messages call the tensors' origin.
+        precision, isa, max_context, pack, kv_bits: as for `load_model`.
+        mapped: all tensors lie in read-only mappings of files, whose memory may be given back once packed.
+
+    Raises:
+        ModelFormatError, UnsupportedModelError: a tensor is missing, does not fit the config, or is of a kind not supported.
+    """
+    weights = _Weights(source, config, tensors)
+    embed = weights.matrix(f"{weights.prefix}embed_tokens", config.vocab, config.hidden)
+    weights.require_no_more_layers()
+    head = weights.head()
+    layers = [weights.layer(index) for index in range(config.layers)]
+    matrices = [embed, *([head] if head else []), *(layer[key] for layer in layers for key in _PROJECTIONS)]
+    try:
+        return _core.Model(
+            hidden=config.hidden,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            intermediate=config.intermediate,
+            vocab=config.vocab,
+            rms_eps=config.rms_eps,
+            rope_inv_freq=np.asarray(config.rope_inv_freq, dtype=np.float32),
+            max_context=max_context or config.max_context,
+            embed=embed,
+            head=head,
+            norm=weights.vector(f"{weights.prefix}norm.weight", config.hidden),
+            layers=layers,
+            precision=precision or default_precision({matrix.format for matrix in matrices}),
+            isa=isa,
+            pack=pack,
+            mapped=mapped,
+            kv_bits=kv_bits or 16,
+        )
+    except ShapeError as error:
+        raise ModelFormatError(f"{source}: {error}") from None
 
 
 def _files(tensors: Mapping[str, TensorView]) -> tuple[MappedFile, ...]:
@@ -294,43 +351,16 @@ def load_model(
         ModelFormatError, UnsupportedModelError: what the files hold does not fit.
         ConfigurationError: unknown precision, bits or kernel table, or an impossible context.
     """
-    if precision is not None and precision not in PRECISIONS:
-        raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    check_precision(precision)
     if kv_bits is not None and (isinstance(kv_bits, bool) or kv_bits not in KV_BITS):
         raise ConfigurationError(f"kv_bits is {kv_bits!r}, but must be 8 or 16")
     check_isa(isa)
     config, tensors, files = _open(directory)
     if max_context is not None and not 1 <= max_context <= config.max_context:
         raise ConfigurationError(f"a context of {max_context} is outside 1 to the model's {config.max_context}")
-    weights = _Weights(directory, config, tensors)
-    embed = weights.matrix(f"{weights.prefix}embed_tokens", config.vocab, config.hidden)
-    weights.require_no_more_layers()
-    head = weights.head()
-    layers = [weights.layer(index) for index in range(config.layers)]
-    matrices = [embed, *([head] if head else []), *(layer[key] for layer in layers for key in _PROJECTIONS)]
-    chosen = precision or default_precision({matrix.format for matrix in matrices})
-    try:
-        model = _core.Model(
-            hidden=config.hidden,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            intermediate=config.intermediate,
-            vocab=config.vocab,
-            rms_eps=config.rms_eps,
-            rope_inv_freq=np.asarray(config.rope_inv_freq, dtype=np.float32),
-            max_context=max_context or config.max_context,
-            embed=embed,
-            head=head,
-            norm=weights.vector(f"{weights.prefix}norm.weight", config.hidden),
-            layers=layers,
-            precision=chosen,
-            isa=isa,
-            pack=pack,
-            mapped=all(tensor.file for tensor in tensors.values()),
-            kv_bits=kv_bits or 16,
-        )
-    except ShapeError as error:
-        raise ModelFormatError(f"{directory}: {error}") from None
-    said = f"{chosen}, kv 8 bit" if kv_bits == 8 else chosen
+    model = build_model(
+        directory, config, tensors, precision=precision, isa=isa, max_context=max_context, pack=pack,
+        mapped=all(tensor.file for tensor in tensors.values()), kv_bits=kv_bits,
+    )  # fmt: skip
+    said = f"{model.precision}, kv 8 bit" if kv_bits == 8 else model.precision
     return LoadedModel(model, config, directory, said, files)

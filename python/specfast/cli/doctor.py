@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -14,11 +15,7 @@ from .. import _core, build_info, embedded
 from ..exo.detection import find_exo
 
 _NATIVE_READS_THE_SAME = "this version runs every model natively, from the same checkpoints"
-_HOSTS = {
-    "mlx": ("mlx", "mlx", _NATIVE_READS_THE_SAME),
-    "mlx_lm": ("mlx_lm", "mlx-lm", _NATIVE_READS_THE_SAME),
-    "tinygrad": ("tinygrad", "tinygrad", _NATIVE_READS_THE_SAME),
-}
+_MLX_PATH = "specfast.mlx.accelerate runs a forward pass as one native call on the CPU; there are no Metal kernels yet"
 
 
 def add_parser(commands: Any) -> None:
@@ -60,7 +57,8 @@ def examine() -> dict[str, Any]:
                 "why": problem or "always there",
             }
         }
-        | {name: _look_for(*host) for name, host in _HOSTS.items()}
+        | _look_for_mlx()
+        | {"tinygrad": _look_for("tinygrad", "tinygrad", _NATIVE_READS_THE_SAME)}
         | {"exo": _look_for_exo()},
         "embedded_pair": all((embedded.path(role) / "model.safetensors").is_file() for role in roles),  # type: ignore[arg-type]
     }
@@ -78,6 +76,17 @@ def _look_for(module: str, distribution: str, why: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             version = "unknown"
     return {"found": found, "used": False, "version": version, "why": why if found else "not installed"}
+
+
+def _look_for_mlx() -> dict[str, dict[str, Any]]:
+    hosts = {"mlx": _look_for("mlx", "mlx", _MLX_PATH), "mlx_lm": _look_for("mlx_lm", "mlx-lm", _MLX_PATH)}
+    if any(host["found"] for host in hosts.values()):
+        try:
+            importlib.import_module("specfast.mlx")
+        except ImportError as error:
+            return {name: host | {"why": str(error)} if host["found"] else host for name, host in hosts.items()}
+        return {name: host | {"used": True} for name, host in hosts.items()}
+    return hosts
 
 
 def _look_for_exo() -> dict[str, Any]:

@@ -1,0 +1,23 @@
+"""specfast inside MLX: mlx-lm models whose forward pass is one native call on the arrays' own memory.
+
+>>> import mlx_lm, specfast.mlx
+>>> model, tokenizer = mlx_lm.load("mlx-community/Llama-3.2-1B-Instruct-4bit")
+>>> specfast.mlx.accelerate(model)
+>>> mlx_lm.generate(model, tokenizer, "Hello")    # as before, on specfast's kernels
+"""
+
+from __future__ import annotations
+
+try:
+    import mlx.core  # noqa: F401
+    import mlx_lm  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"specfast.mlx needs mlx and mlx-lm ({error}); install them with: pip install 'specfast[mlx]'"
+    ) from error
+
+from .accelerate import Report, accelerate, report, restore
+from .cache import KVCache
+from .generate import GenerationResponse, stream_generate
+
+__all__ = ["GenerationResponse", "KVCache", "Report", "accelerate", "report", "restore", "stream_generate"]

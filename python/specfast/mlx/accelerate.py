@@ -1,0 +1,192 @@
+"""Puts specfast's fused forward pass behind the call of an mlx-lm model, and takes it away again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx import nn
+
+from .. import _core
+from ..checkpoint import check_precision
+from ..errors import SpecfastError
+from .cache import adopt
+from .weights import Watch, native_model
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs when a model is called.
+
+    Attributes:
+        path: "native" (one call into specfast's kernels for the whole forward pass) or "stock" (mlx-lm's own layers).
+        reason: why the path is "stock"; "" if it is not.
+        precision: of the activations on the native path.
+        isa: the instruction set of its kernels.
+        weight_bytes: bytes of weights a pass reads, in MLX's own memory.
+        native_calls: calls that ran natively.
+        stock_calls: calls that ran mlx-lm's layers, by reason.
+    """
+
+    path: Literal["native", "stock"]
+    reason: str = ""
+    precision: str | None = None
+    isa: str | None = None
+    weight_bytes: int = 0
+    native_calls: int = 0
+    stock_calls: Mapping[str, int] = field(default_factory=dict)
+
+
+def accelerate(model: nn.Module, precision: str | None = None) -> nn.Module:
+    """Makes an mlx-lm model's forward pass one native call on the CPU, on the weights where MLX holds them.
+
+    `model(inputs, cache=cache)` works as before: logits (1, M, vocab) of all rows for inputs (1, M), always as float32,
+    computed when the call returns; a row's logits have the same bits whatever M is. The KV caches it is called with
+    become `specfast.mlx.KVCache`, in place. A call this path cannot take (several sequences, input embeddings, a rotating
+    or quantised cache, inside a function transformation) runs mlx-lm's layers, and `report` counts it with the reason. So
+    does every call once a weight or a module has been replaced; accelerate the model again to use the new one. Values
+    written into an array in place are not noticed.
+
+    A model that is not supported is left alone: `report` says why.
+
+    Args:
+        model: from `mlx_lm.load`: Llama, Mistral without a sliding window, Qwen2, Qwen2.5 or Qwen3 (dense); MLX affine 4 or
+            8 bit at groups of 32, 64 or 128, bf16, f16 or f32.
+        precision: of the activations: "int8", "bf16" or "f32" (exact); None chooses by the weights.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ConfigurationError: an unknown precision.
+    """
+    check_precision(precision)
+    restore(model)
+    stock: Any = type(model)
+    try:
+        path = _NativePath(native_model(model, precision), Watch(model), inspect.signature(stock.__call__))
+    except SpecfastError as error:
+        object.__setattr__(model, "_specfast", _Accelerator(None, str(error)))
+    else:
+        object.__setattr__(model, "_specfast", _Accelerator(path))  # not in the dict of parameters
+        model.__class__ = _accelerated(stock)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `accelerate`: the model is as it was, to the bit, and keeps nothing of specfast's. Returns the model."""
+    if isinstance(model, _Accelerated):
+        model.__class__ = type(model).__bases__[1]
+    if "_specfast" in vars(model):
+        object.__delattr__(model, "_specfast")
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """Whether and how a model is accelerated, and if not, why."""
+    accelerator = vars(model).get("_specfast")
+    return accelerator.report() if accelerator else Report("stock", "specfast.mlx.accelerate has not been called")
+
+
+def native_model_of(model: nn.Module) -> _core.Model | None:
+    """The native model behind an accelerated one; None where mlx-lm's layers would run."""
+    accelerator = vars(model).get("_specfast")
+    path = accelerator.path if accelerator else None
+    return path.native if path and path.watch.unchanged(model) else None
+
+
+class _Accelerated:
+    """What comes before a model's own class while it is accelerated."""
+
+    _specfast: _Accelerator
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        logits = self._specfast.forward(self, args, kwargs)
+        return super().__call__(*args, **kwargs) if logits is None else logits  # type: ignore[misc]
+
+
+@functools.cache
+def _accelerated(stock: Any) -> type:
+    body = {"__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (_Accelerated, stock), body)
+
+
+@dataclass(frozen=True)
+class _NativePath:
+    """A native model over a model's arrays, for as long as these are the model's."""
+
+    native: _core.Model
+    watch: Watch
+    signature: inspect.Signature
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | str:
+        """The logits (1, M, vocab), or why mlx-lm's layers must run."""
+        given = {k: v for k, v in self.signature.bind(model, *args, **kwargs).arguments.items() if v is not None}
+        extra = set(given) - {"self", "inputs", "cache"}
+        if extra:
+            return f"called with {', '.join(sorted(extra))}"
+        inputs, caches = given["inputs"], given.get("cache")
+        if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] < 1:
+            return f"inputs of shape {tuple(inputs.shape)}; supported: (1, M)"
+        try:
+            mx.eval(inputs)
+        except ValueError:  # a placeholder has no values
+            return "inside a function transformation"
+        tokens = np.asarray(inputs)[0].astype(np.int32)
+        if caches is None:
+            return self._logits(_core.Cache(self.native), tokens)
+        store = adopt(self.native, caches)
+        if isinstance(store, str):
+            return store
+        logits = self._logits(store.cache, tokens)
+        store.cache.commit(len(tokens))
+        for cache in caches:
+            cache.offset += len(tokens)
+        return logits
+
+    def _logits(self, cache: _core.Cache, tokens: npt.NDArray[np.int32]) -> mx.array:
+        logits = mx.zeros((1, len(tokens), self.native.vocab), mx.float32)
+        mx.eval(logits)  # now it has memory, which is ours alone until it is returned
+        self.native.forward_into(cache, tokens, np.asarray(logits)[0])
+        return logits
+
+
+class _Accelerator:
+    """What an accelerated model carries: its native path or the reason why there is none, and counters."""
+
+    def __init__(self, path: _NativePath | None, reason: str = "") -> None:
+        self.path, self._reason = path, reason
+        self._native_calls = 0
+        self._stock_calls: Counter[str] = Counter()
+
+    def __reduce__(self) -> Any:
+        """A copy of a model has arrays of its own."""
+        return _Accelerator, (None, "this is a copy of an accelerated model; call specfast.mlx.accelerate on it")
+
+    def report(self) -> Report:
+        counted = Report("stock", self._reason, native_calls=self._native_calls, stock_calls=dict(self._stock_calls))
+        if self.path is None:
+            return counted
+        native = self.path.native
+        return replace(
+            counted, path="native", precision=native.precision, isa=native.isa, weight_bytes=native.weight_bytes
+        )
+
+    def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | None:
+        """The logits, or None where mlx-lm's layers must run."""
+        if self.path and not self.path.watch.unchanged(model):
+            self.path = None  # lets go of the old weights
+            self._reason = "a weight or module has been replaced; call specfast.mlx.accelerate again"
+        logits = self.path.run(model, args, kwargs) if self.path else self._reason
+        if isinstance(logits, str):
+            self._stock_calls[logits] += 1
+            return None
+        self._native_calls += 1
+        return logits
