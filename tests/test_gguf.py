@@ -249,6 +249,10 @@ def test_files_and_directories_compare(pair, tmp_path):
     write_model(tmp_path / "directory", decoder_of("llama", V=320))
     write_tokenizer(tmp_path / "directory", byte_level("<|end|>"))
     assert compare_models(target, tmp_path / "directory").status == "compatible"
+    wider = tokenizer_metadata(byte_level("<|end|>"), size=330)
+    wider["tokenizer.ggml.token_type"] = [min(kind, 4) for kind in wider["tokenizer.ggml.token_type"]]
+    write_decoder(tmp_path / "wider.gguf", decoder_of("llama", V=330), kind="F32", extra=wider)
+    assert compare_models(target, tmp_path / "wider.gguf").status == "compatible"
     write_tokenizer(tmp_path / "directory", byte_level())
     assert compare_models(target, tmp_path / "directory").status == "incompatible"
     write_decoder(tmp_path / "bare.gguf", decoder_of("llama"))

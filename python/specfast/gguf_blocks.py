@@ -6,7 +6,10 @@ biases are f16 where that holds them, else f32. Q6_K scales groups of 16, which 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -97,8 +100,21 @@ def _fits_f16(values: npt.NDArray[np.float32]) -> bool:
         return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values, equal_nan=True))
 
 
-def _stored(dtype: str, array: npt.NDArray[np.generic], shape: tuple[int, ...]) -> TensorView:
-    return TensorView(dtype, shape, np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+def _pages(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """New memory in pages of its own, which the system has back as soon as it is let go."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    own = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(own, dtype).reshape(shape)
+
+
+def _stored(dtype: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> TensorView:
+    return TensorView(dtype, shape, array.view(np.uint8).reshape(-1))
+
+
+def _narrowed(dtype: str, values: npt.NDArray[np.float32], shape: tuple[int, ...]) -> TensorView:
+    out = _pages(shape, np.float16 if dtype == "F16" else np.float32)
+    out[:] = values.reshape(shape)
+    return _stored(dtype, out, shape)
 
 
 def affine(tensor: TensorView) -> dict[str, TensorView]:
@@ -111,7 +127,7 @@ def affine(tensor: TensorView) -> dict[str, TensorView]:
     size, unpack = _AFFINE[tensor.dtype]
     bits, groups = BITS[tensor.dtype], N * K // GROUP
     blocks = tensor.data.reshape(-1, size)
-    packed = np.empty((groups, GROUP * bits // 8), np.uint8)
+    packed = _pages((groups, GROUP * bits // 8), np.uint8)
     scales, biases = np.empty(groups, np.float32), np.empty(groups, np.float32)
     step = CHUNK_BYTES // size
     per_block = groups // len(blocks)
@@ -121,19 +137,18 @@ def affine(tensor: TensorView) -> dict[str, TensorView]:
         part = slice(first * per_block, first * per_block + len(q))
         packed[part] = q if bits == 8 else q[:, 0::2] | (q[:, 1::2] << 4)
         scales[part], biases[part] = scale, bias
-    narrow = _fits_f16(scales) and _fits_f16(biases)
-    dtype, kind = ("F16", np.float16) if narrow else ("F32", np.float32)
+    dtype = "F16" if _fits_f16(scales) and _fits_f16(biases) else "F32"
     return {
         "weight": _stored("U32", packed, (N, K * bits // 32)),
-        "scales": _stored(dtype, scales.astype(kind), (N, K // GROUP)),
-        "biases": _stored(dtype, biases.astype(kind), (N, K // GROUP)),
+        "scales": _narrowed(dtype, scales, (N, K // GROUP)),
+        "biases": _narrowed(dtype, biases, (N, K // GROUP)),
     }
 
 
 def q6_k_as_f32(tensor: TensorView) -> TensorView:
     """A Q6_K matrix as float32, exactly: 11 bits of d, 7 of a scale and 6 of q are 24."""
     blocks = tensor.data.reshape(-1, _Q6_K_BYTES)
-    values = np.empty((len(blocks), 256), np.float32)
+    values = _pages((len(blocks), 256), np.float32)
     step = CHUNK_BYTES // 1024
     for first in range(0, len(blocks), step):
         with np.errstate(all="ignore"):

@@ -76,7 +76,7 @@ class _Reader:
 
 
 def gguf_tokens(file: GgufFile) -> dict[str, int]:
-    """Every token with its id; those that only pad the vocabulary are left out.
+    """Every token with its id; those that only pad the vocabulary are left out (older converters gave them another type).
 
     Raises:
         ModelFormatError: there are none, or they are damaged.
@@ -84,7 +84,8 @@ def gguf_tokens(file: GgufFile) -> dict[str, int]:
     reader = _Reader(file)
     tokens = reader.tokens()
     kinds = reader.types(len(tokens))
-    return {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
+    named = enumerate(zip(tokens, kinds, strict=True))
+    return {token: i for i, (token, kind) in named if kind != _UNUSED and token != f"[PAD{i}]"}
 
 
 def has_tokens(file: GgufFile) -> bool:
