@@ -2,6 +2,7 @@
 
 import os
 import struct
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import specfast
 from gguf_writer import BLOCK, decoder_metadata, decoder_tensors, encode, tokenizer_metadata, write_gguf
 from oracle.model import dequantise, forward
-from specfast import _core
+from specfast import _core, gguf_blocks
 from specfast.chat import chat_template
 from specfast.checkpoint import load_model, model_config, open_weights
 from specfast.compatibility import compare_models
@@ -136,6 +137,25 @@ def test_a_tied_and_packed_embedding_stays_readable(tmp_path):
     """The head's panels replace the converted rows, but the embedding is still read from them."""
     exact = write_decoder(tmp_path / "m.gguf", decoder_of("llama", tied=True), kind="Q8_0")
     assert_close(logits_of(tmp_path / "m.gguf", "int8"), forward(exact, TOKENS), 0.1)
+
+
+def test_what_has_been_packed_is_let_go(tmp_path, monkeypatch):
+    """Of converted matrices only the embedding stays beside its packed copy, unless the rows are read in place."""
+    write_decoder(tmp_path / "m.gguf", decoder_of("llama"), kind="Q4_0")
+    pages, made = gguf_blocks._pages, []
+
+    def watched(*arguments):
+        array = pages(*arguments)
+        made.append(weakref.ref(array.base))
+        return array
+
+    monkeypatch.setattr(gguf_blocks, "_pages", watched)
+    for pack in (True, False):
+        made.clear()
+        native = load_model(tmp_path / "m.gguf", precision="int8", pack=pack).model
+        alive = sum(reference() is not None for reference in made)
+        assert len(made) == 3 * 16
+        assert alive == (3 if native.packed_bytes else 3 * 16)
 
 
 def test_the_same_weights_in_a_directory(tmp_path):
@@ -375,6 +395,7 @@ def test_impossible_metadata(tmp_path, change, error, message):
         (("Q4_0", (256,), bytes(144)), ModelFormatError, "only matrices"),
         (("Q4_0", (2, 33), bytes(36)), ModelFormatError, "33 inputs"),
         (("F32", (4,), bytes(16)), ModelFormatError, "no place in a llama"),
+        (("F32", (2, 4), bytes(32)), ModelFormatError, "no place in a llama"),
         ((20, (32,), bytes(18)), UnsupportedModelError, "IQ4_NL.*supported: F32"),
         ((99, (32,), bytes(18)), ModelFormatError, "unknown type 99"),
         (("F32", (1, 1, 1, 1, 1), bytes(4)), ModelFormatError, "5 dimensions"),
@@ -385,7 +406,7 @@ def test_impossible_metadata(tmp_path, change, error, message):
 def test_impossible_tensors(tmp_path, tensor, error, message):
     decoder = decoder_of("llama")
     tensors, _ = decoder_tensors(decoder, "llama", "F32")
-    name = "blk.0.attn_norm.weight" if tensor[1] == (256,) else "x.weight"
+    name = {(256,): "blk.0.attn_norm.weight", (2, 4): "blk.00.attn_q.weight"}.get(tensor[1], "x.weight")
     tensors.pop(name, None)
     write_gguf(tmp_path / "m.gguf", decoder_metadata(decoder, "llama"), tensors | {name: tensor})
     with pytest.raises(error, match=message):

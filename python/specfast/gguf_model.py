@@ -30,7 +30,7 @@ _OF_LAYER = {
 }
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _CHANGES = ("attention.scale", "attention.sliding_window", "logit_scale", "residual_scale", "embedding_scale")
-_LAYER = re.compile(r"blk\.([0-9]{1,4})\.([a-z_]+)\.(weight|bias)")
+_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.([a-z_]+)\.(weight|bias)")
 
 
 def _architecture(reader: ConfigReader) -> str:
@@ -141,7 +141,7 @@ def _module(name: str, of_layer: Mapping[str, str]) -> str | None:
     found = of_layer.get(layer[2]) if layer else None
     if layer is None or found is None or (part == "bias" and "proj" not in found):
         return None
-    return f"model.layers.{int(layer[1])}.{found}"
+    return f"model.layers.{layer[1]}.{found}"
 
 
 def _in_halves(tensor: TensorView, heads: int) -> TensorView:
