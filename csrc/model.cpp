@@ -113,11 +113,19 @@ void Model::pack(bool mapped) {
         kernels->pack_panel(w, n, data + static_cast<size_t>(n / kPanel) * w.panel_bytes());
     });
     w.packed = data;
-    if (!mapped) return;
-    drop_pages(w.weight, static_cast<size_t>(w.N) * w.row_bytes());
-    for (const void* both : {w.scales, w.biases})
-      drop_pages(both, static_cast<size_t>(w.N) * w.groups() * w.scale_bytes());
+    if (mapped) {
+      drop_pages(w.weight, static_cast<size_t>(w.N) * w.row_bytes());
+      for (const void* both : {w.scales, w.biases})
+        drop_pages(both, static_cast<size_t>(w.N) * w.groups() * w.scale_bytes());
+    }
+    w.weight = w.scales = w.biases = nullptr;
   });
+}
+
+bool Model::reads(const Matrix& w) const {
+  bool found = embed.weight == w.weight;
+  for_each_matrix(*this, [&](const Matrix& own) { found = found || own.weight == w.weight; });
+  return found;
 }
 
 size_t Model::packed_bytes() const {

@@ -49,8 +49,10 @@ struct Model {
   /// Gives every quantised matrix that int8 activations meet, and every bf16 one that bf16 meets, a packed copy where
   /// the kernels read one. The embedding, which is read row by row, stays in place. `mapped` says that the matrices lie
   /// in read-only mappings of files: the memory of what has been packed is then given back to the system, so that no
-  /// two copies are resident. Throws std::bad_alloc.
+  /// two copies are resident. What has been packed is not read again: see reads(). Throws std::bad_alloc.
   void pack(bool mapped);
+  /// Whether rows of `w` are still read in place.
+  bool reads(const Matrix& w) const;
   size_t packed_bytes() const;
 
  private:

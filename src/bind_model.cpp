@@ -103,6 +103,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
     WithoutGil released;
     model->pack(mapped);
   }
+  std::erase_if(owners, [&](const BoundMatrix& bound) { return !model->reads(bound.matrix); });
   new (self) BoundModel{std::move(model), std::move(owners)};
 }
 
@@ -328,7 +329,7 @@ void bind_model(nb::module_& m) {
       "pack gives quantised and bf16 matrices a second copy in the order the kernels stream, where they have one "
       "(AVX-512, at\nprecision int8 and bf16);\n"
       "False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, "
-      "whose\nmemory is given back once packed. Results of a row are the same bits for any\n"
+      "whose\nmemory is given back once packed; other arrays are let go. Results of a row are the same bits for any\n"
       "number of rows and threads, packed or not. A layer's \"window\" is how many positions up to its own a row "
       "attends "
       "to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as "

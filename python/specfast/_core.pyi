@@ -176,7 +176,7 @@ class Model:
     pack gives quantised and bf16 matrices a second copy in the order the kernels stream, where they have one (AVX-512, at
     precision int8 and bf16);
     False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, whose
-    memory is given back once packed. Results of a row are the same bits for any
+    memory is given back once packed; other arrays are let go. Results of a row are the same bits for any
     number of rows and threads, packed or not. A layer's "window" is how many positions up to its own a row attends to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as float32
     when the precision is f32.
     """

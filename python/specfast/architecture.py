@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class _Reader:
+class ConfigReader:
     """Reads typed values from a config with errors that name the file, or whatever else the values are from."""
 
     def __init__(self, path: Path | str, values: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ class _Reader:
         return UnsupportedModelError(f"{self.path}: {what} is not supported; supported: {supported}")
 
 
-def _rope_inv_freq(reader: _Reader, head_dim: int) -> npt.NDArray[np.float64]:
+def _rope_inv_freq(reader: ConfigReader, head_dim: int) -> npt.NDArray[np.float64]:
     values = reader.values
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
@@ -141,7 +141,7 @@ def _rope_inv_freq(reader: _Reader, head_dim: int) -> npt.NDArray[np.float64]:
     raise reader.unsupported(f"RoPE scaling {kind!r}", "default, linear, llama3")
 
 
-def _sliding(reader: _Reader, layers: int) -> list[bool] | None:
+def _sliding(reader: ConfigReader, layers: int) -> list[bool] | None:
     """Which layers `layer_types` says slide; None where it says nothing."""
     kinds = reader.values.get("layer_types")
     if kinds is None:
@@ -157,7 +157,7 @@ def _sliding(reader: _Reader, layers: int) -> list[bool] | None:
     return [kind == "sliding_attention" for kind in kinds]
 
 
-def _windows(reader: _Reader, model_type: str, layers: int, max_context: int) -> tuple[int, ...]:
+def _windows(reader: ConfigReader, model_type: str, layers: int, max_context: int) -> tuple[int, ...]:
     """The sliding window of each layer, with Hugging Face's defaults; one that no context outgrows is none."""
     values = reader.values
     everywhere = (0,) * layers
@@ -177,7 +177,7 @@ def _windows(reader: _Reader, model_type: str, layers: int, max_context: int) ->
     return tuple(window if slides else 0 for slides in sliding)
 
 
-def _quantisation(reader: _Reader) -> Quantisation | None:
+def _quantisation(reader: ConfigReader) -> Quantisation | None:
     values = reader.values.get("quantization") or reader.values.get("quantization_config")
     if values is None:
         return None
@@ -238,7 +238,7 @@ def parse_config(path: Path | str, values: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ModelFormatError, UnsupportedModelError: as for `read_config`.
     """
-    reader = _Reader(path, values)
+    reader = ConfigReader(path, values)
     names = values.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
     model_type = ARCHITECTURES.get(name) if isinstance(name, str) else values.get("model_type")

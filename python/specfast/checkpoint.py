@@ -16,6 +16,8 @@ import numpy.typing as npt
 from . import _core
 from .architecture import ModelConfig, read_config, read_json
 from .errors import ConfigurationError, ModelFormatError, ShapeError, UnsupportedModelError
+from .gguf_file import is_gguf, open_gguf
+from .gguf_model import gguf_config, gguf_weights
 from .safetensors_file import MappedFile, TensorView, open_safetensors
 
 FLOAT_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -49,20 +51,27 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """The directory's name, for messages."""
+        """The directory's or file's name, for messages."""
         return self.directory.name
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """Tells models apart by their configuration, and the size and beginning of their weights, as they were when it was
-        first asked for; None where the files were gone by then."""
+        """Tells models apart by their configuration, and the size and both ends of their weights, as they were when it
+        was first asked for; None where the files were gone by then."""
         digest = hashlib.sha256()
         try:
-            for path in [self.directory / "config.json", *sorted(self.directory.glob("*.safetensors"))]:
+            for path in (
+                [self.directory]
+                if is_gguf(self.directory)
+                else [self.directory / "config.json", *sorted(self.directory.glob("*.safetensors"))]
+            ):
                 if not path.is_file():
                     return None
                 with path.open("rb") as file:
-                    digest.update(f"{path.name} {path.stat().st_size}".encode())
+                    size = path.stat().st_size
+                    digest.update(f"{path.name} {size}".encode())
+                    digest.update(file.read(_SAMPLE_BYTES))
+                    file.seek(max(0, size - _SAMPLE_BYTES))
                     digest.update(file.read(_SAMPLE_BYTES))
         except OSError:
             return None
@@ -105,6 +114,8 @@ def open_weights(directory: Path) -> dict[str, TensorView]:
                 f"{directory}: only pickled weights ({pickled[0]}) are there; they can run code when loaded and are refused. "
                 "Use a *.safetensors version of the model"
             )
+        if other := sorted(directory.glob("*.gguf")):
+            raise UnsupportedModelError(f"{directory}: no *.safetensors file; a GGUF file is named itself: {other[0]}")
         raise ModelFormatError(
             f"{directory}: no *.safetensors file; a model directory needs config.json, weights and tokenizer.json"
         )
@@ -317,6 +328,25 @@ def build_model(
         raise ModelFormatError(f"{source}: {error}") from None
 
 
+def _files(tensors: Mapping[str, TensorView]) -> tuple[MappedFile, ...]:
+    return tuple({tensor.file: None for tensor in tensors.values() if tensor.file})
+
+
+def model_config(path: Path) -> ModelConfig:
+    """The configuration of a model directory or GGUF file; raises as read_config and gguf_config do."""
+    return gguf_config(open_gguf(path)) if is_gguf(path) else read_config(path)
+
+
+def _open(path: Path) -> tuple[ModelConfig, dict[str, TensorView], tuple[MappedFile, ...]]:
+    """Configuration and tensors of a model, and the files they lie in."""
+    if not is_gguf(path):
+        config, tensors = read_config(path), open_weights(path)
+        return config, tensors, _files(tensors)
+    file = open_gguf(path)
+    config = gguf_config(file)
+    return config, gguf_weights(file, config), _files(file.tensors)
+
+
 def load_model(
     directory: Path,
     *,
@@ -326,7 +356,7 @@ def load_model(
     pack: bool = True,
     kv_bits: int | None = None,
 ) -> LoadedModel:
-    """Loads a model directory in Hugging Face or MLX layout.
+    """Loads a model directory in Hugging Face or MLX layout, or a GGUF file.
 
     Files are mapped. Weights stay there, or are packed for kernels that stream a layout of their own (quantised and bf16
     weights on AVX-512), matrix by matrix: the packed copy takes the place of the mapped pages, so that memory holds the weights once. Replace the files of a
@@ -334,7 +364,8 @@ def load_model(
     files written in place, but one that is cut short during a request ends the process (SIGBUS).
 
     Args:
-        directory: config.json, *.safetensors and generation_config.json if any.
+        directory: config.json, *.safetensors and generation_config.json if any; or a *.gguf file, whose quantised
+            matrices are converted into new memory with the same values.
         precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.
         isa: kernel table to use; None is the best.
         max_context: bounds the context below the model's own.
@@ -350,14 +381,13 @@ def load_model(
     if kv_bits is not None and (not isinstance(kv_bits, int) or kv_bits not in KV_BITS):
         raise ConfigurationError(f"kv_bits is {kv_bits!r}, but must be 8 or 16")
     check_isa(isa)
-    config = read_config(directory)
+    config, tensors, files = _open(directory)
     whole = isinstance(max_context, int) and not isinstance(max_context, bool)
     if max_context is not None and not (whole and 1 <= max_context <= config.max_context):
         raise ConfigurationError(f"a context of {max_context!r} is outside 1 to the model's {config.max_context}")
-    tensors = open_weights(directory)
     model = build_model(
-        directory, config, tensors, precision=precision, isa=isa, max_context=max_context, pack=pack, mapped=True, kv_bits=kv_bits,
+        directory, config, tensors, precision=precision, isa=isa, max_context=max_context, pack=pack,
+        mapped=all(tensor.file for tensor in tensors.values()), kv_bits=kv_bits,
     )  # fmt: skip
-    files = {tensor.file: None for tensor in tensors.values() if tensor.file}
     said = f"{model.precision}, kv 8 bit" if kv_bits == 8 else model.precision
-    return LoadedModel(model, config, directory, said, tuple(files))
+    return LoadedModel(model, config, directory, said, files)

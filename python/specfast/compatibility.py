@@ -1,4 +1,4 @@
-"""Whether a draft's tokens are the target's, decided from tokenizer.json and config.json alone."""
+"""Whether a draft's tokens are the target's, decided from tokenizer.json and config.json, or a GGUF file's start, alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from .architecture import read_json
 from .errors import ModelFormatError
+from .gguf_file import is_gguf, open_gguf
+from .gguf_model import gguf_config
+from .gguf_tokenizer import gguf_tokens, has_tokens
 
 Status = Literal["compatible", "incompatible", "unknown"]
 
@@ -55,20 +58,36 @@ def token_map(path: Path) -> dict[str, int]:
     return {**vocab, **{t["content"]: t["id"] for t in added if isinstance(t, dict) and "content" in t and "id" in t}}
 
 
-def vocab_size(directory: Path) -> int:
+def vocab_size(model: Path) -> int:
     """The width of a model's logits.
 
     Raises:
-        ModelFormatError: config.json is missing or does not say.
+        ModelFormatError: config.json, or the GGUF file, is missing or does not say.
     """
-    size = read_json(directory / "config.json").get("vocab_size")
+    if is_gguf(model):
+        return gguf_config(open_gguf(model)).vocab
+    size = read_json(model / "config.json").get("vocab_size")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ModelFormatError(f"{directory / 'config.json'}: 'vocab_size' is {size!r}, but must be a positive integer")
+        raise ModelFormatError(f"{model / 'config.json'}: 'vocab_size' is {size!r}, but must be a positive integer")
     return size
 
 
+def _tokens(model: Path) -> dict[str, int] | None:
+    """Every token of a model with its id; None where there is nothing to read them from."""
+    if is_gguf(model):
+        file = open_gguf(model)
+        return gguf_tokens(file) if has_tokens(file) else None
+    path = model / "tokenizer.json"
+    return token_map(path) if path.is_file() else None
+
+
+def _same_file(target: Path, draft: Path) -> bool:
+    files = target / "tokenizer.json", draft / "tokenizer.json"
+    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
+
+
 def compare_models(target: Path, draft: Path) -> Compatibility:
-    """Compares two model directories; reads no weights.
+    """Compares two models, directories or GGUF files; reads no weights.
 
     Equal token maps are compatible, also when the models pad their logits to different widths. Anything else is not.
 
@@ -76,8 +95,11 @@ def compare_models(target: Path, draft: Path) -> Compatibility:
         ModelFormatError: config.json is missing, or a file is damaged.
     """
     widths = vocab_size(target), vocab_size(draft)
-    files = target / "tokenizer.json", draft / "tokenizer.json"
-    if not all(file.is_file() for file in files):
-        return Compatibility("unknown", False, widths[0] == widths[1], min(widths))
-    same = filecmp.cmp(*files, shallow=False) or token_map(files[0]) == token_map(files[1])
-    return Compatibility("compatible" if same else "incompatible", same, widths[0] == widths[1], min(widths))
+    width = min(widths)
+    same = _same_file(target, draft)
+    if not same:
+        tokens = _tokens(target), _tokens(draft)
+        if tokens[0] is None or tokens[1] is None:
+            return Compatibility("unknown", False, widths[0] == widths[1], width)
+        same = tokens[0] == tokens[1]
+    return Compatibility("compatible" if same else "incompatible", same, widths[0] == widths[1], width)

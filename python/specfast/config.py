@@ -135,7 +135,7 @@ class SpeculativeConfig:
     """What is decoded with what, and how.
 
     Attributes:
-        target_model: directory, repo id or short name; None is the embedded pair's target.
+        target_model: directory, GGUF file, repo id or short name; None is the embedded pair's target.
         draft_model: the same for the draft; "none" is no draft, whatever else is given. None means the embedded draft for
             the embedded target, else a suggestion (auto_config) or plain decoding.
         auto_config: take draft and options from the target's family.

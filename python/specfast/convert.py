@@ -17,6 +17,7 @@ import numpy.typing as npt
 from .architecture import read_config, read_json
 from .checkpoint import FLOAT_FORMATS, open_weights
 from .errors import ConfigurationError, ModelFormatError, UnsupportedModelError
+from .gguf_file import is_gguf
 from .safetensors_file import TensorView, write_safetensors
 
 SHARD_BYTES = 2 << 30
@@ -160,6 +161,8 @@ def convert(
             f"{bits} bits in groups of {group_size} are not supported; choose {BITS} bits and groups of {GROUP_SIZES}"
         )
     require_absent(destination)
+    if is_gguf(source):
+        raise ConfigurationError(f"{source} is a GGUF file, which runs as it is; convert a Hugging Face directory")
     if read_config(source).quantisation:
         raise ConfigurationError(f"{source} is quantised already; convert the original weights")
     tensors = open_weights(source)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .errors import DownloadError, ModelFormatError
 from .families import REPOSITORIES, repository_of
+from .gguf_file import is_gguf
 
 METADATA = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -22,10 +23,10 @@ def repository(name: str) -> str | None:
 
 
 def resolve(name: str | Path, *, metadata_only: bool = False) -> Path:
-    """The local directory of a model, downloaded when it is not there yet.
+    """The local directory or GGUF file of a model, downloaded when it is not there yet.
 
     Args:
-        name: a directory, a short name such as llama-3.2-1b, or a repo id such as org/model.
+        name: a directory, a *.gguf file, a short name such as llama-3.2-1b, or a repo id such as org/model.
         metadata_only: fetch configuration and tokenizer but no weights.
 
     Raises:
@@ -33,12 +34,12 @@ def resolve(name: str | Path, *, metadata_only: bool = False) -> Path:
         DownloadError: the hub could not deliver; says why and what to do.
     """
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if directory.is_dir() or (is_gguf(directory) and directory.is_file()):
         return directory
     repo = repository(str(name))
     if repo is None or str(name).startswith((".", "/", "~")):
         raise ModelFormatError(
-            f"no such model: {str(name)!r} is neither a directory, nor a repo id (org/name), nor a known short name "
+            f"no such model: {str(name)!r} is neither a directory, nor a *.gguf file, nor a repo id (org/name), nor a known short name "
             f"({', '.join(sorted(REPOSITORIES)[:4])}, ...); `specfast suggest` lists families"
         )
     return _download(repo, (*METADATA, *(() if metadata_only else WEIGHTS)))

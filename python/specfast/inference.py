@@ -33,7 +33,7 @@ def load(
     """Loads a target and a draft; the engine that runs them.
 
     Args:
-        target: directory, repo id or short name; None is the embedded pair.
+        target: directory, GGUF file, repo id or short name; None is the embedded pair.
         draft: the same for the draft, or "none" for no draft; None takes the embedded draft with the embedded target, a
             suggestion with auto_config=True, and no draft otherwise.
         precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.

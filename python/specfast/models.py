@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import embedded
-from .architecture import read_config
 from .chat import chat_template, render_chat
-from .checkpoint import LoadedModel, load_model
+from .checkpoint import LoadedModel, load_model, model_config
 from .compatibility import Status, compare_models
 from .config import NO_DRAFT, EarlyExit, SpeculativeConfig
 from .early_exit import require_exit
@@ -122,7 +121,7 @@ class ModelPair:
         directory = embedded.path("target") if config.target_model is None else resolve(config.target_model)
         early_exit = None if config.disabled else config.early_exit
         if early_exit is not None:
-            require_exit(early_exit, read_config(directory).layers, _target_name(config))
+            require_exit(early_exit, model_config(directory).layers, _target_name(config))
         target = load_model(directory, precision=precision, isa=isa, max_context=max_context, kv_bits=kv_bits)
         tokenizer = Tokenizer(directory)
         choice = choose_draft(config, directory, notify, resolve)

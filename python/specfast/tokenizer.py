@@ -11,7 +11,9 @@ from typing import Any, Literal
 import tokenizers
 
 from .architecture import read_json
-from .errors import ConfigurationError, ModelFormatError
+from .errors import ConfigurationError, ModelFormatError, UnsupportedModelError
+from .gguf_file import is_gguf, open_gguf
+from .gguf_tokenizer import gguf_tokenizer, gguf_tokenizer_config, gguf_tokens
 
 Spelling = Literal["byte-level", "pieces", "pieces and bytes", "other"]
 LeadingSpace = Literal["keep", "strip one", "strip first token"]
@@ -29,7 +31,7 @@ _BYTE_OF = _byte_of_character()
 
 
 class Tokenizer:
-    """A model directory's tokenizer.json, and its tokenizer_config.json if there is one.
+    """A model directory's tokenizer.json, and its tokenizer_config.json if there is one; or what a GGUF file has of both.
 
     Attributes:
         config: tokenizer_config.json, or empty.
@@ -41,22 +43,15 @@ class Tokenizer:
 
     Raises:
         ModelFormatError: the file is missing or not a tokenizer.
+        UnsupportedModelError: a GGUF file whose tokenizer is of another kind, without a tokenizer.json beside it.
     """
 
-    def __init__(self, directory: Path) -> None:
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise ModelFormatError(
-                f"{directory}: tokenizer.json is missing; a model with only tokenizer.model must be converted first"
-            )
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ModelFormatError(f"{path}: not a tokenizer ({error}); download it again") from None
+    config: dict[str, Any]
+
+    def __init__(self, model: Path) -> None:
+        self._tokenizer, self.config = _from_gguf(model) if is_gguf(model) else _from_directory(model)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        config = directory / "tokenizer_config.json"
-        self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab = max(ids, default=-1) + 1
         self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -110,6 +105,40 @@ class Tokenizer:
         """The id of one token's text."""
         found = self._tokenizer.token_to_id(token)
         return None if found is None else int(found)
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelFormatError(f"{path}: not a tokenizer ({error}); download it again") from None
+
+
+def _from_directory(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    path, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not path.is_file():
+        raise ModelFormatError(
+            f"{directory}: tokenizer.json is missing; a model with only tokenizer.model must be converted first"
+        )
+    return _read_tokenizer(path), read_json(config) if config.is_file() else {}
+
+
+def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The tokenizer in the file; where it cannot be rebuilt, the tokenizer.json beside it, if that has the same tokens."""
+    file = open_gguf(path)
+    try:
+        return gguf_tokenizer(file), gguf_tokenizer_config(file)
+    except UnsupportedModelError:
+        beside = path.with_name("tokenizer.json")
+        if not beside.is_file():
+            raise
+    tokenizer = _read_tokenizer(beside)
+    tokens = tokenizer.get_vocab(with_added_tokens=True)
+    if tokens != gguf_tokens(file):
+        raise ModelFormatError(
+            f"{beside}: has {len(tokens)} tokens that are not those of {path.name}; put the model's own tokenizer.json there"
+        )
+    return tokenizer, gguf_tokenizer_config(file)
 
 
 def _describe_decoder(tokenizer: tokenizers.Tokenizer) -> tuple[Spelling, LeadingSpace]:
