@@ -252,7 +252,8 @@ class Engine:
                 "shorten the prompt"
             )
         law = sampling.law(pair.target.model.vocab, pair.vocab)
-        adjustments = sampling.adjustments(len(tokens), pair.vocab)
+        ends = frozenset() if ignore_eos else frozenset(pair.eos_ids)
+        adjustments = sampling.adjustments(len(tokens), pair.vocab, ends)
         name = self._drafter_name(resolved, pair)
         if seed is not None and law.temperature > 0 and not self._asked(resolved, pair):
             name = "none"  # with a seed, the text is that of plain decoding unless someone asks for a drafter
@@ -262,7 +263,7 @@ class Engine:
             tokens,
             max_tokens,
             capacity,
-            frozenset() if ignore_eos else frozenset(pair.eos_ids),
+            ends,
             TextStream(StreamDecoder(pair.tokenizer, continues=True), stops),
             whole_rounds=rule == "block",
         )

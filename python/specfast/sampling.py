@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,9 @@ class SamplingParams:
         penalty_window: the penalties look at this many last tokens; 0 is all, mlx-lm's default is 20.
         logit_bias: added to logits, by token id, before the penalties; -inf forbids a token.
         mask: called with all tokens before a position, prompt and drafted ones included; tells which may follow: an array of
-            bool (n,), or bits in uint32 or int32 words (ids beyond it may not), or None for any.
+            bool (n,), or bits in uint32 or int32 words (ids beyond it may not), or None for any. It also sees drafted texts
+            that are then rejected, never one that goes on after an end token. An exception it raises ends the request
+            where the text itself gets there, and only the draft elsewhere.
         seed: of the random streams.
 
     Raises:
@@ -102,8 +104,13 @@ class SamplingParams:
         temperature = 0.0 if keep == 1 else self.temperature
         return _core.Law(temperature, keep, self.top_p, self.min_p, vocab_limit, self.truncation == "mlx")
 
-    def adjustments(self, prompt_length: int, vocab_limit: int) -> _core.Adjustments | None:
+    def adjustments(self, prompt_length: int, vocab_limit: int, ends: Collection[int] = ()) -> _core.Adjustments | None:
         """The native edits of logits before the law, for target and draft of one request; None where there are none.
+
+        Args:
+            prompt_length: tokens of the prompt.
+            vocab_limit: ids from it on are padding.
+            ends: tokens that end the text; nothing is edited after them.
 
         Raises:
             ConfigurationError: a bias on a token outside the vocabulary.
@@ -122,6 +129,7 @@ class SamplingParams:
             prompt_length=prompt_length,
             logit_bias=dict(self.logit_bias),
             mask=self.mask,
+            ends=list(ends),
         )
 
 
