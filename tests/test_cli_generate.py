@@ -401,6 +401,42 @@ def test_the_module_runs_and_a_closed_pipe_is_no_crash(pair):
     assert b"Traceback" not in err
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_crash(pair, closed):
+    words = command("generate", "--prompt", "x", "--max-tokens", "4", "--json", "--model", pair[0], "--plain")
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+    assert (done.stdout == b"") == (closed != "2>&-")
+
+
+def test_a_closed_stdin_is_an_error_without_a_traceback(pair):
+    words = command("generate", "--prompt-file", "-", "--model", pair[0], "--plain")
+    done = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *words], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"specfast generate: the prompt cannot be read (stdin is closed)\n"
+
+
+@pytest.mark.parametrize("source", [(), ("--prompt-file", "-")], ids=["piped", "named"])
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])  # in C, Python takes any bytes from stdin
+def test_a_prompt_on_stdin_is_utf_8(pair, source, locale):
+    words = command("generate", *source, "--max-tokens", "1", "--model", pair[0], "--plain")
+    environment = {**os.environ, "LC_ALL": locale}
+    environment.pop("PYTHONIOENCODING", None)
+    done = subprocess.run(words, input=b"abc\xff", capture_output=True, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"the prompt is not UTF-8 text (byte 3); convert it first" in done.stderr
+    done = subprocess.run(words, input="naïve".encode(), capture_output=True, env=environment, timeout=60, check=False)
+    assert done.returncode == 0
+
+
+def test_ctrl_c_while_a_command_is_imported_is_no_crash():
+    early = "import sys, specfast.cli as c\n"
+    early += "def interrupted(*_):\n    raise KeyboardInterrupt\n"
+    early += "c.importlib.import_module = interrupted\nsys.exit(c.main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", early], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "specfast: interrupted\n")
+
+
 def test_an_unknown_instruction_set_is_an_error_without_a_traceback():
     environment = {**os.environ, "SPECFAST_ISA": "pentium"}
 

@@ -159,8 +159,8 @@ def _read_prompt(options: argparse.Namespace) -> str:
         if options.prompt_file is not None and str(options.prompt_file) != "-":
             return str(options.prompt_file.read_text(encoding="utf-8"))
         if options.prompt_file is not None:
-            return sys.stdin.read()
-        piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+            return _read_stdin()
+        piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
     except OSError as error:
         raise ConfigurationError(f"the prompt {options.prompt_file or ''} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -170,6 +170,14 @@ def _read_prompt(options: argparse.Namespace) -> str:
     if not options.quiet:
         print(f"no prompt was given, this is continued:\n\n{BUILT_IN_PROMPT}", file=sys.stderr)
     return BUILT_IN_PROMPT
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise ConfigurationError("the prompt cannot be read (stdin is closed)")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale says
+    return sys.stdin.read()
 
 
 @contextmanager
