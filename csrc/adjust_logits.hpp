@@ -1,7 +1,9 @@
 // Edits of logits before the law: a bias, penalties on tokens seen, and a mask of what may follow.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <utility>
 #include <vector>
@@ -10,6 +12,11 @@
 #include "types.hpp"
 
 namespace specfast {
+
+/// A mask failed on a text. It fails the request only if the text is reached without drafted tokens being rejected.
+struct MaskError {
+  std::exception_ptr cause;
+};
 
 /// What a request edits, and the text it has seen; the row after drafted tokens sees those too.
 ///
@@ -20,6 +27,7 @@ namespace specfast {
 class Adjustments {
  public:
   /// Bits of the tokens allowed after the text and `count` drafted tokens, ids beyond them forbidden; null allows all.
+  /// Throws MaskError where it knows none.
   using Mask = std::function<const std::vector<uint32_t>*(const int32_t* drafted, int32_t count)>;
 
   float repetition = 1.0f, presence = 0.0f, frequency = 0.0f;
@@ -27,6 +35,9 @@ class Adjustments {
   int64_t prompt_length = 0;
   std::vector<std::pair<int32_t, float>> bias;
   Mask mask;
+  std::vector<int32_t> ends;  // tokens that end the text: what comes after them is never edited
+
+  bool ended_by(int32_t token) const noexcept { return std::find(ends.begin(), ends.end(), token) != ends.end(); }
 
   /// The tokens that were kept so far, the prompt first.
   const std::vector<int32_t>& text() const noexcept { return text_; }

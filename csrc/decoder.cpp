@@ -145,16 +145,25 @@ void Sequence::require_finite(int32_t rows) const {
   }
 }
 
-void Sequence::adjust(Adjustments& adjustments, const Proposal& proposal, int32_t limit) {
+int32_t Sequence::adjust(Adjustments& adjustments, const Proposal& proposal, int32_t limit,
+                         std::exception_ptr* failed) {
   adjustments.restart();
   for (int32_t m = 0; m <= proposal.gamma(); m++) {
     float* x = work_.logits.data() + static_cast<size_t>(m) * static_cast<size_t>(model_->vocab);
-    adjustments.edit(model_->kernels->law, x, limit, proposal.tokens.data(), m, &best_[static_cast<size_t>(m)]);
-    if (m == proposal.gamma()) return;
+    RowMax& best = best_[static_cast<size_t>(m)];
+    try {
+      adjustments.edit(model_->kernels->law, x, limit, proposal.tokens.data(), m, &best);
+    } catch (const MaskError& error) {
+      *failed = error.cause;
+      return m;
+    }
+    if (m == proposal.gamma() || status_of(best.value) != LawStatus::ok) return m;
     const int32_t drafted = proposal.tokens[static_cast<size_t>(m)];
     // Rows after a token that may not follow decide nothing, and a mask need not know what comes after it.
-    if (drafted >= limit || x[drafted] == -std::numeric_limits<float>::infinity()) return;
+    const bool forbidden = drafted >= limit || x[drafted] == -std::numeric_limits<float>::infinity();
+    if (forbidden || adjustments.ended_by(drafted)) return m + 1;
   }
+  return proposal.gamma();
 }
 
 int32_t Sequence::draw(const Law& law, double u, float* q) {
@@ -187,8 +196,13 @@ void Sequence::draft_with(const Read& read, const int32_t* pending, int64_t coun
       if (i > 0) read(&proposal.tokens[static_cast<size_t>(i - 1)], 1, 1);
       require_finite(1);
       if (adjustments) {
-        adjustments->edit(model_->kernels->law, work_.logits.data(), limit, proposal.tokens.data(), i, best_.data());
-        if (status_of(best_[0].value) != LawStatus::ok) {
+        bool known = true;
+        try {
+          adjustments->edit(model_->kernels->law, work_.logits.data(), limit, proposal.tokens.data(), i, best_.data());
+        } catch (const MaskError&) {
+          known = false;
+        }
+        if (!known || status_of(best_[0].value) != LawStatus::ok) {
           proposal.tokens.resize(static_cast<size_t>(i));
           break;
         }
@@ -204,6 +218,10 @@ void Sequence::draft_with(const Read& read, const int32_t* pending, int64_t coun
         token = draw(law, u, proposal.q.data() + static_cast<size_t>(i) * vocab);
       }
       proposal.tokens[static_cast<size_t>(i)] = token;
+      if (adjustments && adjustments->ended_by(token)) {
+        proposal.tokens.resize(static_cast<size_t>(i) + 1);
+        break;
+      }
     }
   } catch (...) {
     cache_.drop_to(0);
@@ -252,40 +270,48 @@ void Sequence::draft_early(const int32_t* pending, int64_t count, int32_t gamma,
 
 Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law,
                          double lenience, uint64_t seed, uint64_t round, Rule rule, Adjustments* adjustments) {
-  const int32_t gamma = proposal.gamma();
+  int32_t gamma = proposal.gamma();
   const int64_t before = cache_.provisional(), position = cache_.length() + before + count;
   std::vector<int32_t> tokens(pending, pending + count);
   tokens.insert(tokens.end(), proposal.tokens.begin(), proposal.tokens.end());
   forward(tokens.data(), static_cast<int64_t>(tokens.size()), gamma + 1, law.limit(model_->vocab));
   try {
     require_finite(gamma + 1);
-    if (adjustments) adjust(*adjustments, proposal, law.limit(model_->vocab));
-    if (law.greedy()) {
-      std::vector<int32_t> best;
-      for (const RowMax& row : best_) best.push_back(row.index);
-      const Verdict verdict = verify_greedy(best.data(), proposal.tokens.data(), gamma);
-      require_ok(status_of(best_[static_cast<size_t>(verdict.tau)].value), verdict.tau);
-      return verdict;
-    }
-    const LawLoops& loops = model_->kernels->law;
-    const float *logits = work_.logits.data(), *q = proposal.q.empty() ? nullptr : proposal.q.data();
-    const int32_t *drafted = proposal.tokens.data(), V = model_->vocab;
-    if (rule == Rule::coupled)
-      return couple_logits(loops, alone(), logits, V, best_.data(), law, drafted, gamma, seed,
-                           static_cast<uint64_t>(position), work_.verify);
-    std::vector<double> u(static_cast<size_t>(gamma) + 1);
-    for (int32_t i = 0; i < gamma; i++)
-      u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
-    u.back() = uniform(seed, round, 0, Purpose::residual);  // one a round, the same draw whatever gamma is
-    if (rule == Rule::block && q)
-      return verify_logits_block(loops, alone(), logits, V, best_.data(), law, q, proposal.vocab, drafted, gamma,
-                                 u.data(), work_.verify);
-    return verify_logits(loops, alone(), logits, V, best_.data(), law, q, proposal.vocab, drafted, gamma, u.data(),
-                         lenience, work_.verify);
+    std::exception_ptr failed;
+    if (adjustments) gamma = adjust(*adjustments, proposal, law.limit(model_->vocab), &failed);
+    const Verdict verdict = decide(proposal, gamma, position, law, lenience, seed, round, rule);
+    if (failed && verdict.tau == gamma) std::rethrow_exception(failed);
+    return verdict;
   } catch (...) {
     cache_.drop_to(before);
     throw;
   }
+}
+
+Verdict Sequence::decide(const Proposal& proposal, int32_t gamma, int64_t position, const Law& law, double lenience,
+                         uint64_t seed, uint64_t round, Rule rule) {
+  if (law.greedy()) {
+    std::vector<int32_t> best;
+    for (const RowMax& row : best_) best.push_back(row.index);
+    const Verdict verdict = verify_greedy(best.data(), proposal.tokens.data(), gamma);
+    require_ok(status_of(best_[static_cast<size_t>(verdict.tau)].value), verdict.tau);
+    return verdict;
+  }
+  const LawLoops& loops = model_->kernels->law;
+  const float *logits = work_.logits.data(), *q = proposal.q.empty() ? nullptr : proposal.q.data();
+  const int32_t *drafted = proposal.tokens.data(), V = model_->vocab;
+  if (rule == Rule::coupled)
+    return couple_logits(loops, alone(), logits, V, best_.data(), law, drafted, gamma, seed,
+                         static_cast<uint64_t>(position), work_.verify);
+  std::vector<double> u(static_cast<size_t>(gamma) + 1);
+  for (int32_t i = 0; i < gamma; i++)
+    u[static_cast<size_t>(i)] = uniform(seed, round, static_cast<uint32_t>(i), Purpose::accept);
+  u.back() = uniform(seed, round, 0, Purpose::residual);  // one a round, the same draw whatever gamma is
+  if (rule == Rule::block && q)
+    return verify_logits_block(loops, alone(), logits, V, best_.data(), law, q, proposal.vocab, drafted, gamma,
+                               u.data(), work_.verify);
+  return verify_logits(loops, alone(), logits, V, best_.data(), law, q, proposal.vocab, drafted, gamma, u.data(),
+                       lenience, work_.verify);
 }
 
 }  // namespace specfast

@@ -65,7 +65,8 @@ class Sequence {
 
   /// Appends and commits `pending`, then drafts gamma tokens; gamma - 1 of them stay provisional. Under the coupled
   /// rule they are chosen by the noise of their positions, and no laws are kept. `adjustments`, of the text that ends
-  /// with `pending`, come before the law; where they leave nothing to draft the proposal is shorter.
+  /// with `pending`, come before the law; the proposal is shorter where they leave nothing to draft, where their mask
+  /// fails, and after an end token.
   void draft(const int32_t* pending, int64_t count, int32_t gamma, const Law& law, uint64_t seed, uint64_t round,
              Proposal& proposal, Rule rule = Rule::token, Adjustments* adjustments = nullptr);
 
@@ -84,7 +85,8 @@ class Sequence {
 
   /// Appends `pending` and the drafted tokens provisionally and decides by a rule, or greedily, what is kept. Without
   /// laws of the draft the block rule is the token rule, which then keeps as much. Lenience is the token rule's.
-  /// `adjustments` as for draft: every row is edited as after its own prefix.
+  /// `adjustments` as for draft: every row is edited as after its own prefix. A mask that fails on a row fails the call
+  /// only if all tokens before the row are kept.
   Verdict verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law, double lenience,
                  uint64_t seed, uint64_t round, Rule rule = Rule::token, Adjustments* adjustments = nullptr);
 
@@ -113,8 +115,14 @@ class Sequence {
   /// Whether small calls on this sequence keep to the calling thread.
   bool alone() const;
   void require_finite(int32_t rows) const;
-  /// Edits the logits of every row that may decide, and their maxima.
-  void adjust(Adjustments& adjustments, const Proposal& proposal, int32_t limit);
+  /// Edits the logits of every row that may decide, and their maxima. Returns how many drafted tokens are to be
+  /// checked: none after an end token, nor after a text that the mask fails on or lets nothing follow. `failed` is then
+  /// set if it failed. How many depends on these tokens alone, so that every rule stays exact.
+  int32_t adjust(Adjustments& adjustments, const Proposal& proposal, int32_t limit, std::exception_ptr* failed);
+
+  /// Decides about the first gamma drafted tokens by the last logits, of which row 0 is at `position` of the text.
+  Verdict decide(const Proposal& proposal, int32_t gamma, int64_t position, const Law& law, double lenience,
+                 uint64_t seed, uint64_t round, Rule rule);
 
   std::shared_ptr<const Model> model_;
   KvCache cache_;

@@ -24,7 +24,7 @@ nb::class_<BoundText<Text>> bind_text(nb::module_& m, const char* name, const ch
       .def(
           "append",
           [](Bound& self, const Tokens& tokens) {
-            nb::gil_scoped_release release;
+            WithoutGil released;
             std::lock_guard lock(self.mutex);
             if (self.text.length() + static_cast<int64_t>(tokens.size()) > Text::kLongest)
               throw ShapeError("a text of " + std::to_string(self.text.length()) + " tokens and " +

@@ -58,7 +58,7 @@ nb::ndarray<nb::numpy, float> bound_law_rows(const AnyArray& logits, const Law& 
   float* p;
   auto out = make_array(&p, {M, V});
   {
-    nb::gil_scoped_release release;
+    WithoutGil released;
     LawScratch scratch;
     for (size_t m = 0; m < M; m++)
       require_ok(law_row(loops, x + m * V, static_cast<int32_t>(V), NAN, law, p + m * V, scratch),
@@ -117,7 +117,7 @@ std::pair<int32_t, int32_t> bound_verify_tokens(const AnyArray& p, const std::op
   const RuleArguments a("p", p, q, tokens, u, lenience);
   const bool block = by_block(rule, lenience) && a.q;
   const LawLoops& loops = kernels_named(isa).law;
-  nb::gil_scoped_release release;
+  WithoutGil released;
   const Verdict verdict = block ? verify_block(loops, a.rows, a.V, a.q, a.Vq, a.tokens, a.gamma, a.u)
                                 : verify_tokens(loops, a.rows, a.V, a.q, a.Vq, a.tokens, a.gamma, a.u, lenience);
   if (verdict.next_token < 0) throw NumericalError("row " + std::to_string(verdict.tau) + " of p has no mass");
@@ -131,7 +131,7 @@ std::pair<int32_t, int32_t> bound_verify_logits(const AnyArray& logits, const st
   const RuleArguments a("logits", logits, q, tokens, u, lenience);
   const bool block = by_block(rule, lenience) && a.q;
   const LawLoops& loops = kernels_named(isa).law;
-  nb::gil_scoped_release release;
+  WithoutGil released;
   thread_local VerifyScratch scratch;
   const Verdict verdict =
       block ? verify_logits_block(loops, false, a.rows, a.V, nullptr, law, a.q, a.Vq, a.tokens, a.gamma, a.u, scratch)
@@ -153,7 +153,7 @@ std::pair<int32_t, int32_t> bound_couple_tokens(const AnyArray& p, const AnyArra
   const int32_t* drafted = elements_of<int32_t>(tokens, 1, "tokens", "int32");
   require_rows("p", p.shape(0), tokens);
   const LawLoops& loops = kernels_named(isa).law;
-  nb::gil_scoped_release release;
+  WithoutGil released;
   const Verdict verdict = couple_tokens(loops, laws, static_cast<int32_t>(p.shape(1)), drafted,
                                         static_cast<int32_t>(tokens.shape(0)), seed, position);
   if (verdict.next_token < 0) throw NumericalError("row " + std::to_string(verdict.tau) + " of p has no mass");
@@ -167,7 +167,7 @@ std::pair<int32_t, int32_t> bound_couple_logits(const AnyArray& logits, const An
   const int32_t* drafted = elements_of<int32_t>(tokens, 1, "tokens", "int32");
   require_rows("logits", logits.shape(0), tokens);
   const LawLoops& loops = kernels_named(isa).law;
-  nb::gil_scoped_release release;
+  WithoutGil released;
   thread_local VerifyScratch scratch;
   const Verdict verdict = couple_logits(loops, false, x, static_cast<int32_t>(logits.shape(1)), nullptr, law, drafted,
                                         static_cast<int32_t>(tokens.shape(0)), seed, position, scratch);
@@ -179,7 +179,7 @@ int32_t bound_sample_token(const AnyArray& p, double u, const std::optional<std:
   if (!(u >= 0.0 && u < 1.0)) throw ShapeError("u must be in [0, 1), not " + std::to_string(u));
   const LawLoops& loops = kernels_named(isa).law;
   const int32_t V = static_cast<int32_t>(p.shape(0));
-  nb::gil_scoped_release release;
+  WithoutGil released;
   const int32_t token = sample_token(loops, law, V, u);
   if (token < 0) throw NumericalError("p has no mass");
   return token;
@@ -191,11 +191,11 @@ class PythonMask {
   PythonMask(const Adjustments& adjustments, nb::callable function)
       : adjustments_(adjustments), function_(std::move(function)) {}
   const std::vector<uint32_t>* operator()(const int32_t* drafted, int32_t count) {
-    nb::gil_scoped_acquire acquire;
+    WithGil held;
     nb::list tokens;
     for (const int32_t token : adjustments_.text()) tokens.append(token);
     for (int32_t i = 0; i < count; i++) tokens.append(drafted[i]);
-    const nb::object found = function_(tokens);
+    const nb::object found = call(tokens);
     if (found.is_none()) return nullptr;
     AnyArray array;
     if (!nb::try_cast(found, array) || array.ndim() != 1)
@@ -214,13 +214,26 @@ class PythonMask {
   }
 
  private:
+  nb::object call(const nb::list& tokens) const {
+    PyObject* found =
+        enter_python([&] { return PyObject_CallFunctionObjArgs(function_.ptr(), tokens.ptr(), nullptr); });
+    if (found) return nb::steal(found);
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) nb::raise_python_error();  // KeyboardInterrupt is not about the text
+    try {
+      nb::raise_python_error();
+    } catch (...) {
+      throw MaskError{std::current_exception()};
+    }
+  }
+
   const Adjustments& adjustments_;
   nb::callable function_;
   std::vector<uint32_t> bits_;
 };
 
 void init_adjustments(Adjustments* self, float repetition, float presence, float frequency, int64_t window,
-                      int64_t prompt_length, const nb::dict& bias, const nb::object& mask) {
+                      int64_t prompt_length, const nb::dict& bias, const nb::object& mask,
+                      const std::vector<int32_t>& ends) {
   if (!(repetition > 0.0f && repetition <= 100.0f))
     throw ShapeError("repetition_penalty must be above 0 and at most 100, not " + std::to_string(repetition));
   if (window < 0 || prompt_length < 0) throw ShapeError("penalty_window and prompt_length must not be negative");
@@ -238,6 +251,7 @@ void init_adjustments(Adjustments* self, float repetition, float presence, float
   self->window = window;
   self->prompt_length = prompt_length;
   self->bias = std::move(biases);
+  self->ends = ends;
   if (mask.is_none()) return;
   auto function = std::make_shared<PythonMask>(*self, nb::cast<nb::callable>(mask));
   self->mask = [function](const int32_t* drafted, int32_t count) { return (*function)(drafted, count); };
@@ -249,7 +263,8 @@ void bind_adjustments(nb::module_& m) {
                           "request.")
       .def("__init__", &init_adjustments, nb::kw_only(), nb::arg("repetition_penalty") = 1.0f,
            nb::arg("presence_penalty") = 0.0f, nb::arg("frequency_penalty") = 0.0f, nb::arg("penalty_window") = 0,
-           nb::arg("prompt_length") = 0, nb::arg("logit_bias") = nb::dict(), nb::arg("mask") = nb::none())
+           nb::arg("prompt_length") = 0, nb::arg("logit_bias") = nb::dict(), nb::arg("mask") = nb::none(),
+           nb::arg("ends") = std::vector<int32_t>())
       .def_prop_ro(
           "length", [](const Adjustments& self) { return self.text().size(); }, "Tokens of the text so far.")
       .def(
@@ -279,7 +294,11 @@ void bind_adjustments(nb::module_& m) {
               RowMax top;
               top.value = loops.highest(row, V);
               top.index = argmax_row(loops, row, V);
-              self.edit(loops, row, V, tokens, m, &top);
+              try {
+                self.edit(loops, row, V, tokens, m, &top);
+              } catch (const MaskError& error) {
+                std::rethrow_exception(error.cause);
+              }
               best.push_back(top.index);
             }
             return std::make_pair(out, best);

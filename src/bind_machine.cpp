@@ -53,7 +53,7 @@ double peak_dot(const std::string& kind, const std::optional<std::string>& isa, 
                                                                : Activation::f32;
   if (!(milliseconds > 0 && milliseconds <= 60000))
     throw ShapeError("milliseconds must be above 0 and at most 60000, not " + std::to_string(milliseconds));
-  nb::gil_scoped_release release;
+  WithoutGil released;
   std::vector<double> rates(static_cast<size_t>(ThreadPool::instance().size()) + 256);
   ThreadPool::instance().run([&](const Team& team) {
     kernels.peak_dot(activation, 20000);
@@ -74,7 +74,7 @@ double read_bandwidth(const Bytes& buffer, int passes) {
   if (passes < 1 || passes > 10000) throw ShapeError("passes must be in 1 to 10000, not " + std::to_string(passes));
   if (lines == 0)
     throw ShapeError("the buffer of " + std::to_string(buffer.nbytes()) + " bytes is too small to measure");
-  nb::gil_scoped_release release;
+  WithoutGil released;
   std::atomic<uint32_t> sink{0};
   const double start = seconds_now();
   for (int pass = 0; pass < passes; pass++) {
@@ -99,14 +99,14 @@ void bind_machine(nb::module_& m) {
       [](int threads) {
         if (threads < 1 || threads > 256)
           throw ShapeError("threads must be in 1 to 256, not " + std::to_string(threads));
-        nb::gil_scoped_release release;
+        WithoutGil released;
         ThreadPool::instance().set_size(threads);
       },
       nb::arg("threads"),
       "Threads of every native call, 1 to 256; results do not depend on it. More than usable_cpus() makes calls slow.");
   m.def("num_threads", [] { return ThreadPool::instance().size(); }, "Threads asked for: set, else one per core.");
   m.def(
-      "start_threads", [] { return ThreadPool::instance().start(); }, nb::call_guard<nb::gil_scoped_release>(),
+      "start_threads", [] { return ThreadPool::instance().start(); }, nb::call_guard<WithoutGil>(),
       "Starts the threads if they are not there yet; how many there are, which is fewer than num_threads() where the "
       "system\nstarts no more. Calls run on those, with the same results.");
   m.def("usable_cpus", &usable_cpus, "Hardware threads this process may use: its affinity, cut by the cgroup's quota.");

@@ -100,7 +100,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   }
   model->check();
   if (pack) {
-    nb::gil_scoped_release release;
+    WithoutGil released;
     model->pack(mapped);
   }
   std::erase_if(owners, [&](const BoundMatrix& bound) { return !model->reads(bound.matrix); });
@@ -135,7 +135,7 @@ nb::ndarray<nb::numpy, float> forward(const BoundModel& self, BoundCache& cache,
   CacheUse use(cache);
   float* data;
   auto out = make_array(&data, {static_cast<size_t>(logits_rows), static_cast<size_t>(self.model->vocab)});
-  nb::gil_scoped_release release;
+  WithoutGil released;
   sequence.forward(tokens.data(), static_cast<int64_t>(tokens.size()), logits_rows, self.model->vocab, data);
   return out;
 }
@@ -150,7 +150,7 @@ void forward_into(const BoundModel& self, BoundCache& cache, const Tokens& token
                      std::to_string(tokens.size()) + " tokens given, not (" + std::to_string(out.shape(0)) + ", " +
                      std::to_string(out.shape(1)) + ")");
   CacheUse use(cache);
-  nb::gil_scoped_release release;
+  WithoutGil released;
   sequence.forward(tokens.data(), static_cast<int64_t>(tokens.size()), static_cast<int32_t>(out.shape(0)),
                    self.model->vocab, out.data());
 }
@@ -174,7 +174,7 @@ nb::object stored_rows(BoundCache& self, int layer, bool keys) {
                dim = static_cast<size_t>(shape.head_dim);
   const auto read = [&](auto* data, auto out) {
     {
-      nb::gil_scoped_release release;
+      WithoutGil released;
       cache.read(layer, cache.length(), keys ? data : nullptr, keys ? nullptr : data);
     }
     return nb::cast(std::move(out));
@@ -210,7 +210,7 @@ void assign(BoundCache& self, const nb::list& keys, const nb::list& values) {
     }
   }
   CacheUse use(self);
-  nb::gil_scoped_release release;
+  WithoutGil released;
   self.sequence->assign(static_cast<int64_t>(owners.front().shape(1)), k.data(), v.data());
 }
 
@@ -218,7 +218,7 @@ void prefill(const BoundModel& self, BoundCache& cache, const Tokens& tokens) {
   Sequence& sequence = sequence_of(self, cache);
   require_tokens(tokens);
   CacheUse use(cache);
-  nb::gil_scoped_release release;
+  WithoutGil released;
   sequence.cache().drop_to(0);
   sequence.forward(tokens.data(), static_cast<int64_t>(tokens.size()), 0, 0);
   sequence.cache().commit(static_cast<int64_t>(tokens.size()));
@@ -232,7 +232,7 @@ void draft(const BoundModel& self, BoundCache& cache, const Tokens& pending, int
   const Rule named = rule_named(rule);
   if (gamma < 0 || gamma > 64) throw ShapeError("gamma " + std::to_string(gamma) + " is outside 0 to 64");
   CacheUse use(cache);
-  nb::gil_scoped_release release;
+  WithoutGil released;
   sequence.cache().drop_to(0);
   sequence.draft(pending.data(), static_cast<int64_t>(pending.size()), gamma, law, seed, round, proposal, named,
                  adjustments.value_or(nullptr));
@@ -255,7 +255,7 @@ void draft_early(const BoundModel& self, BoundCache& cache, const Tokens& pendin
   require_exit(self, layers);
   if (gamma < 0 || gamma > 64) throw ShapeError("gamma " + std::to_string(gamma) + " is outside 0 to 64");
   CacheUse use(cache);
-  nb::gil_scoped_release release;
+  WithoutGil released;
   sequence.draft_early(pending.data(), static_cast<int64_t>(pending.size()), gamma, layers, law, seed, round, proposal,
                        named, adjustments.value_or(nullptr));
 }
@@ -273,7 +273,7 @@ nb::ndarray<nb::numpy, double> exit_acceptance(const BoundModel& self, BoundCach
   auto out = make_array(&data, {layers.size()});
   if (layers.empty()) return out;
   CacheUse use(cache);
-  nb::gil_scoped_release release;
+  WithoutGil released;
   const auto found = sequence.exit_acceptance(tokens.data(), static_cast<int64_t>(tokens.size()), layers, law);
   std::copy(found.begin(), found.end(), data);
   return out;
@@ -314,7 +314,7 @@ Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending,
     throw ShapeError("a proposal of " + std::to_string(drafted.gamma()) + " tokens is longer than 64");
   if (!(lenience > 0.0)) throw ShapeError("lenience must be positive, not " + std::to_string(lenience));
   CacheUse use(cache);
-  nb::gil_scoped_release release;
+  WithoutGil released;
   sequence.cache().drop_to(0);
   return sequence.verify(pending.data(), static_cast<int64_t>(pending.size()), drafted, law, lenience, seed, round,
                          named, adjustments.value_or(nullptr));

@@ -19,7 +19,7 @@ nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bo
   const int32_t M = static_cast<int32_t>(x.shape(0));
   float* y;
   auto out = make_array(&y, {x.shape(0), static_cast<size_t>(w.N)});
-  nb::gil_scoped_release release;
+  WithoutGil released;
   ThreadPool& pool = ThreadPool::instance();
   RowsBuffer buffer(w.K);
   const Needs needs = needs_of({&w}, activations);

@@ -8,8 +8,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "decoder.hpp"
@@ -38,6 +40,49 @@ struct BoundModel {
 struct BoundCache {
   std::unique_ptr<specfast::Sequence> sequence;
   std::atomic<bool> busy{false};
+};
+
+/// Makes a call that takes the interpreter lock or may give it up for a while. Where Python ends meanwhile, this thread
+/// is a daemon and must not go on: CPython before 3.14 then unwinds its stack, which std::terminate ends at the first
+/// noexcept function. Here it stops for ever instead, as CPython 3.14 has it. Nothing else is thrown through `call`.
+template <class Call>
+auto enter_python(const Call& call) {
+  const auto stop = [] {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  };
+  try {
+    if (!Py_IsInitialized()) stop();
+    return call();
+  } catch (...) {
+    stop();  // within the handler: an unwinding like this may not be ended
+    throw;
+  }
+}
+
+/// A scope without the interpreter lock.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() {
+    enter_python([this] { PyEval_RestoreThread(state_); });
+  }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+/// A scope with the interpreter lock, whether or not the thread has it.
+class WithGil {
+ public:
+  WithGil() : state_(enter_python([] { return PyGILState_Ensure(); })) {}
+  ~WithGil() { PyGILState_Release(state_); }
+  WithGil(const WithGil&) = delete;
+  WithGil& operator=(const WithGil&) = delete;
+
+ private:
+  PyGILState_STATE state_;
 };
 
 /// Marks a cache as in use for the length of a native call, which runs without the interpreter lock.

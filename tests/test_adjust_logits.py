@@ -131,6 +131,87 @@ def test_a_mask_that_fails_fails_the_request_only(engine):
     assert len(engine.generate("x", mask=lambda tokens: None, max_tokens=4, ignore_eos=True).token_ids) == 4
 
 
+DRAFTING = ["suffix", "model", "combined", "early-exit"]
+
+
+def engine_with(drafter, engine):
+    return (specfast.load(early_exit=2), {}) if drafter == "early-exit" else (engine, {"drafter": drafter})
+
+
+@pytest.mark.parametrize("drafter", ["none", *DRAFTING])
+def test_a_mask_never_sees_text_after_an_end_token(engine, drafter):
+    engine, options = engine_with(drafter, engine)
+    (end,), line = engine.pair.eos_ids, engine.pair.encode("x = 1\n", raw=True, system=None)
+    prompt, after = [*line, end, *line, end, *line], []  # a copy goes past an end token
+
+    def mask(tokens):
+        if end in tokens[len(prompt) :]:
+            after.append(tokens)
+
+    def endings(**more):
+        common = {"max_tokens": 60, "mask": mask, "logit_bias": {end: 6.0}, **more, **options}
+        return [engine.generate(prompt, seed=seed, **common) for seed in range(20)]
+
+    for rule in ("token", "block", "coupled") if drafter != "none" else ("token",):
+        runs = endings(rule=rule)
+        assert "eos" in {run.finish_reason for run in runs}
+        assert not after
+        assert drafter == "none" or sum(run.stats.accepted for run in runs) > 0
+    endings(ignore_eos=True)
+    assert after
+
+
+@pytest.mark.parametrize("drafter", DRAFTING)
+@pytest.mark.parametrize("fails", [True, False], ids=["raises", "allows nothing"])
+def test_a_mask_with_no_answer_for_a_rejected_draft_changes_nothing(engine, drafter, fails):
+    """A grammar may know the text that plain decoding writes and nothing else."""
+    engine, options = engine_with(drafter, engine)
+    text = "def f(x): return x\ndef g(x): return y\n" * 3
+    prompt, refused = engine.pair.encode(text, raw=True, system=None), []
+    for temperature in (0.0, 1.0):
+        common = {"max_tokens": 40, "ignore_eos": True, "temperature": temperature, "seed": 3, "rule": "coupled"}
+        plain = engine.generate(prompt, disabled=True, **common).token_ids
+
+        def mask(tokens, plain=plain):
+            drafted = tokens[len(prompt) :]
+            if drafted == plain[: len(drafted)]:
+                return None
+            refused.append(drafted)
+            if fails:
+                raise ValueError("dead end")
+            return np.zeros(4096, bool)
+
+        run = engine.generate(prompt, mask=mask, gamma=5, **common, **options)
+        assert run.token_ids == plain
+        assert run.stats.accepted > 0
+        assert run.stats.fallbacks == 0
+    assert refused
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("drafter", DRAFTING)
+def test_a_mask_that_fails_where_the_text_gets_fails_the_request(engine, drafter, rule):
+    engine, options = engine_with(drafter, engine)
+    prompt = engine.pair.encode("def f(x):", raw=True, system=None)
+    common = {"max_tokens": 40, "ignore_eos": True, "seed": 3, "rule": rule, "gamma": 5, **options}
+
+    def mask(tokens):
+        if len(tokens) >= len(prompt) + 20:
+            raise KeyError("grammar")
+
+    kept = []
+    with pytest.raises(KeyError, match="grammar"):
+        kept.extend(token for chunk in engine.stream(prompt, mask=mask, **common) for token in chunk.token_ids)
+    assert 20 - 5 <= len(kept) <= 20  # a last round that would have kept the rest is lost
+
+    def interrupted(tokens):
+        if len(tokens) > len(prompt):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompt, mask=interrupted, **common)
+
+
 @pytest.mark.parametrize(
     "options",
     [

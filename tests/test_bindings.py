@@ -104,3 +104,35 @@ def test_the_fuzzer_sees_a_crash():
     code, _, log = fuzz(1, 20, before="import os; f.Fuzzer.law_rows = lambda self: os.abort()")
     assert code < 0
     assert log.rstrip().endswith("law_rows")
+
+
+EXIT = """
+import sys, threading, time
+import numpy as np
+import specfast
+
+engine = specfast.load(notify=lambda line: None)
+
+def allow_all(tokens):
+    called.set()
+    return np.ones(4096, bool)
+
+def generate():
+    while True:
+        engine.generate("def f(", max_tokens=500, ignore_eos=True, mask=allow_all if sys.argv[1] == "mask" else None)
+        called.set()
+
+called = threading.Event()
+for _ in range(2):
+    threading.Thread(target=generate, daemon=True).start()
+called.wait()
+"""
+
+
+@pytest.mark.parametrize("calls", ["mask", "native"])
+def test_python_ends_while_daemon_threads_generate(calls):
+    for _ in range(4):
+        run = subprocess.run(
+            [sys.executable, "-c", EXIT, calls], check=False, capture_output=True, text=True, timeout=60
+        )
+        assert (run.returncode, run.stderr) == (0, "")

@@ -2,6 +2,7 @@
 Native kernels and decoder of specfast: NumPy arrays in and out, weights used in place.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy
@@ -78,7 +79,7 @@ class Adjustments:
     Edits of logits before the law, with the text they depend on; for target and draft of one request.
     """
 
-    def __init__(self, *, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, penalty_window: int = 0, prompt_length: int = 0, logit_bias: dict[int, float] = {}, mask: object | None = None) -> None: ...
+    def __init__(self, *, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, penalty_window: int = 0, prompt_length: int = 0, logit_bias: dict[int, float] = {}, mask: object | None = None, ends: Sequence[int] = []) -> None: ...
 
     @property
     def length(self) -> int:

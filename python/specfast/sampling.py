@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from .errors import ConfigurationError
 
 TRUNCATIONS = ("hf", "mlx")
 Mask = Callable[[Sequence[int]], "np.ndarray[Any, Any] | None"]
+_LEAST = float(np.finfo(np.float32).tiny)  # of what has to stay above 0 in the native law
 _NO_BIAS: Mapping[int, float] = {}
 
 
@@ -38,7 +40,9 @@ class SamplingParams:
         penalty_window: the penalties look at this many last tokens; 0 is all, mlx-lm's default is 20.
         logit_bias: added to logits, by token id, before the penalties; -inf forbids a token.
         mask: called with all tokens before a position, prompt and drafted ones included; tells which may follow: an array of
-            bool (n,), or bits in uint32 or int32 words (ids beyond it may not), or None for any.
+            bool (n,), or bits in uint32 or int32 words (ids beyond it may not), or None for any. It also sees drafted texts
+            that are then rejected, never one that goes on after an end token. An exception it raises ends the request
+            where the text itself gets there, and only the draft elsewhere.
         seed: of the random streams.
 
     Raises:
@@ -74,9 +78,12 @@ class SamplingParams:
             raise ConfigurationError(f"truncation is {self.truncation!r}, but must be one of {', '.join(TRUNCATIONS)}")
         if self.mask is not None and not callable(self.mask):
             raise ConfigurationError(f"mask is {self.mask!r}, but must be a function of the tokens so far")
+        if not isinstance(self.logit_bias, Mapping):
+            raise ConfigurationError(f"logit_bias is {self.logit_bias!r:.100}, but must be numbers by token id")
         for token, bias in self.logit_bias.items():
             ids = isinstance(token, int) and not isinstance(token, bool) and token >= 0
-            if not ids or not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
+            number = isinstance(bias, (int, float)) and (bias == -math.inf or abs(bias) <= sys.float_info.max)
+            if not ids or not number:
                 raise ConfigurationError(
                     f"logit_bias of {token!r} is {bias!r}, but must be a number below infinity for a token id"
                 )
@@ -85,9 +92,9 @@ class SamplingParams:
         value = getattr(self, name)
         kinds = int if kind is int else (int, float)
         known = isinstance(value, kinds) and not isinstance(value, bool)
-        if not known or not low <= value <= high or (positive and value == 0):
+        if not known or not low <= value <= high or (positive and value < _LEAST):
             what = "a whole number" if kind is int else "a number"
-            above = f"above 0 and at most {high}" if positive else f"in {low} to {high}"
+            above = f"above 0 (at least {_LEAST:.2g}) and at most {high}" if positive else f"in {low} to {high}"
             raise ConfigurationError(f"{name} is {value!r}, but must be {what} {above}{hint}")
 
     def law(self, vocab: int, vocab_limit: int) -> _core.Law:
@@ -97,8 +104,13 @@ class SamplingParams:
         temperature = 0.0 if keep == 1 else self.temperature
         return _core.Law(temperature, keep, self.top_p, self.min_p, vocab_limit, self.truncation == "mlx")
 
-    def adjustments(self, prompt_length: int, vocab_limit: int) -> _core.Adjustments | None:
+    def adjustments(self, prompt_length: int, vocab_limit: int, ends: Collection[int] = ()) -> _core.Adjustments | None:
         """The native edits of logits before the law, for target and draft of one request; None where there are none.
+
+        Args:
+            prompt_length: tokens of the prompt.
+            vocab_limit: ids from it on are padding.
+            ends: tokens that end the text; nothing is edited after them.
 
         Raises:
             ConfigurationError: a bias on a token outside the vocabulary.
@@ -117,6 +129,7 @@ class SamplingParams:
             prompt_length=prompt_length,
             logit_bias=dict(self.logit_bias),
             mask=self.mask,
+            ends=list(ends),
         )
 
 
