@@ -140,6 +140,35 @@ def test_compare_prints_both_and_whether_they_are_identical(run):
     assert (values["plain"]["drafted"], values["plain"]["target_passes"]) == (0, len(values["token_ids"]))
 
 
+@pytest.mark.parametrize(("slow", "pairs"), [(1.0, 3), (40.0, 1)])
+def test_compare_runs_alternately_and_reports_the_pair_with_the_median_ratio(run, monkeypatch, slow, pairs):
+    honest, requests = specfast.Engine.stream, []
+    seconds = iter([slow, *(9.0, 3.0), *(4.0, 4.0), *(6.0, 3.0)])  # of the warm-up, then plain and speculative
+
+    def stream(self, prompt, **options):
+        requests.append((bool(options.get("disabled")), options["max_tokens"]))
+        made = honest(self, prompt, **options)
+        result, took = made.result, next(seconds)
+
+        def timed():
+            found = result()
+            found.stats.total_seconds, found.stats.prefill_seconds = took, 0.0
+            return found
+
+        made.result = timed
+        return made
+
+    monkeypatch.setattr(specfast.Engine, "stream", stream)
+    greedy = ("--prompt", "x", "--temperature", "0", "--max-tokens", "30", "--json")
+    code, out, _ = run("generate", "--compare", *greedy)
+    assert (code, "identical: yes" in out.splitlines()) == (0, True)
+    assert requests == [(False, 30)] + [(True, 30), (False, 30)] * pairs
+    values = as_json(out)
+    times = [values[name]["total_seconds"] for name in ("plain", "speculative")]
+    assert (times, values["speedup"]) == (([6.0, 3.0], 2.0) if pairs == 3 else ([9.0, 3.0], 3.0))
+    assert out.startswith(values["text"] + "\nplain: ")  # the text once, and before the figures
+
+
 def test_compare_says_no_and_fails_when_greedy_tokens_differ(run, monkeypatch):
     honest = specfast.Engine.generate, specfast.Engine.stream
 
@@ -187,6 +216,8 @@ USAGE = {
     "early exit word": ("--early-exit", "last"),
     "early exit beyond": ("--early-exit", "99"),
     "early exit and draft": ("--early-exit", "1", "--draft-model", "x"),
+    "early exit and drafter": ("--early-exit", "1", "--drafter", "suffix", "--draft-model", "none"),
+    "bias twice": ("--logit-bias", "5=1", "--logit-bias", "6=1", "--logit-bias", "5=-1"),
     "rule": ("--speculative-rule", "typical"),
     "rule and lenience": ("--speculative-rule", "block", "--lenience", "1.1"),
     "min-p": ("--min-p", "-0.1"),

@@ -125,6 +125,18 @@ def test_early_exit_takes_a_layer_or_auto_and_no_draft_besides():
         resolve_config(typed).with_models("llama-3.1-8b", "llama-3.2-1b")
 
 
+@pytest.mark.parametrize("drafter", ["model", "suffix", "prompt-lookup", "combined"])
+@pytest.mark.parametrize("early_exit", [2, "auto"])
+def test_early_exit_takes_no_drafter_besides_but_none(drafter, early_exit):
+    words = f"early_exit {early_exit} and drafter {drafter} are two ways to draft"
+    with pytest.raises(ConfigurationError, match=words):
+        SpeculativeConfig(early_exit=early_exit, drafter=drafter)
+    resolved = resolve_config({"early_exit": early_exit})
+    with pytest.raises(ConfigurationError, match=words):
+        resolved.with_request({"drafter": drafter})
+    assert resolved.with_request({"drafter": "none"}).config.drafter == "none"  # plain
+
+
 def test_precedence_from_default_to_request():
     layers = {}
     for source, value in (("default", 5), ("family", 6), ("host", 7), ("typed", 8), ("request", 9)):

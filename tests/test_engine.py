@@ -213,6 +213,33 @@ def test_a_draft_that_is_not_smaller_is_told(directories):
         ("x", {"draft_model": "other"}),
         ("x", {"early_exit": 1}),
         ("x", {"gama": 3}),
+        (None, {}),
+        (5, {}),
+        (["a"], {}),
+        ([None], {}),
+        ([1.0], {}),
+        ([True], {}),
+        (b"abc", {}),
+        ({1, 2}, {}),
+        (iter([1]), {}),
+        (np.array([1.5]), {}),
+        (np.array([[1, 2]]), {}),
+        ([1, {"role": "user", "content": "x"}], {}),
+        ("x", {"stop": 5}),
+        ("x", {"stop": None}),
+        ("x", {"temperature": 10**400}),
+        ("x", {"lenience": 10**400}),
+        ("x", {"top_k_threshold": -(10**400)}),
+        ("x", {"gamma": np.array([1, 2])}),
+        ("x", {"drafter": np.array([1, 2])}),
+        ("x", {"logit_bias": {1: 10**400}}),
+        ("x", {"logit_bias": {1: -(10**400)}}),
+        ("x", {"logit_bias": [1]}),
+        ("x", {"logit_bias": []}),
+        ("x", {"logit_bias": "a"}),
+        ("x", {"top_p": 1e-320}),
+        ("x", {"top_p": 1e-46}),
+        ("x", {"repetition_penalty": 1e-320}),
         ([{"role": "user", "content": "x"}], {}),
     ],
 )
@@ -220,6 +247,16 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(engine, prompt, options
     with pytest.raises(ConfigurationError):
         engine.generate(prompt, **options)
     assert len(tokens(engine, max_tokens=3, ignore_eos=True)) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_bits": 8.0}, {"max_context": "x"}, {"max_context": 1.5}, {"max_context": True}, {"threads": "x"}],
+    ids=str,
+)
+def test_bad_options_of_a_load_are_refused(directories, options):
+    with pytest.raises(ConfigurationError, match="|".join(str(value) for value in options.values())):
+        specfast.load(*directories, **options)
 
 
 def damaged(directory, root):

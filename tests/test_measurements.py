@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import stat
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from specfast.drafters import Offer
 from specfast.measurements import Acceptance, CostTable, Measurements
-from specfast.measurements_file import load_measurements, measurements_path, save_measurements
+from specfast.measurements_file import SWITCH, load_measurements, measurements_path, save_measurements
 from specfast.stats import Round, SpeculationStats, wilson_interval
 from tiny_directories import write_pair
 
@@ -188,12 +189,55 @@ def test_measurements_last_from_one_engine_to_the_next(tmp_path, monkeypatch):
     assert measurements_path(pair.target, pair.draft) is None
 
 
+@pytest.mark.parametrize("used_before", [False, True])
+def test_an_automatic_gamma_outlives_the_models_directory(tmp_path, monkeypatch, used_before):
+    monkeypatch.delenv(SWITCH)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    target, draft = write_pair(tmp_path)
+    engine = specfast.load(target, draft, gamma="auto", precision="f32")
+    expected = engine.generate("def", max_tokens=8, temperature=0, gamma="auto" if used_before else 2).token_ids
+    path = measurements_path(engine.pair.target, engine.pair.draft) if used_before else None
+    shutil.rmtree(target)
+    assert engine.generate("def", max_tokens=8, temperature=0).token_ids == expected
+    assert measurements_path(engine.pair.target, engine.pair.draft) == path
+
+
+@pytest.mark.parametrize("home", ["", "relative/cache"])
+def test_a_relative_cache_is_ignored(tmp_path, monkeypatch, home):
+    engine = specfast.load(*write_pair(tmp_path), precision="f32")
+    monkeypatch.delenv(SWITCH)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    path = measurements_path(engine.pair.target, None)
+    assert path.parent == tmp_path / "home" / ".cache" / "specfast" / "measurements"
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo.json")  # opening it would wait for a writer
+    assert load_measurements(tmp_path / "fifo.json").as_dict() == Measurements().as_dict()
+
+
 def test_wilson_intervals():
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     low, high = wilson_interval(900, 1000)
     assert (low < 0.9 < high, high - low < 0.04) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("kept", "accepted", "tested"),
+    [(1, 1, 1), (3, 3, 3), (4, 4, 4), (5, 4, 5)],
+    ids=["1", "3", "all accepted", "whole"],
+)
+def test_a_round_cut_by_the_end_of_the_text_counts_what_entered_it(kept, accepted, tested):
+    stats = SpeculationStats()
+    stats.count(Round(6, 4, kept, 0.1, 0.2, 0.01, 0.02, 10, MODEL))
+    made = stats.as_dict()
+    model = made["drafters"]["model"]
+    assert made["accepted"] == model["accepted"] == sum(one["accepted"] for one in model["positions"]) == accepted
+    assert sum(one["tested"] for one in model["positions"]) == tested
+    assert made["acceptance_rate"] == model["acceptance_rate"] == accepted / 6
 
 
 def test_stats_by_drafter_and_position_add_up():

@@ -7,7 +7,7 @@ from oracle.model import forward
 from specfast import _core
 from specfast.architecture import read_config
 from specfast.checkpoint import load_model
-from specfast.errors import ModelFormatError
+from specfast.errors import ModelFormatError, UnsupportedModelError
 from tiny_directories import byte_fallback, decoder_weights, write_model, write_tokenizer
 
 INSTRUCT = (
@@ -36,6 +36,11 @@ SLIDING = {**QWEN, "use_sliding_window": True, "sliding_window": 20}
         ({**SLIDING, "max_window_layers": 1}, (0, 20)),
         ({**SLIDING, "max_window_layers": 0}, (20, 20)),
         ({**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}, (20, 0)),
+        ({**QWEN, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]}, (0, 0)),  # not used
+        ({**MISTRAL, "sliding_window": 20, "layer_types": ["full_attention", "sliding_attention"]}, (0, 20)),
+        ({**MISTRAL, "sliding_window": None, "layer_types": ["full_attention", "sliding_attention"]}, (0, 0)),
+        ({"layer_types": ["full_attention", "full_attention"]}, (0, 0)),
+        ({**QWEN, "layer_types": None}, (0, 0)),
     ],
 )
 def test_windows_of_layers(tmp_path, config, windows):
@@ -48,14 +53,38 @@ def test_windows_of_layers(tmp_path, config, windows):
     [
         ({**MISTRAL, "sliding_window": 0}, "'sliding_window' is 0"),
         ({**MISTRAL, "sliding_window": "x"}, "'sliding_window' is 'x'"),
-        ({**SLIDING, "layer_types": ["sliding_attention"]}, "must name 2 layers"),
-        ({**SLIDING, "layer_types": ["sliding_attention", "linear_attention"]}, "sliding_attention"),
-        ({**SLIDING, "layer_types": [1, []]}, "must name 2 layers"),
+        ({**SLIDING, "use_sliding_window": "yes"}, "'use_sliding_window' is 'yes'.*true or false"),
+        ({**SLIDING, "use_sliding_window": 1}, "'use_sliding_window' is 1"),
     ],
 )
 def test_impossible_windows(tmp_path, config, message):
     write_model(tmp_path, decoder_weights(1), **config)
     with pytest.raises(ModelFormatError, match=message):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("base", [{}, QWEN, SLIDING, MISTRAL, {**MISTRAL, "sliding_window": None}])
+@pytest.mark.parametrize(
+    ("kinds", "error", "message"),
+    [
+        (["sliding_attention"], ModelFormatError, "must name 2 layers"),
+        (["full_attention"] * 3, ModelFormatError, "must name 2 layers"),
+        ([], ModelFormatError, "must name 2 layers"),
+        ([1, []], ModelFormatError, "must name 2 layers"),
+        ("full_attention", ModelFormatError, "must name 2 layers"),
+        ({"0": "full_attention"}, ModelFormatError, "must name 2 layers"),
+        (
+            ["full_attention", "linear_attention"],
+            UnsupportedModelError,
+            "'linear_attention'.*supported: full_attention",
+        ),
+        (["chunked_attention", "full_attention"], UnsupportedModelError, "'chunked_attention'"),
+        (["recurrent", "recurrent"], UnsupportedModelError, "'recurrent'"),
+    ],
+)
+def test_layers_of_other_types_are_refused_whatever_the_window(tmp_path, base, kinds, error, message):
+    write_model(tmp_path, decoder_weights(1), **base, layer_types=kinds)
+    with pytest.raises(error, match=message):
         read_config(tmp_path)
 
 

@@ -177,9 +177,76 @@ def test_equal_laws_are_never_rejected():
 
 
 def test_nan_in_q_ends_every_prefix():
+    p, tokens = np.float32([[0.25, 0.75], [1, 0]]), np.zeros(1, np.int32)
     for q in ([[np.nan, 0.5]], [[0.5, np.nan]]):
-        assert kernel([[0.25, 0.75], [1, 0]], q, [0], [0.0, 0.5]) in ((0, 1), (1, 0))
-    assert kernel([[0.25, 0.75], [1, 0]], [[np.nan, np.nan]], [0], [0.0, 0.1]) == (0, 0)
+        verdict = _core.verify_tokens(p, np.float32(q), tokens, np.array([0.0, 0.5]), rule="block")
+        assert verdict in ((0, 1), (1, 0))
+    q = np.full((1, 2), np.nan, np.float32)
+    assert _core.verify_tokens(p, q, tokens, np.array([0.0, 0.1]), rule="block") == (0, 0)
+
+
+P, Q, TOKENS, U = [[0.5, 0.5], [0.5, 0.5]], [[0.9, 0.1]], [0], [0.1, 0.2]
+
+
+@pytest.mark.parametrize("rule", [None, "token", "block"])
+def test_lists_are_taken_for_arrays(rule):
+    arrays = np.float32(P), np.float32(Q), np.int32(TOKENS), np.array(U)
+    assert ops.verify_tokens(P, Q, TOKENS, U, rule=rule) == ops.verify_tokens(*arrays, rule=rule)
+    assert ops.verify_tokens(P[:1], None, [], [0.7], rule=rule) == (0, 1)
+    assert ops.couple_tokens(P, TOKENS, seed=3, position=4) == ops.couple_tokens(
+        arrays[0], arrays[2], seed=3, position=4
+    )
+
+
+@pytest.mark.parametrize("convert", [np.asarray, list], ids=["arrays", "lists"])
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        ("q", [[np.nan, 0.5]], "row 0 of q"),
+        ("q", [[-0.1, 0.5]], "row 0 of q"),
+        ("q", [[0.0, 0.0]], "row 0 of q"),
+        ("q", [[np.inf, 0.5]], "row 0 of q"),
+        ("p", [[0.5, 0.5], [np.inf, 0.5]], "row 1 of p"),
+        ("p", [[0.5, 0.5], [-0.5, 0.5]], "row 1 of p"),
+    ],
+)
+def test_rows_that_are_no_laws_are_refused(name, rows, words, convert):
+    laws = {"p": np.float32(P), "q": np.float32(Q), name: convert(np.float32(rows))}
+    with pytest.raises(_core.ShapeError, match=words):
+        ops.verify_tokens(**laws, tokens=np.int32(TOKENS), u=np.array(U))
+    if name == "p":
+        with pytest.raises(_core.ShapeError, match=words):
+            ops.couple_tokens(laws["p"], np.int32(TOKENS), seed=0, position=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"p": None}, "p must be an array of float32"),
+        ({"p": "x"}, "p must be an array of float32"),
+        ({"p": [[0.5, 0.5], [0.5]]}, "p must be an array of float32"),
+        ({"tokens": [0.5]}, "tokens must be an array of int32"),
+        ({"tokens": [2**40]}, "tokens must be an array of int32"),
+        ({"u": None}, "u must be an array of float64"),
+    ],
+)
+def test_what_becomes_no_array_is_refused(changes, words):
+    with pytest.raises(_core.ShapeError, match=words):
+        ops.verify_tokens(**{"p": P, "q": Q, "tokens": TOKENS, "u": U, **changes})
+
+
+@pytest.mark.parametrize("value", [-1, 2**64, 1.5, "a", None, True])
+def test_keys_out_of_range_are_refused(value):
+    with pytest.raises(ConfigurationError, match="seed is"):
+        ops.couple_tokens(P, TOKENS, seed=value, position=0)
+    with pytest.raises(ConfigurationError, match="position is"):
+        ops.couple_tokens(P, TOKENS, seed=0, position=value)
+
+
+@pytest.mark.parametrize("lenience", [0, -1.0, np.nan, np.inf, "x", None, True, 10**400])
+def test_a_lenience_that_is_no_positive_number_is_refused(lenience):
+    with pytest.raises(ConfigurationError, match="lenience is"):
+        ops.verify_tokens(P, Q, TOKENS, U, lenience=lenience)
 
 
 def test_lenience_is_refused():

@@ -141,29 +141,40 @@ def _rope_inv_freq(reader: _Reader, head_dim: int) -> npt.NDArray[np.float64]:
     raise reader.unsupported(f"RoPE scaling {kind!r}", "default, linear, llama3")
 
 
+def _sliding(reader: _Reader, layers: int) -> list[bool] | None:
+    """Which layers `layer_types` says slide; None where it says nothing."""
+    kinds = reader.values.get("layer_types")
+    if kinds is None:
+        return None
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(isinstance(kind, str) for kind in kinds):
+        raise ModelFormatError(
+            f"{reader.path}: 'layer_types' is {kinds!r:.200}, but must name {layers} layers as {' or '.join(known)}"
+        )
+    for kind in kinds:
+        if kind not in known:
+            raise reader.unsupported(f"a layer of type {kind!r:.100} ('layer_types')", ", ".join(known))
+    return [kind == "sliding_attention" for kind in kinds]
+
+
 def _windows(reader: _Reader, model_type: str, layers: int, max_context: int) -> tuple[int, ...]:
     """The sliding window of each layer, with Hugging Face's defaults; one that no context outgrows is none."""
     values = reader.values
     everywhere = (0,) * layers
-    if model_type == "llama" or (model_type != "mistral" and values.get("use_sliding_window") is not True):
+    sliding, used = _sliding(reader, layers), values.get("use_sliding_window")
+    if used is not None and not isinstance(used, bool):
+        raise ModelFormatError(f"{reader.path}: 'use_sliding_window' is {used!r:.100}, but must be true or false")
+    if model_type == "llama" or (model_type != "mistral" and not used):
         return everywhere
     if "sliding_window" in values and values["sliding_window"] is None:
         return everywhere
     window = reader.integer("sliding_window", 1, 1 << 28, 4096)
     if window >= max_context:
         return everywhere
-    if model_type == "mistral":
-        return (window,) * layers
-    first = reader.integer("max_window_layers", 0, 1 << 20, 28)
-    kinds = values.get("layer_types")
-    if kinds is None:
-        return tuple(window if layer >= first else 0 for layer in range(layers))
-    known = {"full_attention": 0, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(str(kind) in known for kind in kinds):
-        raise ModelFormatError(
-            f"{reader.path}: 'layer_types' is {kinds!r:.200}, but must name {layers} layers as {' or '.join(known)}"
-        )
-    return tuple(known[kind] for kind in kinds)
+    if sliding is None:
+        first = 0 if model_type == "mistral" else reader.integer("max_window_layers", 0, 1 << 20, 28)
+        sliding = [layer >= first for layer in range(layers)]
+    return tuple(window if slides else 0 for slides in sliding)
 
 
 def _quantisation(reader: _Reader) -> Quantisation | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ from .safetensors_file import MappedFile, TensorView, open_safetensors
 FLOAT_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 PRECISIONS = ("int8", "bf16", "f32")
 KV_BITS = (8, 16)
+_SAMPLE_BYTES = 1 << 16
 _PREFIXES = ("model.", "language_model.model.", "")
 _PROJECTIONS = {
     "q": "self_attn.q_proj",
@@ -48,6 +51,22 @@ class LoadedModel:
     def name(self) -> str:
         """The directory's name, for messages."""
         return self.directory.name
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Tells models apart by their configuration, and the size and beginning of their weights, as they were when it was
+        first asked for; None where the files were gone by then."""
+        digest = hashlib.sha256()
+        try:
+            for path in [self.directory / "config.json", *sorted(self.directory.glob("*.safetensors"))]:
+                if not path.is_file():
+                    return None
+                with path.open("rb") as file:
+                    digest.update(f"{path.name} {path.stat().st_size}".encode())
+                    digest.update(file.read(_SAMPLE_BYTES))
+        except OSError:
+            return None
+        return digest.hexdigest()
 
     def require_unchanged(self) -> None:
         """Looks at the files, packed or not: the embedding is read from them for every token.
@@ -328,12 +347,13 @@ def load_model(
         ConfigurationError: unknown precision, bits or kernel table, or an impossible context.
     """
     check_precision(precision)
-    if kv_bits is not None and (isinstance(kv_bits, bool) or kv_bits not in KV_BITS):
+    if kv_bits is not None and (not isinstance(kv_bits, int) or kv_bits not in KV_BITS):
         raise ConfigurationError(f"kv_bits is {kv_bits!r}, but must be 8 or 16")
     check_isa(isa)
     config = read_config(directory)
-    if max_context is not None and not 1 <= max_context <= config.max_context:
-        raise ConfigurationError(f"a context of {max_context} is outside 1 to the model's {config.max_context}")
+    whole = isinstance(max_context, int) and not isinstance(max_context, bool)
+    if max_context is not None and not (whole and 1 <= max_context <= config.max_context):
+        raise ConfigurationError(f"a context of {max_context!r} is outside 1 to the model's {config.max_context}")
     tensors = open_weights(directory)
     model = build_model(
         directory, config, tensors, precision=precision, isa=isa, max_context=max_context, pack=pack, mapped=True, kv_bits=kv_bits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -37,7 +38,7 @@ def _number(name: str, low: float, high: float, also: float | None = None, hint:
     allowed = f"{low:g} to {high:g}" + (f" (or {also:g})" if also is not None else "")
 
     def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise ConfigurationError(f"{name} is {value!r}, but must be a number in {allowed}{hint}")
         if not low <= value <= high and value != also:
             raise ConfigurationError(f"{name} is {value:g}, outside {allowed}{hint}")
@@ -55,7 +56,7 @@ def _threshold(value: Any) -> float:
 
 
 def _gamma(value: Any) -> Gamma:
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return "auto"
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 20:
         raise ConfigurationError(
@@ -65,7 +66,7 @@ def _gamma(value: Any) -> Gamma:
 
 
 def _layer(value: Any) -> EarlyExit:
-    if value is None or value == "auto":
+    if value is None or (isinstance(value, str) and value == "auto"):
         return None if value is None else "auto"
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(
@@ -76,7 +77,7 @@ def _layer(value: Any) -> EarlyExit:
 
 def _choice(name: str, choices: tuple[str, ...]) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        if value is not None and value not in choices:
+        if value is not None and (not isinstance(value, str) or value not in choices):
             raise ConfigurationError(f"{name} is {value!r}, which is unknown; choose one of {', '.join(choices)}")
         return None if value is None else str(value)
 
@@ -151,7 +152,8 @@ class SpeculativeConfig:
             where lenience is not 1. Block and coupled need lenience 1, unless greedy.
 
     Raises:
-        ConfigurationError: a value outside its range, with the limit and the remedy; early_exit and a draft_model.
+        ConfigurationError: a value outside its range, with the limit and the remedy; early_exit and a draft_model, or a drafter other
+            than "none".
     """
 
     target_model: str | None = None
@@ -174,6 +176,10 @@ class SpeculativeConfig:
         if self.early_exit is not None and self.draft_model not in (None, NO_DRAFT):
             raise ConfigurationError(
                 f"early_exit {self.early_exit} and draft_model {self.draft_model} are two ways to draft; give one of them"
+            )
+        if self.early_exit is not None and self.drafter not in (None, "none"):
+            raise ConfigurationError(
+                f"early_exit {self.early_exit} and drafter {self.drafter} are two ways to draft; give one of them"
             )
         if self.rule in ("block", "coupled") and self.lenience != 1.0 and not self.greedy:
             raise ConfigurationError(

@@ -18,14 +18,13 @@ from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
 from .measurements import Measurements
 from .measurements_file import load_measurements, measurements_path, save_measurements
-from .models import EMPTY_PROMPT, ModelPair, Notify, Resolve, print_notice
+from .models import ModelPair, Notify, Prompt, Resolve, check_prompt, print_notice
 from .sampling import Mask, SamplingParams
 from .stats import SpeculationStats
 from .targets import NativeTarget, Progress
 from .text import StopStrings, StreamDecoder, TextStream
 
 WORTH_KEEPING = 32  # passes of a request from which measurements are written down
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class Engine:
@@ -59,9 +58,10 @@ class Engine:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
         check_isa(isa)
-        if max_context is not None and max_context < 1:
+        whole = isinstance(max_context, int) and not isinstance(max_context, bool)
+        if max_context is not None and not (whole and max_context >= 1):
             raise ConfigurationError(
-                f"a context of {max_context} is too small; give at least 1, or none for the model's"
+                f"a context of {max_context!r} cannot be; give a whole number, at least 1, or none for the model's"
             )
         self.stats = SpeculationStats()
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
@@ -204,7 +204,7 @@ class Engine:
                 drafter, rule, disabled.
 
         Raises:
-            ConfigurationError: bad options, or a prompt of 0 tokens.
+            ConfigurationError: bad options, or a prompt of 0 tokens, or one that is neither text, messages nor token ids.
             ContextFullError: a prompt that leaves no room in the context.
             ModelFormatError: a file of the models was written in place since they were loaded.
             NumericalError: logits that are not finite.
@@ -231,13 +231,12 @@ class Engine:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             penalty_window=penalty_window,
-            logit_bias=logit_bias or {},
+            logit_bias={} if logit_bias is None else logit_bias,
             mask=mask,
             seed=secrets.randbits(53) if seed is None else seed,
         )
         stops = StopStrings(stop)
-        if len(prompt) == 0:
-            raise ConfigurationError(EMPTY_PROMPT)
+        prompt = check_prompt(prompt)
         if system and (raw or not isinstance(prompt, str)):
             raise ConfigurationError(
                 "a system message needs a text prompt, and a chat template to put both in; leave raw out"

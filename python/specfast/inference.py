@@ -75,7 +75,7 @@ def set_threads(threads: int | None, notify: Notify = print_notice) -> None:
     """
     if threads is None:
         return
-    if isinstance(threads, bool) or not 1 <= threads <= 256:
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 256:
         raise ConfigurationError(f"threads is {threads!r}, but must be in 1 to 256; leave it out for all cores")
     usable = _core.usable_cpus()
     if threads > usable:

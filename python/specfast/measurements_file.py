@@ -1,7 +1,8 @@
 """The small file that keeps a pair's measurements, so that the next start knows them at once.
 
 It lies in $XDG_CACHE_HOME/specfast/measurements (or ~/.cache/...), under a name made of both models' contents, precision,
-instruction set, threads and version. It is replaced in one step; one that cannot be read is as good as none.
+instruction set, threads and version. It is replaced in one step; one that cannot be read is as good as none, and where a
+model's files are gone there is none.
 SPECFAST_MEASUREMENTS=0 keeps everything in memory.
 """
 
@@ -18,7 +19,6 @@ from .checkpoint import LoadedModel
 from .measurements import Measurements
 
 SWITCH = "SPECFAST_MEASUREMENTS"
-_SAMPLE_BYTES = 1 << 16
 
 
 def measurements_path(
@@ -27,29 +27,24 @@ def measurements_path(
     """Where the measurements of a pair, or of a target and its exit, are kept with the present threads; None if they are not."""
     if os.environ.get(SWITCH) == "0":
         return None
-    info = _core.build_info()
-    parts = [str(info["version"]), str(_core.num_threads()), str(early_exit)]
+    parts = [str(_core.build_info()["version"]), str(_core.num_threads()), str(early_exit)]
     for model in (target, draft):
-        parts += [_fingerprint(model.directory), model.precision, model.model.isa] if model else ["none"]
+        fingerprint = model.fingerprint if model else ""
+        if fingerprint is None:
+            return None
+        parts += [fingerprint, model.precision, model.model.isa] if model else ["none"]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(home) / "specfast" / "measurements" / f"{name}.json"
-
-
-def _fingerprint(directory: Path) -> str:
-    """Tells models apart by their configuration, and the size and beginning of their weights."""
-    digest = hashlib.sha256()
-    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = home if home.is_absolute() else Path("~/.cache").expanduser()  # as the XDG specification has it
+    return home / "specfast" / "measurements" / f"{name}.json"
 
 
 def load_measurements(path: Path | None) -> Measurements:
     """What a file holds; nothing yet where there is none, or none that can be read."""
     try:
-        return Measurements.from_dict(json.loads(path.read_bytes())) if path else Measurements()
+        if path is None or not path.is_file():
+            return Measurements()
+        return Measurements.from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Measurements()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from .families import explain_suggestion, parameters, ranked_drafts, suggested_d
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 EMPTY_PROMPT = "the prompt has 0 tokens; give some text, or at least one token id"
 
 
@@ -29,6 +31,34 @@ class Resolve(Protocol):
 
     def __call__(self, name: str, *, metadata_only: bool = False) -> Path:
         """The directory, with weights unless metadata_only."""
+
+
+def check_prompt(prompt: Prompt) -> str | list[int] | list[Mapping[str, Any]]:
+    """A prompt that is text, messages, or token ids (any sequence or array of integers).
+
+    Raises:
+        ConfigurationError: it is none of these, or has 0 tokens.
+    """
+    wanted = "but must be text, token ids, or messages with role and content"
+    unordered = isinstance(prompt, bytes | bytearray | Mapping | Set)
+    if unordered or not isinstance(prompt, Iterable) or not isinstance(prompt, Sized):
+        raise ConfigurationError(f"the prompt is of type {type(prompt).__name__}, {wanted}")
+    if len(prompt) == 0:
+        raise ConfigurationError(EMPTY_PROMPT)
+    if isinstance(prompt, str):
+        return prompt
+    messages = [item for item in prompt if isinstance(item, Mapping)]
+    if messages and len(messages) == len(prompt):
+        return messages
+    tokens: list[int] = []
+    for item in prompt:
+        try:
+            if isinstance(item, bool):
+                raise TypeError
+            tokens.append(operator.index(item))  # type: ignore[arg-type]
+        except TypeError:
+            raise ConfigurationError(f"the prompt holds {item!r:.100}, {wanted}") from None
+    return tokens
 
 
 def print_notice(message: str) -> None:
@@ -133,29 +163,28 @@ class ModelPair:
             if loaded:
                 loaded.require_unchanged()
 
-    def encode(
-        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], *, raw: bool = False, system: str | None = None
-    ) -> list[int]:
+    def encode(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> list[int]:
         """Tokens of a prompt: text and messages go through the chat template (text not if raw), ids are checked.
 
         Raises:
-            ConfigurationError: a prompt of 0 tokens, ids outside the vocabulary, or a message without a template.
+            ConfigurationError: a prompt that is none of these or has 0 tokens, ids outside the vocabulary, or a message
+                without a template.
         """
         chat = not raw and self.template is not None
         if system and self.template is None:
             raise ConfigurationError(
                 "the model has no chat template, which a system message needs; put it in the prompt"
             )
-        if isinstance(prompt, str):
+        checked = check_prompt(prompt)
+        if isinstance(checked, str):
             if chat:
                 first = [{"role": "system", "content": system}] if system else []
-                tokens = self._encode_chat([*first, {"role": "user", "content": prompt}])
+                tokens = self._encode_chat([*first, {"role": "user", "content": checked}])
             else:
-                tokens = self.tokenizer.encode(prompt)
-        elif messages := [message for message in prompt if isinstance(message, Mapping)]:
-            tokens = self._encode_chat(messages)
+                tokens = self.tokenizer.encode(checked)
         else:
-            tokens = [int(token) for token in prompt if not isinstance(token, Mapping)]
+            messages = [item for item in checked if isinstance(item, Mapping)]
+            tokens = self._encode_chat(messages) if messages else [t for t in checked if isinstance(t, int)]
         if not tokens:
             raise ConfigurationError(EMPTY_PROMPT)
         if not 0 <= min(tokens) <= max(tokens) < self.target.config.vocab:

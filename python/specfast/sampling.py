@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from .errors import ConfigurationError
 
 TRUNCATIONS = ("hf", "mlx")
 Mask = Callable[[Sequence[int]], "np.ndarray[Any, Any] | None"]
+_LEAST = float(np.finfo(np.float32).tiny)  # of what has to stay above 0 in the native law
 _NO_BIAS: Mapping[int, float] = {}
 
 
@@ -76,9 +78,12 @@ class SamplingParams:
             raise ConfigurationError(f"truncation is {self.truncation!r}, but must be one of {', '.join(TRUNCATIONS)}")
         if self.mask is not None and not callable(self.mask):
             raise ConfigurationError(f"mask is {self.mask!r}, but must be a function of the tokens so far")
+        if not isinstance(self.logit_bias, Mapping):
+            raise ConfigurationError(f"logit_bias is {self.logit_bias!r:.100}, but must be numbers by token id")
         for token, bias in self.logit_bias.items():
             ids = isinstance(token, int) and not isinstance(token, bool) and token >= 0
-            if not ids or not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
+            number = isinstance(bias, (int, float)) and (bias == -math.inf or abs(bias) <= sys.float_info.max)
+            if not ids or not number:
                 raise ConfigurationError(
                     f"logit_bias of {token!r} is {bias!r}, but must be a number below infinity for a token id"
                 )
@@ -87,9 +92,9 @@ class SamplingParams:
         value = getattr(self, name)
         kinds = int if kind is int else (int, float)
         known = isinstance(value, kinds) and not isinstance(value, bool)
-        if not known or not low <= value <= high or (positive and value == 0):
+        if not known or not low <= value <= high or (positive and value < _LEAST):
             what = "a whole number" if kind is int else "a number"
-            above = f"above 0 and at most {high}" if positive else f"in {low} to {high}"
+            above = f"above 0 (at least {_LEAST:.2g}) and at most {high}" if positive else f"in {low} to {high}"
             raise ConfigurationError(f"{name} is {value!r}, but must be {what} {above}{hint}")
 
     def law(self, vocab: int, vocab_limit: int) -> _core.Law:

@@ -66,8 +66,8 @@ class SpeculationStats:
         fallbacks: times a draft failed and plain decoding went on.
         fallback_reasons: how often, by what happened.
         decisions: rounds, by drafter ("none" in a plain one) and gamma.
-        tested, accepted_at: drafted tokens whose predecessors in the round were accepted, and those of them that were
-            too, by drafter and position from 0.
+        tested, accepted_at: drafted tokens whose predecessors in the round are in the text, and those of them that are
+            too, by drafter and position from 0; one after the text's end is not tested.
         prefill_seconds, draft_seconds, verify_seconds, total_seconds: wall-clock time; the total has detokenising in it,
             but not what the caller does between chunks.
         first_token_seconds: from the request to its first token.
@@ -130,7 +130,7 @@ class SpeculationStats:
             self.rounds += 1
             self.drafted += gamma
             self.accepted += min(tau, kept)
-            for i in range(min(tau + 1, gamma)):
+            for i in range(min(tau + 1, kept, gamma)):  # a text that ends inside the round leaves the others out
                 self.tested[drafter, i] += 1
                 self.accepted_at[drafter, i] += int(i < tau)
 

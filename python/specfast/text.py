@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .errors import ConfigurationError
 from .tokenizer import Tokenizer
@@ -88,6 +88,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
+        if not isinstance(stops, Iterable):
+            raise ConfigurationError(f"stop is {stops!r}, but must be a string, or several")
         stops = [stops] if isinstance(stops, str) else list(stops)
         if len(stops) > MAX_STOP_STRINGS:
             raise ConfigurationError(f"{len(stops)} stop strings are more than {MAX_STOP_STRINGS}; give fewer")

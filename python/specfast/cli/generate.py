@@ -17,7 +17,7 @@ from ..generation import Result
 from ..inference import set_threads
 from ..stats import SpeculationStats
 from ..targets import Progress
-from .options import EPILOG, add_options, typed_options
+from .options import EPILOG, add_options, logit_biases, typed_options
 
 BUILT_IN_PROMPT = '''import os
 
@@ -26,6 +26,7 @@ def count_lines(path):
     """Return the number of lines in the file at path."""
 '''
 LONG_PROMPT_CHARACTERS = 8000
+_PAIRS, _LONG_SECONDS = 3, 10.0  # of --compare: runs of each kind, and from when on one of each must do
 _NEEDS_DRAFT = "needs a draft that fits; give --draft-model, --auto-config, --early-exit or --drafter suffix"
 
 
@@ -44,7 +45,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Generates; with --compare twice."""
+    """Generates; with --compare plainly and with speculation, by turns."""
     if options.time and options.quiet and not options.compare:
         raise ConfigurationError("--time prints to stderr, where --quiet allows nothing; give one of them")
     set_threads(options.threads)
@@ -75,25 +76,35 @@ def _require_draft_named(config: SpeculativeConfig) -> None:
 
 
 def _compare(engine: Engine, prompt: str, options: argparse.Namespace) -> int:
+    """Runs plain and speculative by turns, after a run of the same length that pays for cold weights and a slow clock.
+
+    The figures are those of the pair with the median ratio; long texts are compared once.
+    """
     options.seed = secrets.randbits(32) if options.seed is None else options.seed
-    runs: list[Result] = []
-    cold = {"max_tokens": min(8, options.max_tokens)}  # the first run pays for cold weights
-    for number, request in enumerate((cold, {"disabled": True}, {})):
-        runs.append(_generate(engine, prompt, options, announce=number == 0, show=number == 2, **request))
-        if runs[-1].finish_reason == "interrupted":
+    warm = _generate(engine, prompt, options, announce=True, show=False)
+    if warm.finish_reason == "interrupted":
+        return 130
+    pair = engine.pair
+    if engine.drafter == "none" or (pair.draft is None and pair.early_exit is None and engine.config.drafter is None):
+        raise ConfigurationError(f"--compare {_NEEDS_DRAFT}")
+    pairs: list[tuple[float, Result, Result]] = []
+    for number in range(1 if warm.stats.total_seconds > _LONG_SECONDS else _PAIRS):
+        plain = _generate(engine, prompt, options, show=False, disabled=True)
+        if plain.finish_reason == "interrupted":
             return 130
-        pair = engine.pair
-        if engine.drafter == "none" or (
-            pair.draft is None and pair.early_exit is None and engine.config.drafter is None
-        ):
-            raise ConfigurationError(f"--compare {_NEEDS_DRAFT}")
-    _, plain, speculative = runs
-    identical = plain.token_ids == speculative.token_ids
+        speculative = _generate(engine, prompt, options, show=number == 0)
+        if speculative.finish_reason == "interrupted":
+            return 130
+        ratio = speculative.stats.tok_s / plain.stats.tok_s if plain.stats.tok_s else 0.0
+        pairs.append((ratio, plain, speculative))
+    identical = all(plain.token_ids == speculative.token_ids for _, plain, speculative in pairs)
+    pairs.sort(key=lambda one: one[0])
+    speedup, plain, speculative = pairs[len(pairs) // 2]
     greedy = engine.config.greedy
     _print_figures(plain.stats, "plain:       ", options, sys.stdout)
     _print_figures(speculative.stats, "speculative: ", options, sys.stdout)
-    speedup = speculative.stats.tok_s / plain.stats.tok_s if plain.stats.tok_s else 0.0
-    print(f"speed-up: {speedup:.2f}x")
+    spread = f" (median of {len(pairs)} pairs, {pairs[0][0]:.2f} to {pairs[-1][0]:.2f})" if len(pairs) > 1 else ""
+    print(f"speed-up: {speedup:.2f}x{spread}")
     print(f"identical: {'yes' if identical else 'no'}{_why_different(identical, greedy, engine)}")
     if options.json:
         figures = {name: _as_json(result, engine) for name, result in (("plain", plain), ("speculative", speculative))}
@@ -122,7 +133,7 @@ def _generate(
             *("max_tokens", "seed", "stop", "top_k", "top_p", "min_p", "truncation", "raw", "system", "ignore_eos"),
             *("repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_window"),
         )
-        typed = {name: getattr(options, name) for name in names} | {"logit_bias": dict(options.logit_bias)}
+        typed = {name: getattr(options, name) for name in names} | {"logit_bias": logit_biases(options)}
         generation = engine.stream(prompt, progress=progress, **{**typed, **request})
         if announce and not options.quiet:
             print(f"specfast: {engine.describe(seeded=options.seed is not None)}", file=sys.stderr)

@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--compare",
         action="store_true",
-        help="run plain and speculative; both figures, and whether tokens are identical",
+        help="run plain and speculative by turns, three times (a long text once); both figures, and whether tokens are identical",
     )
     output.add_argument("--json", action="store_true", help="the last line is a JSON object")
     output.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
@@ -55,6 +55,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def typed_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options of SpeculativeConfig that were typed."""
     return {name: value for name in FIELDS if (value := getattr(options, name, UNSET)) is not UNSET}
+
+
+def logit_biases(options: argparse.Namespace) -> dict[int, float]:
+    """The biases that were typed, by token id.
+
+    Raises:
+        ConfigurationError: two of one token.
+    """
+    biases: dict[int, float] = {}
+    for token, bias in options.logit_bias:
+        if token in biases:
+            raise ConfigurationError(
+                f"--logit-bias of {token} is given twice, {biases[token]:g} and {bias:g}; give one"
+            )
+        biases[token] = bias
+    return biases
 
 
 def add_speculation(group: Any, *, short: bool = True) -> None:
