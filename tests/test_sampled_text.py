@@ -166,6 +166,19 @@ def test_penalties_biases_and_masks_change_target_and_draft_position_by_position
         assert excess(writer.counts(TEXTS), law) > 1
 
 
+@pytest.mark.parametrize("early_exit", [0, 1])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_proposals_that_stop_after_drafted_end_tokens_follow_the_target(pair, rule, early_exit):
+    ends = [1, 4]
+    stopping = {"gamma": 3, "rule": rule, "early_exit": early_exit}
+    writer = Writer(pair, {}, adjustments=lambda: _core.Adjustments(prompt_length=len(PROMPT), ends=ends), **stopping)
+    assert excess(writer.counts(TEXTS), text_law(pair[0], {})) < 1
+    whole = Writer(pair, {}, **stopping)
+    whole.counts(TEXTS)
+    assert writer.drafted < 0.95 * whole.drafted  # some did stop
+    assert 0.05 < writer.kept / writer.drafted < 0.99
+
+
 def test_lenience_below_one_is_exact_and_above_one_is_not(pair):
     law = text_law(pair[0], {})
     assert excess(Writer(pair, {}, lenience=0.6).counts(TEXTS), law) < 1
