@@ -42,7 +42,8 @@ def native_model(model: nn.Module, precision: str | None) -> _core.Model:
         _check_module(source, path, module)
         if hasattr(module, "group_size"):
             quantised[path] = (module.bits, module.group_size)
-    config = parse_config(source, {"sliding_window": None, **vars(model.args)})
+    # mlx-lm writes its own layer_types into the arguments, full attention even where Mistral's config has a window
+    config = parse_config(source, {"sliding_window": None, **vars(model.args), "layer_types": None})
     if any(config.windows):
         raise UnsupportedModelError(f"{source} has a sliding window in its config; supported: full attention")
     config = replace(config, quantisation=Quantisation(0, 0, quantised))
