@@ -4,5 +4,17 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+from specfast import _core
+
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["SPECFAST_MEASUREMENTS"] = "0"
+
+
+@pytest.fixture
+def one_thread():
+    """Native calls run on one thread."""
+    before = _core.num_threads()
+    _core.set_num_threads(1)
+    yield
+    _core.set_num_threads(before)

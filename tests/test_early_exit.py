@@ -9,6 +9,8 @@ from oracle.model import forward
 from specfast import _core
 from tiny_models import native, quantised, random_decoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 L, V = 5, 70
 SIZES = {"V": V, "hidden": 64, "layers": L, "heads": 4, "kv_heads": 2}
 GREEDY = _core.Law(temperature=0.0)
@@ -26,14 +28,6 @@ def int8(architecture="qwen2"):
 
 
 MODELS = {"f32": (DECODER, native(DECODER)), "int8": int8()}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = _core.num_threads()
-    _core.set_num_threads(1)
-    yield
-    _core.set_num_threads(before)
 
 
 def threads_for(gamma):

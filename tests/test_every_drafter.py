@@ -6,9 +6,10 @@ import os
 import numpy as np
 import pytest
 import specfast
-from specfast import _core
 from tiny_directories import byte_level, write_model, write_tokenizer
 from tiny_models import random_decoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FULL = os.environ.get("SPECFAST_FULL") == "1"
 DRAFTERS = ("model", "suffix", "prompt-lookup", "combined", "early-exit")
@@ -61,14 +62,6 @@ def load(directories):
         return specfast.load(target, draft, drafter=drafter, **options)
 
     return load
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = _core.num_threads()
-    _core.set_num_threads(1)
-    yield
-    _core.set_num_threads(before)
 
 
 def write(engine, prompt=PROMPT, **options):

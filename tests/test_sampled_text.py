@@ -11,6 +11,8 @@ from oracle.model import forward
 from specfast import _core
 from tiny_models import native, random_decoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V, LENGTH = 8, 3
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 TEXTS = 200_000 if os.environ.get("SPECFAST_FULL") == "1" else 5_000
@@ -29,14 +31,6 @@ def pair():
     rng = np.random.default_rng(2)
     draft.embed = draft.embed + rng.normal(0, 0.1, draft.embed.shape)
     return target, draft
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = _core.num_threads()
-    _core.set_num_threads(1)
-    yield
-    _core.set_num_threads(threads)
 
 
 def text_law(target, options, edits=None, allowed=None):

@@ -18,7 +18,8 @@ from .architecture import ModelConfig, read_config, read_json
 from .errors import ConfigurationError, ModelFormatError, ShapeError, UnsupportedModelError
 from .gguf_file import is_gguf, open_gguf
 from .gguf_model import gguf_config, gguf_weights
-from .safetensors_file import MappedFile, TensorView, open_safetensors
+from .mapped_file import MappedFile
+from .safetensors_file import TensorView, open_safetensors
 
 FLOAT_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 PRECISIONS = ("int8", "bf16", "f32")

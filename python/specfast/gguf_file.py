@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .errors import ModelFormatError, UnsupportedModelError
-from .safetensors_file import MappedFile, TensorView
+from .errors import UnsupportedModelError
+from .mapped_file import damaged, map_file
+from .safetensors_file import TensorView
 
 Scalar = bool | int | float | str
 Value = Scalar | list[Scalar]
@@ -80,10 +80,6 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
-def _damaged(path: Path, what: str) -> ModelFormatError:
-    return ModelFormatError(f"{path}: {what}. The file is damaged or incomplete; download or convert it again.")
-
-
 class _Cursor:
     """Reads values off a file's start; nothing is taken before it is known to be there."""
 
@@ -96,7 +92,7 @@ class _Cursor:
 
     def take(self, size: int, what: str) -> memoryview:
         if size > self.left:
-            raise _damaged(self.path, f"{what} needs {size} bytes at {self.at}, but {self.left} are left")
+            raise damaged(self.path, f"{what} needs {size} bytes at {self.at}, but {self.left} are left")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -109,24 +105,24 @@ class _Cursor:
         """A count of things of at least some bytes each: no more than the file has room for."""
         value = self.scalar("Q", f"the number of {what}")
         if value > self.left // least_bytes:
-            raise _damaged(self.path, f"claims {value} {what}, but {self.left} bytes are left")
+            raise damaged(self.path, f"claims {value} {what}, but {self.left} bytes are left")
         return value
 
     def elements(self, name: str, least_bytes: int) -> int:
         """The length of an array."""
         value = self.count(f"elements of {name!r}", least_bytes)
         if value > MAX_ELEMENTS:
-            raise _damaged(self.path, f"{name!r} has {value} elements, more than {MAX_ELEMENTS}")
+            raise damaged(self.path, f"{name!r} has {value} elements, more than {MAX_ELEMENTS}")
         return value
 
     def text(self, what: str, most: int | None = None) -> str:
         length = self.scalar("Q", f"the length of {what}")
         if most is not None and length > most:
-            raise _damaged(self.path, f"{what} has {length} bytes, more than {most}")
+            raise damaged(self.path, f"{what} has {length} bytes, more than {most}")
         try:
             return str(self.take(length, what), "utf-8")
         except UnicodeDecodeError:
-            raise _damaged(self.path, f"{what} is not UTF-8") from None
+            raise damaged(self.path, f"{what} is not UTF-8") from None
 
     def value(self, name: str) -> Value:
         what = f"the value of {name!r}"
@@ -136,12 +132,12 @@ class _Cursor:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind], what)
         if kind != _ARRAY:
-            raise _damaged(self.path, f"{what} has the unknown type {kind}")
+            raise damaged(self.path, f"{what} has the unknown type {kind}")
         kind = self.scalar("I", f"the type of {name!r}'s elements")
         if kind == _STRING:
             return [self.text(what) for _ in range(self.elements(name, 8))]
         if kind not in _SCALARS:
-            raise _damaged(self.path, f"{what} is an array of elements of the unknown type {kind}")
+            raise damaged(self.path, f"{what} is an array of elements of the unknown type {kind}")
         size = struct.calcsize("<" + _SCALARS[kind])
         count = self.elements(name, size)
         return list(struct.unpack(f"<{count}{_SCALARS[kind]}", self.take(count * size, what)))
@@ -159,7 +155,7 @@ def _tensor_info(cursor: _Cursor, name: str) -> _TensorInfo:
     what = f"tensor {name!r}"
     dimensions = cursor.scalar("I", f"the dimensions of {what}")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise _damaged(cursor.path, f"{what} has {dimensions} dimensions, but 1 to {MAX_DIMENSIONS} are possible")
+        raise damaged(cursor.path, f"{what} has {dimensions} dimensions, but 1 to {MAX_DIMENSIONS} are possible")
     shape = tuple(cursor.scalar("Q", f"the shape of {what}") for _ in range(dimensions))[::-1]
     number = cursor.scalar("I", f"the type of {what}")
     offset = cursor.scalar("Q", f"the offset of {what}")
@@ -169,12 +165,12 @@ def _tensor_info(cursor: _Cursor, name: str) -> _TensorInfo:
                 f"{cursor.path}: {what} is {_UNSUPPORTED_TYPES[number]}, which is not supported; supported: {SUPPORTED_TYPES}. "
                 "Take the model in one of these"
             )
-        raise _damaged(cursor.path, f"{what} has the unknown type {number}")
+        raise damaged(cursor.path, f"{what} has the unknown type {number}")
     kind = TYPES[number]
     if any(not 0 < size < 2**40 for size in shape) or math.prod(shape) >= 2**62:
-        raise _damaged(cursor.path, f"{what} has the impossible shape {shape}")
+        raise damaged(cursor.path, f"{what} has the impossible shape {shape}")
     if shape[-1] % kind.weights:
-        raise _damaged(
+        raise damaged(
             cursor.path, f"{what} has {shape[-1]} inputs, not a multiple of the {kind.weights} of a {kind.name} block"
         )
     return _TensorInfo(kind, shape, offset, math.prod(shape) // kind.weights * kind.bytes)
@@ -183,7 +179,7 @@ def _tensor_info(cursor: _Cursor, name: str) -> _TensorInfo:
 def _read_start(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, _TensorInfo]]:
     path = cursor.path
     if bytes(cursor.take(4, "the magic")) != b"GGUF":
-        raise _damaged(path, f"starts with {bytes(cursor.data[:4])!r}, but a GGUF file starts with b'GGUF'")
+        raise damaged(path, f"starts with {bytes(cursor.data[:4])!r}, but a GGUF file starts with b'GGUF'")
     version = cursor.scalar("I", "the version")
     if version not in (2, 3):
         order = ", or its byte order is big endian" if version & 0xFFFF == 0 else ""
@@ -195,13 +191,13 @@ def _read_start(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, _TensorInf
     for _ in range(cursor.count("metadata entries", _LEAST_ENTRY_BYTES)):
         name = cursor.text("a metadata name", MAX_NAME_BYTES)
         if name in metadata:
-            raise _damaged(path, f"metadata {name!r} occurs twice")
+            raise damaged(path, f"metadata {name!r} occurs twice")
         metadata[name] = cursor.value(name)
     infos: dict[str, _TensorInfo] = {}
     for _ in range(tensor_count):
         name = cursor.text("a tensor name", MAX_NAME_BYTES)
         if name in infos:
-            raise _damaged(path, f"tensor {name!r} occurs twice")
+            raise damaged(path, f"tensor {name!r} occurs twice")
         infos[name] = _tensor_info(cursor, name)
     return metadata, infos
 
@@ -218,17 +214,7 @@ def open_gguf(path: Path) -> GgufFile:
             within the file, every tensor in range, aligned, and without overlap.
         UnsupportedModelError: a sound file of another version, in several parts, or with a type of tensor not read here.
     """
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_size == 0:
-                raise _damaged(path, "the file is empty")
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise ModelFormatError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
-    mapped = MappedFile(path.absolute(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    mapped, mapping = map_file(path)
     view = memoryview(mapping)
     cursor = _Cursor(path, view)
     metadata, infos = _read_start(cursor)
@@ -239,20 +225,20 @@ def open_gguf(path: Path) -> GgufFile:
         )
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-        raise _damaged(path, f"'general.alignment' is {alignment!r}, but must be a power of 2 up to {MAX_ALIGNMENT}")
+        raise damaged(path, f"'general.alignment' is {alignment!r}, but must be a power of 2 up to {MAX_ALIGNMENT}")
     data = np.frombuffer(view, dtype=np.uint8)[-(-cursor.at // alignment) * alignment :]
     tensors: dict[str, TensorView] = {}
     end = 0
     for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
         last = info.offset + info.size
         if info.offset % alignment:
-            raise _damaged(path, f"tensor {name!r} starts at {info.offset}, which is no multiple of {alignment}")
+            raise damaged(path, f"tensor {name!r} starts at {info.offset}, which is no multiple of {alignment}")
         if last > len(data):
-            raise _damaged(
+            raise damaged(
                 path, f"tensor {name!r} lies at {info.offset}..{last}, but {len(data)} bytes of data are there"
             )
         if info.offset < end:
-            raise _damaged(path, f"tensor {name!r} starts at {info.offset}, but the one before it ends at {end}")
+            raise damaged(path, f"tensor {name!r} starts at {info.offset}, but the one before it ends at {end}")
         end = last
         tensors[name] = TensorView(info.kind.name, info.shape, data[info.offset : last], mapped)
     return GgufFile(path, metadata, tensors, mapping)

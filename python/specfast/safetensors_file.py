@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ModelFormatError
+from .mapped_file import MappedFile, damaged, map_file
 
 MAX_HEADER_BYTES = 100_000_000
 ITEM_BYTES = {
@@ -23,36 +22,6 @@ ITEM_BYTES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class MappedFile:
-    """A file as it was when it was mapped: what is read through the mapping is whatever the file holds by then."""
-
-    path: Path
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    def require_unchanged(self) -> None:
-        """Compares the file with what was mapped. A file replaced by rename, or removed, is no change: the mapping
-        holds the old one.
-
-        Raises:
-            ModelFormatError: it was written in place. Pages that it lost would end the process when read (SIGBUS).
-        """
-        try:
-            now = self.path.stat()
-        except OSError:
-            return
-        if (now.st_dev, now.st_ino) != (self.device, self.inode):
-            return
-        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise ModelFormatError(
-                f"{self.path}: was changed in place while a model runs from it ({self.size} bytes when loaded, "
-                f"{now.st_size} now); load the model again, and replace files by renaming new ones over them"
-            )
 
 
 @dataclass(frozen=True)
@@ -77,10 +46,6 @@ class TensorView:
         return values.reshape(self.shape)
 
 
-def _damaged(path: Path, what: str) -> ModelFormatError:
-    return ModelFormatError(f"{path}: {what}. The file is damaged or incomplete; download or convert it again.")
-
-
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
@@ -90,17 +55,17 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_header(path: Path, view: memoryview) -> tuple[dict[str, Any], int]:
     if len(view) < 8:
-        raise _damaged(path, f"{len(view)} bytes are too few for a safetensors header (at least 8)")
+        raise damaged(path, f"{len(view)} bytes are too few for a safetensors header (at least 8)")
     length = int.from_bytes(view[:8], "little")
     limit = min(MAX_HEADER_BYTES, len(view) - 8)
     if length > limit:
-        raise _damaged(path, f"the header claims {length} bytes, more than the {limit} possible")
+        raise damaged(path, f"the header claims {length} bytes, more than the {limit} possible")
     try:
         header = json.loads(bytes(view[8 : 8 + length]).decode("utf-8"), object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"the header is not valid JSON ({error})") from None
+        raise damaged(path, f"the header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
-        raise _damaged(path, f"the header is a {type(header).__name__}, not an object")
+        raise damaged(path, f"the header is a {type(header).__name__}, not an object")
     return header, 8 + length
 
 
@@ -110,20 +75,20 @@ def _is_size(value: object) -> bool:
 
 def _check_entry(path: Path, name: str, entry: object, data_bytes: int) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
+        raise damaged(path, f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _damaged(path, f"tensor {name!r} has the unknown type {dtype!r}")
+        raise damaged(path, f"tensor {name!r} has the unknown type {dtype!r}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_size, shape)):
-        raise _damaged(path, f"tensor {name!r} has the impossible shape {str(shape)[:80]}")
+        raise damaged(path, f"tensor {name!r} has the impossible shape {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise _damaged(path, f"tensor {name!r} has the impossible offsets {str(offsets)[:80]}")
+        raise damaged(path, f"tensor {name!r} has the impossible offsets {str(offsets)[:80]}")
     first, last = offsets
     size = math.prod(shape) * ITEM_BYTES[dtype]
     if not first <= last <= data_bytes:
-        raise _damaged(path, f"tensor {name!r} lies at {first}..{last} but the file holds {data_bytes} bytes of data")
+        raise damaged(path, f"tensor {name!r} lies at {first}..{last} but the file holds {data_bytes} bytes of data")
     if last - first != size:
-        raise _damaged(path, f"tensor {name!r} of shape {shape} needs {size} bytes but {last - first} are given")
+        raise damaged(path, f"tensor {name!r} of shape {shape} needs {size} bytes but {last - first} are given")
     return dtype, tuple(shape), first, last
 
 
@@ -138,17 +103,7 @@ def open_safetensors(path: Path) -> dict[str, TensorView]:
         ModelFormatError: the file cannot be read, or its header does not describe its bytes exactly: every tensor in
             range, of the size its shape needs, without overlap or gap.
     """
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_size == 0:
-                raise _damaged(path, "the file is empty")
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise ModelFormatError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
-    mapped = MappedFile(path.absolute(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    mapped, mapping = map_file(path)
     view = memoryview(mapping)
     header, data_start = _read_header(path, view)
     data = np.frombuffer(view, dtype=np.uint8)[data_start:]
@@ -162,10 +117,10 @@ def open_safetensors(path: Path) -> dict[str, TensorView]:
     end = 0
     for first, last, name in sorted(spans):
         if first != end:
-            raise _damaged(path, f"tensor {name!r} starts at {first}, but the data before it ends at {end}")
+            raise damaged(path, f"tensor {name!r} starts at {first}, but the data before it ends at {end}")
         end = last
     if end != len(data):
-        raise _damaged(path, f"{len(data) - end} bytes after the last tensor belong to nothing")
+        raise damaged(path, f"{len(data) - end} bytes after the last tensor belong to nothing")
     return tensors
 
 
