@@ -18,6 +18,17 @@ except ImportError as error:
 
 from .accelerate import Report, accelerate, report, restore
 from .cache import KVCache
-from .generate import GenerationResponse, stream_generate
+from .stream import GenerationResponse, Stream, generate, generate_step, stream_generate
 
-__all__ = ["GenerationResponse", "KVCache", "Report", "accelerate", "report", "restore", "stream_generate"]
+__all__ = [
+    "GenerationResponse",
+    "KVCache",
+    "Report",
+    "Stream",
+    "accelerate",
+    "generate",
+    "generate_step",
+    "report",
+    "restore",
+    "stream_generate",
+]
