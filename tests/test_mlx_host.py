@@ -10,7 +10,6 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from mlx_hosts import HOSTS, VOCAB, WINDOW, host_model  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
-from mlx_models import generate_step as their_steps  # noqa: E402
 from mlx_models import logits_of, random_model, speculative_generate_step  # noqa: E402
 from random_laws import FULL  # noqa: E402
 from specfast import ConfigurationError, UnsupportedModelError  # noqa: E402
@@ -118,7 +117,7 @@ def test_a_failing_pass_leaves_the_caches(models):
 
     class Failing:
         def __call__(self, tokens, cache):
-            logits = model(tokens, cache=cache)
+            model(tokens, cache=cache)
             cache[1].caches[1].offset += 1
             raise KeyboardInterrupt
 
@@ -144,10 +143,11 @@ def chi_square(counts, p):
     return ((observed - wanted) ** 2 / wanted).sum(), chi2.isf(1e-6, len(observed) - 1)
 
 
-@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
-@pytest.mark.parametrize("name", ["gemma3_text", "mamba"])
+@pytest.mark.parametrize(
+    ("name", "rule"), [("mamba", "token"), ("mamba", "block"), ("mamba", "coupled"), ("gemma3_text", "block")]
+)
 def test_the_law_of_a_drafted_token(models, name, rule):
-    """The second token of a round whose first is forced by nothing: over seeds, against the model's own law."""
+    """Over seeds, against the model's own law; a wrong temperature is caught."""
     model, draft = models(name), models(name, 1)
     seeds = 4000 if FULL else 700
     p = laws(model, PROMPT[:3], 1.5)
@@ -161,7 +161,7 @@ def test_the_law_of_a_drafted_token(models, name, rule):
 
     value, limit = chi_square(counts(1.5), p)
     assert value < limit
-    if rule == "block":
+    if rule == "token":
         value, limit = chi_square(counts(0.8), p)
         assert value > limit
 
@@ -180,7 +180,8 @@ def test_rejection_sampling_beside_mlx_lm(models):
     for target in (model, random_model("llama", "f32", vocab_size=1024)):
         tokens = [1, 2, 3]
         ours = [
-            s[2] for s in generate_step(tokens, target, max_tokens=100, draft_model=target, num_draft_tokens=4, temp=1.0)
+            s[2]
+            for s in generate_step(tokens, target, max_tokens=100, draft_model=target, num_draft_tokens=4, temp=1.0)
         ]
         drafted = [ours[at] for at in range(len(ours)) if at % 5 != 4]
         assert np.mean(drafted) >= 0.99
@@ -235,7 +236,7 @@ def test_quantised_caches(models):
 
 
 def test_early_exit_needs_the_native_path(models):
-    with pytest.raises(UnsupportedModelError, match="early exit needs the native path.*gemma2"):
+    with pytest.raises(UnsupportedModelError, match=r"early exit needs the native path.*gemma2"):
         generate_step(PROMPT, models("gemma2"), early_exit=1)
     with pytest.raises(ConfigurationError, match="early exit does not go with logprobs"):
         generate_step(PROMPT, random_model("llama", "f32"), early_exit=1, logprobs=True)

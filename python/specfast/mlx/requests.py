@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -142,14 +142,18 @@ class Request:
     Attributes:
         generation: its chunks.
         target: over the host's call, or the native one.
+        model: the target's.
+        progress: told tokens of the prompt; the generation tells it those before the last one.
         ends: called with the tokens given out when the request ends: leaves the caller's caches with exactly these.
+        stock_calls_before: calls of the model that had run mlx-lm's layers when the request began.
     """
 
     generation: Generation
     target: HostTarget | NativeTarget
     model: nn.Module
-    ends: list[Callable[[Sequence[int]], None]] = field(default_factory=list)
-    stock_calls_before: int = 0
+    progress: Progress | None
+    ends: list[Callable[[Sequence[int]], None]]
+    stock_calls_before: int
 
     @property
     def path(self) -> Literal["native", "host"]:
@@ -213,13 +217,13 @@ def begin(
         target,
         drafter,
         controller,
-        progress=_progress(options.prompt_progress_callback, len(tokens)),
+        progress=_all_but_the_last(options.prompt_progress_callback, len(tokens)),
         terms=terms,
         on_draft_failure=_tell,
     )
     if isinstance(target, HostTarget):
         target.stats = generation.stats
-    return Request(generation, target, model, finishing, _stock_calls(model))
+    return Request(generation, target, model, options.prompt_progress_callback, finishing, _stock_calls(model))
 
 
 @dataclass(frozen=True)
@@ -396,16 +400,9 @@ def _require_exit(model: nn.Module, native: _core.Model | None, options: Options
     require_exit(options.early_exit, native.layers, "the model")
 
 
-def _progress(callback: Progress | None, total: int) -> Progress | None:
-    """A callback that counts as mlx-lm does: from 0 on, and of all tokens of the prompt."""
-    if callback is None:
-        return None
-
-    def progress(done: int, of: int) -> None:
-        del of  # all but the last
-        callback(done, total)
-
-    return progress
+def _all_but_the_last(callback: Progress | None, total: int) -> Progress | None:
+    """What reading all tokens but the last one tells, as mlx-lm counts them."""
+    return (lambda done, _: callback(done, total)) if callback else None
 
 
 def _tell(error: Exception) -> None:

@@ -176,15 +176,21 @@ def _steps(request: Request, *, drafted: bool) -> Iterator[tuple[Any, ...]]:
 def _tokens(request: Request) -> Iterator[tuple[int, mx.array | None, bool]]:
     """The tokens of a request one by one: token, log-probabilities, whether it was drafted."""
     context, stats, target = request.generation.context, request.generation.stats, request.target
-    given = context.prompt_length
+    progress = request.progress or (lambda *_: None)
+    given = total = context.prompt_length
+    progress(0, total)
     try:
         accepted = 0
         for chunk in request.generation:
+            if given == total:
+                progress(total, total)
             drafted, accepted = stats.accepted - accepted, stats.accepted
             logits = target.logits if isinstance(target, HostTarget) else None
             for place, token in enumerate(chunk.token_ids):
                 given += 1
                 yield token, None if logits is None else _logprobs(logits, place), place < drafted
+        if given == total:
+            progress(total, total)
     finally:
         request.generation.close()
         for end in request.ends:
