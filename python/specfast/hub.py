@@ -22,12 +22,13 @@ def repository(name: str) -> str | None:
     return repository_of(name)
 
 
-def resolve(name: str | Path, *, metadata_only: bool = False) -> Path:
+def resolve(name: str | Path, *, metadata_only: bool = False, also: Sequence[str] = ()) -> Path:
     """The local directory or GGUF file of a model, downloaded when it is not there yet.
 
     Args:
         name: a directory, a *.gguf file, a short name such as llama-3.2-1b, or a repo id such as org/model.
         metadata_only: fetch configuration and tokenizer but no weights.
+        also: patterns of further files to fetch, such as those of another loader's tokenizers.
 
     Raises:
         ModelFormatError: nothing of this name exists.
@@ -42,7 +43,7 @@ def resolve(name: str | Path, *, metadata_only: bool = False) -> Path:
             f"no such model: {str(name)!r} is neither a directory, nor a *.gguf file, nor a repo id (org/name), nor a known short name "
             f"({', '.join(sorted(REPOSITORIES)[:4])}, ...); `specfast suggest` lists families"
         )
-    return _download(repo, (*METADATA, *(() if metadata_only else WEIGHTS)))
+    return _download(repo, (*METADATA, *also, *(() if metadata_only else WEIGHTS)))
 
 
 def _download(repo: str, patterns: Sequence[str]) -> Path:
