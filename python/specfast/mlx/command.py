@@ -38,7 +38,7 @@ EXAMPLES = """examples:
 A model is a directory, a repo id (org/name; downloaded, and resumed where a download stopped), a short name
 (llama-3.2-1b) or "embedded". Llama, Mistral, Qwen2 and Qwen3 run on specfast's kernels where MLX runs on the CPU, every
 other model in mlx-lm's own layers: the first line on stderr says which, and at what precision. Drafts never change the
-law of the text. Exit codes: 0, 2 for usage, 1 for failures, 130 after Ctrl-C.
+law of the text (unless --lenience is above 1). Exit codes: 0, 2 for usage, 1 for failures, 130 after Ctrl-C.
 """
 _OURS = ("gamma", "drafter", "early_exit", "lenience", "rule", "precision", "json", "time")
 _THEIRS = (
