@@ -18,14 +18,17 @@ except ImportError as error:
 
 from .accelerate import Report, accelerate, report, restore
 from .cache import KVCache
+from .difference import Difference, compare
 from .stream import GenerationResponse, Stream, generate, generate_step, stream_generate
 
 __all__ = [
+    "Difference",
     "GenerationResponse",
     "KVCache",
     "Report",
     "Stream",
     "accelerate",
+    "compare",
     "generate",
     "generate_step",
     "report",

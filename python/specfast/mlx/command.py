@@ -70,8 +70,7 @@ _TOKENIZER_FILES = ("*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    options = build_parser().parse_args(arguments)
-    return guarded(f"python -m {COMMAND}", lambda: run(options))
+    return guarded(f"python -m {COMMAND}", lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
