@@ -22,6 +22,10 @@ class KvCache {
   /// attend to all. `capacity` bounds length + provisional.
   KvCache(const KvShape& shape, const std::vector<int64_t>& windows, int64_t capacity);
 
+  /// One layer without a window over `count` consecutive pages of somebody else's memory, which must outlive it. Every
+  /// layer number names the one layer; appending and truncating are not for it.
+  static KvCache over(const KvShape& shape, uint8_t* pages, int64_t count);
+
   int64_t length() const { return length_; }
   int64_t provisional() const { return provisional_; }
   int64_t capacity() const { return capacity_; }
@@ -56,6 +60,7 @@ class KvCache {
 
  private:
   struct Free {
+    bool owned = true;
     void operator()(uint8_t* p) const;
   };
   using Page = std::unique_ptr<uint8_t[], Free>;
