@@ -2,7 +2,9 @@
 #pragma once
 
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <typeinfo>
 #include <utility>
 #include <vector>
 
@@ -30,7 +32,8 @@ struct Graph {
 };
 using GraphPtr = std::shared_ptr<const Graph>;
 
-/// A region of one model, and of one layer where it has several.
+/// A region of one model, and of one layer where it has several. On a GPU a model's graph is made of launches instead
+/// (mlx_launch.hpp), whose kernels are not the native regions.
 class Region : public mx::Primitive {
  public:
   Region(mx::Stream stream, GraphPtr graph, int layer)
@@ -41,8 +44,11 @@ class Region : public mx::Primitive {
     return graph_ == region.graph_ && layer_ == region.layer_;
   }
 
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::runtime_error(std::string(name()) + " runs on the CPU; give it a stream of mx.cpu");
+  }
+
  protected:
-  specfast::ModelRegions& regions() const { return *graph_->regions; }
   const specfast::Model& model() const { return graph_->model(); }
 
   const GraphPtr graph_;

@@ -1,5 +1,6 @@
 // The module specfast._mlx: a model's regions as primitives of MLX's graphs. Built against one version of mlx.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
@@ -7,6 +8,7 @@
 
 #include "mlx/ops.h"
 #include "mlx_kv.hpp"
+#include "mlx_launch.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -207,4 +209,22 @@ NB_MODULE(_mlx, m) {
           "The token rule: p (gamma + 1, V), q (gamma, Vq), tokens (gamma,), u (gamma + 1,) float32 -> tau () and the "
           "next token ().\n\nA cache keeps the rows of offset + 1 + tau positions: kv stays, the offset says what "
           "counts.");
+
+  m.def(
+      "launch",
+      [](const std::string& library, const std::string& source, const std::string& function, std::array<size_t, 3> grid,
+         std::array<size_t, 3> threadgroup, const std::vector<int32_t>& dims, const Arrays& inputs,
+         const std::vector<std::vector<int>>& shapes, const std::vector<mx::Dtype>& dtypes, const Arrays& updated,
+         bool shared, Where where) {
+        std::vector<mx::Shape> extents;
+        for (const auto& shape : shapes) extents.emplace_back(shape.begin(), shape.end());
+        return launch({library, source, function, grid, threadgroup, dims}, inputs, std::move(extents), dtypes, updated,
+                      shared, mx::to_stream(where));
+      },
+      "library"_a, "source"_a, "function"_a, "grid"_a, "threadgroup"_a, "dims"_a, "inputs"_a, "shapes"_a, "dtypes"_a,
+      "updated"_a = Arrays{}, nb::kw_only(), "shared"_a = false, stream,
+      "One Metal kernel: buffers are inputs, new outputs of shapes and dtypes, updated, dims. Returns the new outputs "
+      "and "
+      "the\nupdated arrays, written in place, or in a copy where somebody else has them and shared is False.");
+  m.def("accepts", [](const mx::array&) {}, "array"_a, "Raises TypeError where mlx.core has another nanobind's types.");
 }

@@ -2,7 +2,6 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_kv.hpp"
-#include "mlx_metal.hpp"
 
 using namespace specfast;
 
@@ -35,7 +34,6 @@ class EmbedRows final : public Region {
           graph->regions->embed_rows(tokens, M, x);
         });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::embed_rows(stream(), *graph_, in, out); }
 };
 
 class QkvRopeAppend final : public Region {
@@ -58,7 +56,6 @@ class QkvRopeAppend final : public Region {
       graph->regions->qkv_rope_append(layer, x, M, *offset, append.to, q);
     });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::qkv_rope_append(stream(), *graph_, layer_, in, out); }
 
  private:
   const int64_t pages_;
@@ -75,7 +72,6 @@ class AttendRows final : public Region {
          offset = in[2].data<int32_t>(),
          attended = allocate(out[0])] { graph->regions->attend_rows(layer, q, M, *offset, pages, attended); });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::attend_rows(stream(), *graph_, layer_, in, out); }
 };
 
 class MatmulRows final : public Region {
@@ -99,9 +95,6 @@ class MatmulRows final : public Region {
          x = in[1].data<float>(),
          y = out[0].data<float>()] { graph->regions->matmul_rows(layer, projection, rows, x, M, y); });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override {
-    metal::matmul_rows(stream(), *graph_, layer_, projection_, in, out);
-  }
 
  private:
   const Projection projection_;
@@ -118,7 +111,6 @@ class SwigluRows final : public Region {
           graph->regions->swiglu_rows(layer, x, M, h);
         });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::swiglu_rows(stream(), *graph_, layer_, in, out); }
 };
 
 class LogitsRows final : public Region {
@@ -132,7 +124,6 @@ class LogitsRows final : public Region {
           graph->regions->logits_rows(x, M, logits);
         });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::logits_rows(stream(), *graph_, in, out); }
 };
 
 class VerifyTokens final : public Region {
@@ -157,7 +148,6 @@ class VerifyTokens final : public Region {
           *next = verdict.next_token;
         });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::verify_tokens(stream(), lenience_, in, out); }
 
  private:
   const double lenience_;
