@@ -84,8 +84,8 @@ mx::array write_rows(const GraphPtr& graph, const mx::array& kv, const mx::array
 /// The first n positions of kv -> keys and values (kv_heads, n, head_dim), bfloat16 or float32.
 std::pair<mx::array, mx::array> read_rows(const GraphPtr& graph, const mx::array& kv, int64_t n, mx::Stream stream);
 
-/// p (gamma + 1, V), q (gamma, Vq) float32, tokens (gamma,) int32, u (gamma + 1,) float32 -> tau () and the next token
-/// ().
+/// p (gamma + 1, V), q (gamma, Vq) float32, Vq 0 where the draft was certain, tokens (gamma,) int32, u (gamma + 1,)
+/// float32 -> tau () and the next token () int32, by the token or the block rule.
 std::pair<mx::array, mx::array> verify_tokens(const GraphPtr& graph, const mx::array& p, const mx::array& q,
-                                              const mx::array& tokens, const mx::array& u, double lenience,
-                                              mx::Stream stream);
+                                              const mx::array& tokens, const mx::array& u, specfast::Rule rule,
+                                              double lenience, mx::Stream stream);

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "mlx/allocator.h"
+#include "mlx_donation.hpp"
 
 #ifdef _METAL_
 #include "mlx/backend/metal/device.h"
@@ -48,6 +49,7 @@ MTL::Size size_of(const std::array<size_t, 3>& extent) {
 }
 
 void Launch::eval_gpu(const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+  release_siblings(in, out);
   auto& device = mx::metal::device(stream().device);
   auto& encoder = mx::metal::get_command_encoder(stream());
   const size_t fresh = out.size() - (in.size() - inputs_);

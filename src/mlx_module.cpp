@@ -195,20 +195,24 @@ NB_MODULE(_mlx, m) {
       .def(
           "verify_tokens",
           [](const BoundGraph& self, const mx::array& p, const mx::array& q, const mx::array& tokens,
-             const mx::array& u, double lenience, Where where) {
+             const mx::array& u, const std::string& rule, double lenience, Where where) {
             const mx::Stream s = mx::to_stream(where);
             require(p.ndim() == 2 && q.ndim() == 2 && tokens.ndim() == 1 && u.ndim() == 1, "p and q must be matrices");
             const int gamma = tokens.shape(0);
             require(p.shape(0) == gamma + 1 && q.shape(0) == gamma && u.shape(0) == gamma + 1,
                     "p, q, tokens and u must be (gamma + 1, V), (gamma, Vq), (gamma,) and (gamma + 1,)");
+            require(rule == "token" || rule == "block", "the rules are 'token' and 'block'");
             require(lenience > 0, "lenience must be positive");
+            require(rule == "token" || lenience == 1, "the block rule takes lenience 1");
+            const specfast::Rule named = rule == "block" ? specfast::Rule::block : specfast::Rule::token;
             return verify_tokens(self.graph, as(p, mx::float32, s), as(q, mx::float32, s), as(tokens, mx::int32, s),
-                                 as(u, mx::float32, s), lenience, s);
+                                 as(u, mx::float32, s), named, lenience, s);
           },
-          "p"_a, "q"_a, "tokens"_a, "u"_a, "lenience"_a = 1.0, nb::kw_only(), stream,
-          "The token rule: p (gamma + 1, V), q (gamma, Vq), tokens (gamma,), u (gamma + 1,) float32 -> tau () and the "
-          "next token ().\n\nA cache keeps the rows of offset + 1 + tau positions: kv stays, the offset says what "
-          "counts.");
+          "p"_a, "q"_a, "tokens"_a, "u"_a, nb::kw_only(), "rule"_a = "block", "lenience"_a = 1.0, stream,
+          "p (gamma + 1, V), q (gamma, Vq), tokens (gamma,), u (gamma + 1,) float32 in [0, 1) -> tau () and the next "
+          "token "
+          "() int32,\nby specfast.ops.verify_tokens. A cache then counts offset + 1 + tau positions; kv stays as it "
+          "is.");
 
   m.def(
       "launch",

@@ -1,6 +1,7 @@
 // One MLX primitive per region of the decoder: on the CPU the native regions, on the thread of the stream.
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx_donation.hpp"
 #include "mlx_kv.hpp"
 
 using namespace specfast;
@@ -48,6 +49,7 @@ class QkvRopeAppend final : public Region {
     return {{rows_of(in[0]), model().q_columns()}, {static_cast<int>(kv::words(model(), pages_))}};
   }
   void eval_cpu(const Arrays& in, Arrays& out) override {
+    release_siblings(in, out);
     const int M = rows_of(in[0]);
     const kv::Append append = kv::append(model(), in[1], out[1], kv::known(in[2]), M);
     mx::cpu::get_command_encoder(stream()).dispatch([graph = graph_, layer = layer_, M, append, x = in[0].data<float>(),
@@ -128,11 +130,13 @@ class LogitsRows final : public Region {
 
 class VerifyTokens final : public Region {
  public:
-  VerifyTokens(mx::Stream stream, GraphPtr graph, double lenience)
-      : Region(stream, std::move(graph), kNoLayer), lenience_(lenience) {}
+  VerifyTokens(mx::Stream stream, GraphPtr graph, Rule rule, double lenience)
+      : Region(stream, std::move(graph), kNoLayer), rule_(rule), lenience_(lenience) {}
   const char* name() const override { return "SpecfastVerifyTokens"; }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return Region::is_equivalent(other) && lenience_ == static_cast<const VerifyTokens&>(other).lenience_;
+    if (!Region::is_equivalent(other)) return false;
+    const VerifyTokens& verify = static_cast<const VerifyTokens&>(other);
+    return rule_ == verify.rule_ && lenience_ == verify.lenience_;
   }
   std::vector<mx::Shape> output_shapes(const Arrays&) override { return {{}, {}}; }
   void eval_cpu(const Arrays& in, Arrays& out) override {
@@ -140,16 +144,18 @@ class VerifyTokens final : public Region {
     const mx::array &p = in[0], &q = in[1];
     mx::cpu::get_command_encoder(stream()).dispatch(
         [graph = graph_, p = p.data<float>(), V = p.shape(1), q = q.data<float>(), Vq = q.shape(1), gamma = q.shape(0),
-         tokens = in[2].data<int32_t>(), u = in[3].data<float>(), lenience = lenience_, tau = out[0].data<int32_t>(),
-         next = out[1].data<int32_t>()] {
+         tokens = in[2].data<int32_t>(), u = in[3].data<float>(), rule = rule_, lenience = lenience_,
+         tau = out[0].data<int32_t>(), next = out[1].data<int32_t>()] {
           const std::vector<double> draws(u, u + gamma + 1);
-          const Verdict verdict = graph->regions->verify_tokens(p, V, q, Vq, tokens, gamma, draws.data(), lenience);
+          const Verdict verdict =
+              graph->regions->verify_tokens(rule, p, V, Vq ? q : nullptr, Vq, tokens, gamma, draws.data(), lenience);
           *tau = verdict.tau;
           *next = verdict.next_token;
         });
   }
 
  private:
+  const Rule rule_;
   const double lenience_;
 };
 
@@ -211,9 +217,10 @@ std::pair<mx::array, Arrays> forward(const GraphPtr& graph, const mx::array& tok
 }
 
 std::pair<mx::array, mx::array> verify_tokens(const GraphPtr& graph, const mx::array& p, const mx::array& q,
-                                              const mx::array& tokens, const mx::array& u, double lenience,
+                                              const mx::array& tokens, const mx::array& u, Rule rule, double lenience,
                                               mx::Stream stream) {
-  const Arrays out = mx::array::make_arrays({{}, {}}, {mx::int32, mx::int32},
-                                            std::make_shared<VerifyTokens>(stream, graph, lenience), {p, q, tokens, u});
+  const Arrays out =
+      mx::array::make_arrays({{}, {}}, {mx::int32, mx::int32},
+                             std::make_shared<VerifyTokens>(stream, graph, rule, lenience), {p, q, tokens, u});
   return {out[0], out[1]};
 }

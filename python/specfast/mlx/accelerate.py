@@ -19,7 +19,8 @@ from ..checkpoint import check_precision
 from ..errors import ConfigurationError, SpecfastError
 from . import primitives
 from .cache import adopt
-from .graph import GraphForward, GraphKVCache
+from .graph import GraphForward
+from .graph import KVCache as GraphKVCache
 from .weights import Watch, native_model
 
 _Name = Literal["native", "primitives"]
@@ -63,7 +64,7 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
 
     That is the path of every installation. Where `specfast._mlx` was built for the mlx in use, the forward pass is
     primitives of MLX's graph instead, with the same bits: lazy, on the stream of the call, inside `mx.compile`. The caches
-    then become `specfast.mlx.GraphKVCache`; tokens outside the vocabulary give NaN, as no value is looked at before it is
+    then become `specfast.mlx.graph.KVCache`; tokens outside the vocabulary give NaN, as no value is looked at before it is
     computed. Calls with other caches take the native path.
 
     A model that is not supported is left alone: `report` says why.
