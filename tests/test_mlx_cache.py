@@ -9,7 +9,6 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-import specfast.mlx  # noqa: E402
 from mlx_lm.models import cache as stock  # noqa: E402
 from mlx_models import CACHE, PATH, logits_of, random_model  # noqa: E402
 from specfast import ShapeError  # noqa: E402

@@ -92,7 +92,9 @@ def test_rows_at_contexts(name, weights):
         for M in ROWS:
             rows = TOKENS[context : context + M]
             ours = logits_of(model, rows, cache)
-            assert np.abs(ours - theirs[context : context + M]).max() <= 1e-3 * np.abs(theirs[context : context + M]).max()
+            assert (
+                np.abs(ours - theirs[context : context + M]).max() <= 1e-3 * np.abs(theirs[context : context + M]).max()
+            )
             np.testing.assert_array_equal(ours, logits_of(native, rows, other))
             assert trim_prompt_cache(cache, M) == trim_prompt_cache(other, M) == M
         for mine, their in zip(cache, other, strict=True):
@@ -165,7 +167,14 @@ def test_nothing_is_computed_before_it_is_needed(tmp_path):
     text = names.read_text()
     counts = {name: len(re.findall(rf'label ?= ?"Specfast{name}"', text)) for name in
               ("EmbedRows", "QkvRopeAppend", "AttendRows", "MatmulRows", "SwigluRows", "LogitsRows")}  # fmt: skip
-    assert counts == {"EmbedRows": 1, "QkvRopeAppend": 2, "AttendRows": 2, "MatmulRows": 4, "SwigluRows": 2, "LogitsRows": 1}
+    assert counts == {
+        "EmbedRows": 1,
+        "QkvRopeAppend": 2,
+        "AttendRows": 2,
+        "MatmulRows": 4,
+        "SwigluRows": 2,
+        "LogitsRows": 1,
+    }
     mx.eval(logits)
     mx.export_to_dot(str(names), logits)
     assert "Specfast" not in names.read_text()
@@ -207,7 +216,7 @@ def test_a_pipeline_of_steps():
 
 def test_compiled():
     model = lazy()
-    compiled = mx.compile(lambda inputs: model(inputs))
+    compiled = mx.compile(model)
     for M in (3, 21, 3):
         np.testing.assert_array_equal(np.asarray(compiled(mx.array(TOKENS[:M])[None]))[0], logits_of(model, TOKENS[:M]))
 

@@ -232,6 +232,11 @@ class Model:
         Raises NumericalError on logits that are not finite, with the cache unchanged.
         """
 
+    def graph_handle(self) -> object:
+        """
+        The model's regions for specfast._mlx. The weights' memory must be kept by whoever holds it.
+        """
+
     @property
     def hidden(self) -> int: ...
 

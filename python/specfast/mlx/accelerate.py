@@ -159,6 +159,9 @@ class _FusedPath:
             return f"inputs of shape {tuple(inputs.shape)}; supported: (1, M)"
         if self.graph and mx.default_device() == mx.cpu and self.graph.takes(caches):
             return "primitives", self.graph(inputs, caches)
+        return self._natively(inputs, caches)
+
+    def _natively(self, inputs: mx.array, caches: Any) -> tuple[_Name, mx.array] | str:
         try:
             mx.eval(inputs)
         except ValueError:  # a placeholder has no values
@@ -209,9 +212,7 @@ class _Accelerator:
             return counted
         native = self.path.native
         name: _Name = "primitives" if self.path.graph else "native"
-        return replace(
-            counted, path=name, precision=native.precision, isa=native.isa, weight_bytes=native.weight_bytes
-        )
+        return replace(counted, path=name, precision=native.precision, isa=native.isa, weight_bytes=native.weight_bytes)
 
     def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | None:
         """The logits, or None where mlx-lm's layers must run."""

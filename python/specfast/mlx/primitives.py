@@ -25,7 +25,10 @@ def _load() -> tuple[Any, str]:
     except ImportError as error:  # its own check of the version, or a symbol that this mlx does not have
         return None, f"specfast._mlx does not fit mlx {mx.__version__}: {error}"
     except TypeError:
-        return None, f"specfast._mlx does not fit mlx {mx.__version__}: they were built with nanobinds of different ABIs"
+        return (
+            None,
+            f"specfast._mlx does not fit mlx {mx.__version__}: they were built with nanobinds of different ABIs",
+        )
     return module, ""
 
 
