@@ -254,6 +254,12 @@ class Model:
     def layers(self) -> int: ...
 
     @property
+    def windows(self) -> list[int]:
+        """
+        For each layer, how many positions up to its own a row attends to; 0: all.
+        """
+
+    @property
     def max_context(self) -> int: ...
 
     @property
@@ -292,9 +298,12 @@ class Cache:
 
     capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; layers with a
     window need no more of them than the window and the provisional rows.
+
+    windows (layers,) replace the model's, 0 for none; a row then sees as many positions up to its own and the layer's
+    sinks (layers,), which are first positions that never leave. The last undo committed positions can be dropped again.
     """
 
-    def __init__(self, model: Model, capacity: int = 0) -> None: ...
+    def __init__(self, model: Model, capacity: int = 0, windows: Sequence[int] | None = None, sinks: Sequence[int] | None = None, undo: int = 0) -> None: ...
 
     @property
     def length(self) -> int:
@@ -316,7 +325,8 @@ class Cache:
 
     def kv_bytes(self, layer: int) -> NDArray[numpy.uint8]:
         """
-        A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8. Positions after the last hold anything.
+        A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8: of the pages that a window has
+        not given up. Positions after the last hold anything.
         """
 
     def commit(self, n: int) -> None:
@@ -325,21 +335,29 @@ class Cache:
     def rollback(self) -> None:
         """Drops every provisional row."""
 
-    def keys(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
+    def keys(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
         """
-        A copy of a layer's committed keys, rotated: (kv_heads, length, head_dim), float32 or the bits of bf16.
+        A copy of a layer's committed keys, rotated: (kv_heads, rows, head_dim), float32 or the bits of bf16.
+
+        Rows are all positions or, of a layer with a window, its sinks and the last of the window's size. length reads as if
+        the cache had been truncated to it.
         """
 
-    def values(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
+    def values(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
         """
-        A copy of a layer's committed values: (kv_heads, length, head_dim), float32 or the bits of bf16.
+        A copy of a layer's committed values: (kv_heads, rows, head_dim), as for keys.
         """
 
-    def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]]) -> None:
+    def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]], length: int | None = None) -> None:
         """
-        Replaces what the cache holds by rows per layer, rotated keys and values (kv_heads, rows, head_dim) float32,
-        rounded to bf16 unless the precision is f32, and commits them. Raises ContextFullError, or ShapeError.
+        Replaces what the cache holds by length positions, committed: rotated keys and values (kv_heads, rows, head_dim)
+        float32 per layer, rounded to bf16 unless the precision is f32. Rows are all positions or, of a layer with a window,
+        its sinks and the last ones, down to what the next row sees. Raises ContextFullError, or ShapeError.
         """
+
+    @property
+    def least_length(self) -> int:
+        """The least length, besides 0, that truncate allows."""
 
     def truncate(self, length: int) -> None:
         """Drops committed positions from the end, and everything provisional."""
@@ -379,11 +397,11 @@ def read_bandwidth(buffer: Annotated[NDArray[numpy.uint8], dict(order='C', devic
 def matmul_rows(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], matrix: Matrix, precision: str = 'int8', isa: str | None = None) -> NDArray[numpy.float32]:
     """x (M, K) float32 times matrix (N, K) transposed: (M, N) float32."""
 
-def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], kv_bits: int = 16, isa: str | None = None, window: int = 0) -> NDArray[numpy.float32]:
+def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], kv_bits: int = 16, isa: str | None = None, window: int = 0, sinks: int = 0) -> NDArray[numpy.float32]:
     """
     Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all float32.
 
-    kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it; window 0 is all.
+    kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it, and the first of all, sinks many; window 0 is all.
     """
 
 class SuffixAutomaton:

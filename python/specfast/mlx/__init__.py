@@ -17,7 +17,16 @@ except ImportError as error:
     ) from error
 
 from .accelerate import Report, accelerate, report, restore
-from .cache import KVCache
+from .cache import KVCache, RotatingKVCache
 from .generate import GenerationResponse, stream_generate
 
-__all__ = ["GenerationResponse", "KVCache", "Report", "accelerate", "report", "restore", "stream_generate"]
+__all__ = [
+    "GenerationResponse",
+    "KVCache",
+    "Report",
+    "RotatingKVCache",
+    "accelerate",
+    "report",
+    "restore",
+    "stream_generate",
+]

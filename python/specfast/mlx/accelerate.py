@@ -49,15 +49,15 @@ def accelerate(model: nn.Module, precision: str | None = None) -> nn.Module:
 
     `model(inputs, cache=cache)` works as before: logits (1, M, vocab) of all rows for inputs (1, M), always as float32,
     computed when the call returns; a row's logits have the same bits whatever M is. The KV caches it is called with
-    become `specfast.mlx.KVCache`, in place. A call this path cannot take (several sequences, input embeddings, a rotating
-    or quantised cache, inside a function transformation) runs mlx-lm's layers, and `report` counts it with the reason. So
-    does every call once a weight or a module has been replaced; accelerate the model again to use the new one. Values
-    written into an array in place are not noticed.
+    become `specfast.mlx.KVCache` and `specfast.mlx.RotatingKVCache`, in place. A call this path cannot take (several
+    sequences, input embeddings, a quantised cache, inside a function transformation) runs mlx-lm's layers, and `report`
+    counts it with the reason. So does every call once a weight or a module has been replaced; accelerate the model again
+    to use the new one. Values written into an array in place are not noticed.
 
     A model that is not supported is left alone: `report` says why.
 
     Args:
-        model: from `mlx_lm.load`: Llama, Mistral without a sliding window, Qwen2, Qwen2.5 or Qwen3 (dense); MLX affine 4 or
+        model: from `mlx_lm.load`: Llama, Mistral, Qwen2, Qwen2.5 or Qwen3 (dense); MLX affine 4 or
             8 bit at groups of 32, 64 or 128, bf16, f16 or f32.
         precision: of the activations: "int8", "bf16" or "f32" (exact); None chooses by the weights.
 
