@@ -184,7 +184,8 @@ void forward_into(const BoundModel& self, BoundCache& cache, const Tokens& token
 }
 
 void require_plain_rows(const KvCache& cache) {
-  if (cache.shape().format == KvFormat::int8) throw ShapeError("keys and values can be read and replaced in bf16 and f32");
+  if (cache.shape().format == KvFormat::int8)
+    throw ShapeError("keys and values can be read and replaced in bf16 and f32");
 }
 
 /// Keys or values of a layer's committed positions in the cache's own elements: all or, of a layer with a window, its
@@ -342,8 +343,8 @@ nb::ndarray<nb::numpy, uint8_t> kv_bytes(BoundCache& self, int layer) {
     if (kv.has_page(page, layer)) pages.push_back(page);
   }
   uint8_t* out;
-  auto array = make_array(&out, {pages.size() * static_cast<size_t>(shape.kv_heads),
-                                 shape.k_page_bytes() + shape.v_page_bytes()});
+  auto array = make_array(
+      &out, {pages.size() * static_cast<size_t>(shape.kv_heads), shape.k_page_bytes() + shape.v_page_bytes()});
   for (const int64_t page : pages) {
     for (int head = 0; head < shape.kv_heads; head++) {
       const KvPage kv_page = kv.page(page, layer, head);
@@ -469,14 +470,15 @@ void bind_model(nb::module_& m) {
           "macs_per_row", [](const BoundModel& self) { return self.model->row_macs(); },
           "Multiply-adds of one row's matmuls.");
 
-  nb::class_<BoundCache>(m, "Cache",
-                         "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
-                         "committed or dropped.\n\n"
-                         "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
-                         "layers with a\nwindow need no more of them than the window and the provisional rows.\n\n"
-                         "windows (layers,) replace the model's, 0 for none; a row then sees as many positions up to its "
-                         "own and the layer's\nsinks (layers,), which are first positions that never leave. The last "
-                         "undo committed positions can be dropped again.")
+  nb::class_<BoundCache>(
+      m, "Cache",
+      "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
+      "committed or dropped.\n\n"
+      "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
+      "layers with a\nwindow need no more of them than the window and the provisional rows.\n\n"
+      "windows (layers,) replace the model's, 0 for none; a row then sees as many positions up to its "
+      "own and the layer's\nsinks (layers,), which are first positions that never leave. The last "
+      "undo committed positions can be dropped again.")
       .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::arg("windows") = nb::none(),
            nb::arg("sinks") = nb::none(), nb::arg("undo") = 0, nb::keep_alive<1, 2>())
       .def_prop_ro(
@@ -530,13 +532,14 @@ void bind_model(nb::module_& m) {
           nb::sig("def values(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | "
                   "NDArray[numpy.uint16]"),
           "A copy of a layer's committed values: (kv_heads, rows, head_dim), as for keys.")
-      .def("assign", &assign, nb::arg("keys"), nb::arg("values"), nb::arg("length") = nb::none(),
-           nb::sig("def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]], length: "
-                   "int | None = None) -> None"),
-           "Replaces what the cache holds by length positions, committed: rotated keys and values (kv_heads, rows, "
-           "head_dim)\nfloat32 per layer, rounded to bf16 unless the precision is f32. Rows are all positions or, of a "
-           "layer with a window,\nits sinks and the last ones, down to what the next row sees. Raises ContextFullError, "
-           "or ShapeError.")
+      .def(
+          "assign", &assign, nb::arg("keys"), nb::arg("values"), nb::arg("length") = nb::none(),
+          nb::sig("def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]], length: "
+                  "int | None = None) -> None"),
+          "Replaces what the cache holds by length positions, committed: rotated keys and values (kv_heads, rows, "
+          "head_dim)\nfloat32 per layer, rounded to bf16 unless the precision is f32. Rows are all positions or, of a "
+          "layer with a window,\nits sinks and the last ones, down to what the next row sees. Raises ContextFullError, "
+          "or ShapeError.")
       .def_prop_ro(
           "least_length", [](const BoundCache& self) { return self.sequence->cache().least_length(); },
           "The least length, besides 0, that truncate allows.")

@@ -277,7 +277,11 @@ def generated(model, prompt, size, *, draft=None, gamma=5, temp=0.0, seed=0, cou
 @pytest.mark.parametrize("gamma", [1, 3, 8, 20])
 def test_speculation_over_wraps_is_plain_decoding(model, prompt, gamma):
     """Greedy, and sampled with a seed, whatever drafts: the tokens are those of plain decoding. 16 positions wrap ten times."""
-    drafts = [model, accelerate(random_model("llama", "q8g32", seed=1), "f32"), accelerate(random_model("llama", "q8g32"))]
+    drafts = [
+        model,
+        accelerate(random_model("llama", "q8g32", seed=1), "f32"),
+        accelerate(random_model("llama", "q8g32")),
+    ]
     for size in (16, 40):
         for temp, seed in ((0.0, 0), (0.7, 1), (0.7, 2)):
             tokens = TOKENS[seed * 10 :][:prompt]

@@ -126,7 +126,9 @@ class RotatingKVCache(_InPages, _StockRotating):  # type: ignore[misc]
         n = min(self.offset, n)
         least = self._store.cache.least_length
         if 0 < self.offset - n < least:
-            raise ShapeError(f"{n} of {self.offset} positions cannot be dropped; at most {self.offset - least} can, or all")
+            raise ShapeError(
+                f"{n} of {self.offset} positions cannot be dropped; at most {self.offset - least} can, or all"
+            )
         self.offset -= n
         return n
 
@@ -156,7 +158,7 @@ def make_cache(model: _core.Model, max_kv_size: int | None = None, capacity: int
     if max_kv_size <= KEEP:
         raise ConfigurationError(f"max_kv_size is {max_kv_size}, but must be at least {KEEP + 1}")
     windows = [(own, 0) if own else (max_kv_size - KEEP, KEEP) for own in model.windows]
-    return _core.Cache(model, capacity, *map(list, zip(*windows, strict=True)))
+    return _new_cache(model, windows, capacity)
 
 
 def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
@@ -169,10 +171,12 @@ def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
     """
     if len(caches) != model.layers:
         return f"{len(caches)} caches for {model.layers} layers"
-    windows = [_window(cache, own) for cache, own in zip(caches, model.windows, strict=True)]
-    reasons = [window for window in windows if isinstance(window, str)]
-    if reasons:
-        return reasons[0]
+    windows: list[_Window] = []
+    for cache, own in zip(caches, model.windows, strict=True):
+        window = _window(cache, own)
+        if isinstance(window, str):
+            return window
+        windows.append(window)
     offset = caches[0].offset
     if any(cache.offset != offset for cache in caches):
         return "caches whose layers have different offsets"
@@ -183,7 +187,8 @@ def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
         or store.windows != windows
         or not all(_is_layer(cache, store, layer) for layer, cache in enumerate(caches))
     ):
-        return _take_over(Store(model, _new_cache(model, windows), windows), caches, offset)
+        # one more than can be undone, so that the rest can be read
+        return _take_over(Store(model, _new_cache(model, windows, 0, UNDO + 1), windows), caches, offset)
     if offset > store.cache.length:
         raise ShapeError(f"the caches' offset is {offset}, but they hold {store.cache.length} positions; only lower it")
     if offset < store.cache.length:
@@ -205,9 +210,8 @@ def _window(cache: Any, own: int) -> _Window | str:
     return cache.max_size - cache.keep, cache.keep
 
 
-def _new_cache(model: _core.Model, windows: Sequence[Any]) -> _core.Cache:
-    sizes, sinks = map(list, zip(*windows, strict=True))
-    return _core.Cache(model, 0, sizes, sinks, UNDO + 1)  # one more, so that what is left can be read
+def _new_cache(model: _core.Model, windows: Sequence[_Window], capacity: int, undo: int = 0) -> _core.Cache:
+    return _core.Cache(model, capacity, [size for size, _ in windows], [sinks for _, sinks in windows], undo)
 
 
 def _is_layer(cache: Any, store: Store, layer: int) -> bool:
@@ -215,17 +219,15 @@ def _is_layer(cache: Any, store: Store, layer: int) -> bool:
 
 
 def _take_over(store: Store, caches: Sequence[Any], offset: int) -> Store | str:
-    model = store.model
     if offset:
-        keys, values = [], []
-        for cache, (size, sinks) in zip(caches, store.windows, strict=True):
-            least = min(offset, size + sinks) if size else offset
+        keys: list[Any] = []
+        values: list[Any] = []
+        for cache, window in zip(caches, store.windows, strict=True):
             for rows, to in ((cache.keys, keys), (cache.values, values)):
-                shape = None if rows is None else tuple(rows.shape)
-                rows = None if rows is None else _in_order(cache, rows)[:, :, :offset]
-                if rows is None or shape[:2] + shape[3:] != (1, model.kv_heads, model.head_dim) or rows.shape[2] < least:
-                    return f"a cache of shape {shape}; supported: (1, {model.kv_heads}, rows, {model.head_dim})"
-                to.append(_floats(rows[0]))
+                held = _rows_of(store.model, cache, rows, window)
+                if isinstance(held, str):
+                    return held
+                to.append(held)
         store.cache.assign(keys, values, offset)
     for layer, cache in enumerate(caches):
         for name in ("keys", "values", "_idx"):
@@ -235,10 +237,14 @@ def _take_over(store: Store, caches: Sequence[Any], offset: int) -> Store | str:
     return store
 
 
-def _in_order(cache: Any, rows: mx.array) -> mx.array:
-    """Rows in the order of the text; a stock rotating cache writes over the oldest."""
-    return cache._temporal_order(rows) if type(cache) is _StockRotating else rows
-
-
-def _floats(rows: mx.array) -> Any:
-    return np.ascontiguousarray(np.asarray(rows.astype(mx.float32)))
+def _rows_of(model: _core.Model, cache: Any, rows: mx.array | None, window: _Window) -> Any:
+    """What a cache holds, (kv_heads, rows, head_dim) float32 in the order of the text; or why that cannot be used."""
+    least = min(cache.offset, sum(window)) if window[0] else cache.offset
+    if rows is not None:
+        heads, dim = (rows.shape[0], rows.shape[1]), rows.shape[3]
+        if type(cache) is _StockRotating:  # which writes over the oldest
+            rows = cache._temporal_order(rows)
+        if heads == (1, model.kv_heads) and dim == model.head_dim and rows.shape[2] >= least:
+            return np.ascontiguousarray(np.asarray(rows[0, :, : cache.offset].astype(mx.float32)))
+    shape = None if rows is None else tuple(rows.shape)
+    return f"a cache of shape {shape}; supported: (1, {model.kv_heads}, rows, {model.head_dim})"
