@@ -63,9 +63,9 @@ float Model::attention_scale() const {
   return 1.0f / std::sqrt(static_cast<float>(head_dim));
 }
 
-std::vector<int64_t> Model::windows() const {
-  std::vector<int64_t> of_layers;
-  for (const LayerWeights& layer : layers) of_layers.push_back(layer.window);
+std::vector<Window> Model::windows() const {
+  std::vector<Window> of_layers;
+  for (const LayerWeights& layer : layers) of_layers.push_back({layer.window, 0});
   return of_layers;
 }
 

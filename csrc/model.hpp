@@ -37,7 +37,7 @@ struct Model {
   float attention_scale() const;
   KvShape kv_shape() const { return {static_cast<int32_t>(layers.size()), kv_heads, head_dim, kv_format}; }
   /// Of each layer.
-  std::vector<int64_t> windows() const;
+  std::vector<Window> windows() const;
   /// Bytes of weights one forward pass streams, the head included.
   size_t pass_bytes() const { return pass_bytes(static_cast<int>(layers.size())); }
   /// The same for a pass over the first `first_layers` layers.

@@ -124,6 +124,21 @@ struct KvShape {
   }
 };
 
+/// What a row attends to: `size` positions up to its own, 0 for all, and `sinks` first positions that never leave (Xiao
+/// et al. 2023, Sec. 3.2, arXiv:2309.17453).
+struct Window {
+  int64_t size = 0;
+  int64_t sinks = 0;
+
+  bool operator==(const Window&) const = default;
+  /// First position that the row at `position` attends to. Where it is not 0 it lies behind the sinks, which count
+  /// besides.
+  int64_t first(int64_t position) const {
+    const int64_t start = position - size + 1;
+    return size && start > sinks ? start : 0;
+  }
+};
+
 /// Keys and values of one kv head in one page, in the order in which they are read. K lies in tiles of 64 positions and
 /// there by dimension; V in slices of 64 dimensions (the last may be narrower) and there by position. In bf16 and int8
 /// both are in pairs, as a dot takes them: K two dimensions of a position side by side, V two positions of a dimension.
@@ -144,13 +159,16 @@ struct AttendPage {
   int64_t q_stride = 0;
   float* partial = nullptr;  // row m, head g at partial + m * partial_stride + g * (padded_dim + 2): max, sum, acc
   int64_t partial_stride = 0;
-  bool first_page = true;  // of its span: `partial` holds nothing yet (nor where the window of a row begins)
+  bool first_page = true;  // of its span: `partial` holds nothing yet
   int32_t M = 0;
   int32_t group = 0;
   int32_t head_dim = 0;
   int32_t padded_dim = 0;
   int32_t first_valid = 0;  // row 0 sees keys of this page below it, if any; row m below first_valid + m
   int32_t window = 0;       // and not those `window` and more positions before that bound; 0: all
+  int32_t sinks = 0;        // unless these begin at key `sinks` of this page (which may lie before it) or earlier
+  bool sinks_done = false;  // `partial` holds those of the sinks where a row's window begins; otherwise nothing yet
+  int32_t last_valid = kPagePositions;  // no row sees keys from it on
   float scale = 0;
 };
 

@@ -1,4 +1,6 @@
 // Models and caches: construction from Python dictionaries, forward, draft and verify.
+#include <nanobind/stl/vector.h>
+
 #include "bindings.hpp"
 
 #include "dispatch.hpp"
@@ -107,11 +109,37 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   new (self) BoundModel{std::move(model), std::move(owners)};
 }
 
-void init_cache(BoundCache* self, const BoundModel& model, int64_t capacity) {
+/// The windows of a cache's layers where they are not the model's.
+std::vector<Window> windows_of(const Model& model, const std::vector<int64_t>& sizes,
+                               const std::vector<int64_t>& sinks) {
+  if (sizes.size() != model.layers.size() || sinks.size() != sizes.size())
+    throw ShapeError("windows and sinks of " + std::to_string(model.layers.size()) + " layers are needed, got " +
+                     std::to_string(sizes.size()) + " and " + std::to_string(sinks.size()));
+  constexpr int64_t most = int64_t{1} << 30;
+  std::vector<Window> windows;
+  for (size_t i = 0; i < sizes.size(); i++) {
+    for (const int64_t n : {sizes[i], sinks[i]}) {
+      if (n < 0 || n > most)
+        throw ShapeError("a layer's window or sinks are " + std::to_string(n) + ", outside 0 to " +
+                         std::to_string(most));
+    }
+    windows.push_back({sizes[i], sizes[i] ? sinks[i] : 0});
+  }
+  return windows;
+}
+
+void init_cache(BoundCache* self, const BoundModel& model, int64_t capacity,
+                const std::optional<std::vector<int64_t>>& windows, const std::optional<std::vector<int64_t>>& sinks,
+                int64_t undo) {
   if (capacity < 0 || capacity > model.model->max_context)
     throw ShapeError("capacity " + std::to_string(capacity) + " is outside 1 to the model's context of " +
                      std::to_string(model.model->max_context));
-  auto sequence = std::make_unique<Sequence>(model.model, capacity ? capacity : model.model->max_context);
+  if (undo < 0) throw ShapeError("undo is " + std::to_string(undo) + ", but must not be negative");
+  if (sinks && !windows) throw ShapeError("sinks are those of windows, which are not given");
+  const std::vector<Window> own =
+      windows ? windows_of(*model.model, *windows, sinks.value_or(std::vector<int64_t>(windows->size())))
+              : model.model->windows();
+  auto sequence = std::make_unique<Sequence>(model.model, capacity ? capacity : model.model->max_context, own, undo);
   new (self) BoundCache();
   self->sequence = std::move(sequence);
 }
@@ -156,13 +184,11 @@ void forward_into(const BoundModel& self, BoundCache& cache, const Tokens& token
 }
 
 void require_plain_rows(const KvCache& cache) {
-  bool windows = false;
-  for (int layer = 0; layer < cache.shape().layers; layer++) windows = windows || cache.window(layer) > 0;
-  if (windows || cache.shape().format == KvFormat::int8)
-    throw ShapeError("keys and values can be read and replaced in bf16 and f32, in layers without a sliding window");
+  if (cache.shape().format == KvFormat::int8) throw ShapeError("keys and values can be read and replaced in bf16 and f32");
 }
 
-/// Keys or values of a layer's committed positions in the cache's own elements.
+/// Keys or values of a layer's committed positions in the cache's own elements: all or, of a layer with a window, its
+/// sinks and the last `window`.
 nb::object stored_rows(BoundCache& self, int layer, bool keys) {
   const KvCache& cache = self.sequence->cache();
   const KvShape& shape = cache.shape();
@@ -170,12 +196,21 @@ nb::object stored_rows(BoundCache& self, int layer, bool keys) {
   if (layer < 0 || layer >= shape.layers)
     throw ShapeError("layer " + std::to_string(layer) + " is outside 0 to the model's " + std::to_string(shape.layers));
   CacheUse use(self);
-  const size_t rows = static_cast<size_t>(cache.length()), heads = static_cast<size_t>(shape.kv_heads),
+  const Window& window = cache.window(layer);
+  const int64_t length = cache.length(), first = window.first(length - 1);
+  if (first < cache.first_held(layer))
+    throw ShapeError("position " + std::to_string(first) + " has left layer " + std::to_string(layer) +
+                     ": a cache that is read needs an undo of 1 or more");
+  const int64_t head_rows = first ? window.sinks : 0;
+  const size_t rows = static_cast<size_t>(head_rows + length - first), heads = static_cast<size_t>(shape.kv_heads),
                dim = static_cast<size_t>(shape.head_dim);
   const auto read = [&](auto* data, auto out) {
     {
       WithoutGil released;
-      cache.read(layer, cache.length(), keys ? data : nullptr, keys ? nullptr : data);
+      auto *k = keys ? data : nullptr, *v = keys ? nullptr : data;
+      const int64_t total = static_cast<int64_t>(rows);
+      cache.read(layer, 0, head_rows, 0, total, k, v);
+      cache.read(layer, first, length - first, head_rows, total, k, v);
     }
     return nb::cast(std::move(out));
   };
@@ -189,9 +224,10 @@ nb::object stored_rows(BoundCache& self, int layer, bool keys) {
   return read(data, std::move(out));
 }
 
-void assign(BoundCache& self, const nb::list& keys, const nb::list& values) {
-  const KvShape& shape = self.sequence->cache().shape();
-  require_plain_rows(self.sequence->cache());
+void assign(BoundCache& self, const nb::list& keys, const nb::list& values, std::optional<int64_t> given_length) {
+  const KvCache& cache = self.sequence->cache();
+  const KvShape& shape = cache.shape();
+  require_plain_rows(cache);
   if (nb::len(keys) != static_cast<size_t>(shape.layers) || nb::len(values) != nb::len(keys))
     throw ShapeError("keys and values of " + std::to_string(shape.layers) + " layers are needed, got " +
                      std::to_string(nb::len(keys)) + " and " + std::to_string(nb::len(values)));
@@ -202,16 +238,29 @@ void assign(BoundCache& self, const nb::list& keys, const nb::list& values) {
       owners.emplace_back();
       Floats& rows = owners.back();
       if (!nb::try_cast<Floats>(item, rows)) throw ShapeError("keys and values are not all float32 arrays");
-      if (rows.ndim() != 3 || rows.shape(0) != static_cast<size_t>(shape.kv_heads) ||
-          rows.shape(1) != owners.front().shape(1) || rows.shape(2) != static_cast<size_t>(shape.head_dim))
+      const size_t layer = pointers->size();
+      const bool fits = rows.ndim() == 3 && rows.shape(0) == static_cast<size_t>(shape.kv_heads) &&
+                        rows.shape(1) == owners[layer].shape(1) && rows.shape(2) == static_cast<size_t>(shape.head_dim);
+      if (!fits)
         throw ShapeError("keys and values must be (" + std::to_string(shape.kv_heads) + ", rows, " +
-                         std::to_string(shape.head_dim) + ") with the same rows in all layers");
+                         std::to_string(shape.head_dim) + ") with the same rows in both");
       pointers->push_back(rows.data());
     }
   }
+  std::vector<int64_t> rows;
+  for (size_t layer = 0; layer < k.size(); layer++) rows.push_back(static_cast<int64_t>(owners[layer].shape(1)));
+  const int64_t length = given_length.value_or(rows.front());
+  for (size_t layer = 0; layer < rows.size(); layer++) {
+    const Window& window = cache.window(static_cast<int>(layer));
+    const int64_t first = window.first(length), least = first ? window.sinks + length - first : length;
+    if (rows[layer] < least || rows[layer] > length)
+      throw ShapeError("layer " + std::to_string(layer) + " is given " + std::to_string(rows[layer]) + " rows; " +
+                       std::to_string(length) + " positions need " + std::to_string(least) + " to " +
+                       std::to_string(length));
+  }
   CacheUse use(self);
   WithoutGil released;
-  self.sequence->assign(static_cast<int64_t>(owners.front().shape(1)), k.data(), v.data());
+  self.sequence->assign(length, rows, k.data(), v.data());
 }
 
 void prefill(const BoundModel& self, BoundCache& cache, const Tokens& tokens) {
@@ -410,8 +459,12 @@ void bind_model(nb::module_& m) {
                          "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
                          "committed or dropped.\n\n"
                          "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
-                         "layers with a\nwindow need no more of them than the window and the provisional rows.")
-      .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::keep_alive<1, 2>())
+                         "layers with a\nwindow need no more of them than the window and the provisional rows.\n\n"
+                         "windows (layers,) replace the model's, 0 for none; a row then sees as many positions up to its "
+                         "own and the layer's\nsinks (layers,), which are first positions that never leave. The last "
+                         "undo committed positions can be dropped again.")
+      .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::arg("windows") = nb::none(),
+           nb::arg("sinks") = nb::none(), nb::arg("undo") = 0, nb::keep_alive<1, 2>())
       .def_prop_ro(
           "length", [](const BoundCache& self) { return self.sequence->cache().length(); }, "Committed positions.")
       .def_prop_ro(
@@ -447,17 +500,22 @@ void bind_model(nb::module_& m) {
       .def(
           "keys", [](BoundCache& self, int layer) { return stored_rows(self, layer, true); }, nb::arg("layer"),
           nb::sig("def keys(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]"),
-          "A copy of a layer's committed keys, rotated: (kv_heads, length, head_dim), float32 or the bits of bf16.")
+          "A copy of a layer's committed keys, rotated: (kv_heads, rows, head_dim), float32 or the bits of bf16.\n\n"
+          "Rows are all positions or, of a layer with a window, its sinks and the last of the window's size.")
       .def(
           "values", [](BoundCache& self, int layer) { return stored_rows(self, layer, false); }, nb::arg("layer"),
           nb::sig("def values(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]"),
-          "A copy of a layer's committed values: (kv_heads, length, head_dim), float32 or the bits of bf16.")
-      .def("assign", &assign, nb::arg("keys"), nb::arg("values"),
-           nb::sig("def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]]) -> "
-                   "None"),
-           "Replaces what the cache holds by rows per layer, rotated keys and values (kv_heads, rows, head_dim) "
-           "float32,\n"
-           "rounded to bf16 unless the precision is f32, and commits them. Raises ContextFullError, or ShapeError.")
+          "A copy of a layer's committed values: (kv_heads, rows, head_dim), as for keys.")
+      .def("assign", &assign, nb::arg("keys"), nb::arg("values"), nb::arg("length") = nb::none(),
+           nb::sig("def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]], length: "
+                   "int | None = None) -> None"),
+           "Replaces what the cache holds by length positions, committed: rotated keys and values (kv_heads, rows, "
+           "head_dim)\nfloat32 per layer, rounded to bf16 unless the precision is f32. Rows are all positions or, of a "
+           "layer with a window,\nits sinks and the last ones, down to what the next row sees. Raises ContextFullError, "
+           "or ShapeError.")
+      .def_prop_ro(
+          "least_length", [](const BoundCache& self) { return self.sequence->cache().least_length(); },
+          "The least length, besides 0, that truncate allows.")
       .def(
           "truncate",
           [](BoundCache& self, int64_t length) {
