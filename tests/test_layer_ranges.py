@@ -1,5 +1,6 @@
 """A model cut into ranges of layers: every bit is that of the whole model, whoever runs which range."""
 
+import itertools
 import json
 
 import numpy as np
@@ -20,7 +21,7 @@ LAWS = {"greedy": _core.Law(temperature=0.0), "coupled": _core.Law(temperature=1
 
 def ranges_of(cut, total=4):
     edges = (0, *cut, total)
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def as_rows(tokens):
@@ -87,7 +88,9 @@ def texts(directory, cut, law, *, precision=None, kv_bits=None):
     lengths = {each.length for each in [cache, *ring.caches]}
     assert len(lengths) == 1
     bytes_of_whole = [cache.kv_bytes(layer).tobytes() for layer in range(whole.layers)]
-    pieces = [each.kv_bytes(i).tobytes() for m, each in zip(ring.models, ring.caches, strict=True) for i in range(m.layers)]
+    pieces = [
+        each.kv_bytes(i).tobytes() for m, each in zip(ring.models, ring.caches, strict=True) for i in range(m.layers)
+    ]
     assert pieces == bytes_of_whole
     assert len(taus) > 1
     return told
