@@ -21,7 +21,7 @@ struct Workspace {
       attended.reserve(needs_of({&w.o}, model.precision));
       activated.reserve(needs_of({&w.down}, model.precision));
     }
-    normed.reserve(needs_of({&model.head}, model.precision));
+    if (model.last()) normed.reserve(needs_of({&model.head}, model.precision));
   }
 
   static size_t rows_of(int32_t columns) { return static_cast<size_t>(kTileRows) * static_cast<size_t>(columns); }

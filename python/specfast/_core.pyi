@@ -113,6 +113,8 @@ class Proposal:
 class Verdict:
     """tau drafted tokens are kept and next_token follows them."""
 
+    def __init__(self, tau: int, next_token: int) -> None: ...
+
     @property
     def tau(self) -> int: ...
 
@@ -179,9 +181,12 @@ class Model:
     memory is given back once packed; other arrays are let go. Results of a row are the same bits for any
     number of rows and threads, packed or not. A layer's "window" is how many positions up to its own a row attends to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as float32
     when the precision is f32.
+
+    A range of a model's layers has no embed where layers come before it, and neither norm nor head where layers follow; it
+    runs by forward_range and verify_range. A head that is None with a norm is the embed.
     """
 
-    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False, kv_bits: int = 16) -> None: ...
+    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix | None, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)] | None, layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False, kv_bits: int = 16) -> None: ...
 
     def forward(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_rows: int = 1) -> NDArray[numpy.float32]:
         """
@@ -195,6 +200,20 @@ class Model:
         Appends tokens (M,) int32 provisionally and writes the logits of the last rows to out (rows, vocab) float32.
 
         Raises ContextFullError or ShapeError with the cache unchanged.
+        """
+
+    def forward_range(self, cache: Cache, rows: NDArray[numpy.int32] | NDArray[numpy.float32]) -> NDArray[numpy.float32]:
+        """
+        Appends rows provisionally to a range of layers that is not the last: token ids (M,) int32 for the first, else what
+        the range before returned. Returns (M, hidden) float32, what the next range takes; ranges give the bits of the whole.
+
+        Raises ContextFullError or ShapeError with the cache unchanged.
+        """
+
+    def verify_range(self, cache: Cache, rows: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], proposal: Proposal, law: Law, seed: int, round: int, rule: str = 'token') -> Verdict:
+        """
+        verify, at lenience 1, by the last range of layers: rows (M, hidden) float32 of the pending and the drafted tokens, as
+        the range before returned them. Raises what verify raises, with the cache unchanged.
         """
 
     def prefill(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
