@@ -50,7 +50,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
                 int32_t intermediate, int32_t vocab, float rms_eps, const Floats& rope_inv_freq, int64_t max_context,
                 const BoundMatrix& embed, std::optional<const BoundMatrix*> head, const Floats& norm,
                 const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa, bool pack,
-                bool mapped, int32_t kv_bits) {
+                bool mapped, int32_t kv_bits, bool rope_pairs) {
   auto model = std::make_shared<Model>();
   std::vector<BoundMatrix> owners{embed};
   model->hidden = hidden;
@@ -61,6 +61,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   model->vocab = vocab;
   model->rms_eps = rms_eps;
   model->max_context = max_context;
+  model->rope_pairs = rope_pairs;
   model->rope_inv_freq = floats_of(rope_inv_freq);
   model->embed = embed.matrix;
   model->head = embed.matrix;
@@ -333,12 +334,12 @@ void bind_model(nb::module_& m) {
       "number of rows and threads, packed or not. A layer's \"window\" is how many positions up to its own a row "
       "attends "
       "to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as "
-      "float32\nwhen the precision is f32.")
+      "float32\nwhen the precision is f32. rope_pairs says that RoPE turns neighbours (2 i, 2 i + 1) of a head.")
       .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
            nb::arg("max_context"), nb::arg("embed"), nb::arg("head").none(), nb::arg("norm"), nb::arg("layers"),
            nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
-           nb::arg("mapped") = false, nb::arg("kv_bits") = 16)
+           nb::arg("mapped") = false, nb::arg("kv_bits") = 16, nb::arg("rope_pairs") = false)
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens"), nb::arg("logits_rows") = 1,
            "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
            "rows.\n\n"
