@@ -48,8 +48,7 @@ class Sequence {
  public:
   /// `windows` (layers,) replace the model's own; see KvCache for `undo`.
   Sequence(std::shared_ptr<const Model> model, int64_t capacity, const std::vector<Window>& windows, int64_t undo = 0);
-  Sequence(const std::shared_ptr<const Model>& model, int64_t capacity)
-      : Sequence(model, capacity, model->windows()) {}
+  Sequence(const std::shared_ptr<const Model>& model, int64_t capacity) : Sequence(model, capacity, model->windows()) {}
 
   const Model& model() const { return *model_; }
   KvCache& cache() { return cache_; }

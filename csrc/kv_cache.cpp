@@ -16,7 +16,8 @@ void read_page(const KvPage& page, int begin, int end, int head_dim, int padded_
   const T* keys = static_cast<const T*>(page.k);
   for (int i = begin; k && i < end; i++) {
     const T* tile = keys + i / kKeyTile * kKeyTile * head_dim + i % kKeyTile * beside;
-    for (int d = 0; d < head_dim; d++) k[(i - begin) * head_dim + d] = tile[d / beside * beside * kKeyTile + d % beside];
+    for (int d = 0; d < head_dim; d++)
+      k[(i - begin) * head_dim + d] = tile[d / beside * beside * kKeyTile + d % beside];
   }
   const T* slice = static_cast<const T*>(page.v);
   for (int first = 0; v && first < head_dim; first += kValueSlice) {

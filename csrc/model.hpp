@@ -23,6 +23,7 @@ struct Model {
   float rms_eps = 1e-5f;
   int64_t max_context = 0;
   std::vector<float> rope_inv_freq;  // (head_dim / 2,)
+  bool rope_pairs = false;           // RoPE turns inputs (2 i, 2 i + 1) of q and k instead of (i, i + head_dim / 2)
   Matrix embed, head;                // the same matrix when tied; embed is empty unless first(), head unless last()
   std::vector<float> norm;           // (hidden,), empty unless last()
   std::vector<LayerWeights> layers;  // of the range

@@ -51,8 +51,8 @@ Matrix matrix_of(const nb::dict& layer, const char* key, std::vector<BoundMatrix
 void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_heads, int32_t head_dim,
                 int32_t intermediate, int32_t vocab, float rms_eps, const Floats& rope_inv_freq, int64_t max_context,
                 std::optional<const BoundMatrix*> embed, std::optional<const BoundMatrix*> head,
-                const std::optional<Floats>& norm, const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa, bool pack,
-                bool mapped, int32_t kv_bits) {
+                const std::optional<Floats>& norm, const nb::list& layers, const std::string& precision,
+                const std::optional<std::string>& isa, bool pack, bool mapped, int32_t kv_bits, bool rope_pairs) {
   auto model = std::make_shared<Model>();
   std::vector<BoundMatrix> owners;
   model->hidden = hidden;
@@ -63,6 +63,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   model->vocab = vocab;
   model->rms_eps = rms_eps;
   model->max_context = max_context;
+  model->rope_pairs = rope_pairs;
   model->rope_inv_freq = floats_of(rope_inv_freq);
   if (embed && *embed) {
     owners.push_back(**embed);
@@ -190,7 +191,8 @@ void forward_into(const BoundModel& self, BoundCache& cache, const Tokens& token
 }
 
 void require_plain_rows(const KvCache& cache) {
-  if (cache.shape().format == KvFormat::int8) throw ShapeError("keys and values can be read and replaced in bf16 and f32");
+  if (cache.shape().format == KvFormat::int8)
+    throw ShapeError("keys and values can be read and replaced in bf16 and f32");
 }
 
 /// Keys or values of a layer's committed positions in the cache's own elements: all or, of a layer with a window, its
@@ -301,8 +303,8 @@ Verdict verify_range(const BoundModel& self, BoundCache& cache, const Floats& ro
   std::vector<float> x(rows.data(), rows.data() + rows.size());
   WithoutGil released;
   sequence.cache().drop_to(0);
-  return sequence.verify_range(x.data(), static_cast<int64_t>(rows.shape(0) - drafted), proposal, law, 1.0, seed,
-                               round, named);
+  return sequence.verify_range(x.data(), static_cast<int64_t>(rows.shape(0) - drafted), proposal, law, 1.0, seed, round,
+                               named);
 }
 
 void prefill(const BoundModel& self, BoundCache& cache, const Tokens& tokens) {
@@ -424,15 +426,14 @@ void bind_model(nb::module_& m) {
       "number of rows and threads, packed or not. A layer's \"window\" is how many positions up to its own a row "
       "attends "
       "to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as "
-      "float32\nwhen the precision is f32.\n\n"
+      "float32\nwhen the precision is f32. rope_pairs says that RoPE turns neighbours (2 i, 2 i + 1) of a head.\n\n"
       "A range of a model's layers has no embed where layers come before it, and neither norm nor head where layers "
       "follow; it\nruns by forward_range and verify_range. A head that is None with a norm is the embed.")
       .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
            nb::arg("max_context"), nb::arg("embed").none(), nb::arg("head").none(), nb::arg("norm").none(),
-           nb::arg("layers"),
-           nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
-           nb::arg("mapped") = false, nb::arg("kv_bits") = 16)
+           nb::arg("layers"), nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
+           nb::arg("mapped") = false, nb::arg("kv_bits") = 16, nb::arg("rope_pairs") = false)
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens"), nb::arg("logits_rows") = 1,
            "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
            "rows.\n\n"
@@ -447,10 +448,11 @@ void bind_model(nb::module_& m) {
            "Appends rows provisionally to a range of layers that is not the last: token ids (M,) int32 for the first, "
            "else what\nthe range before returned. Returns (M, hidden) float32, what the next range takes; ranges give "
            "the bits of the whole.\n\nRaises ContextFullError or ShapeError with the cache unchanged.")
-      .def("verify_range", &verify_range, nb::arg("cache"), nb::arg("rows"), nb::arg("proposal"), nb::arg("law"),
-           nb::arg("seed"), nb::arg("round"), nb::arg("rule") = "token",
-           "verify, at lenience 1, by the last range of layers: rows (M, hidden) float32 of the pending and the drafted "
-           "tokens, as\nthe range before returned them. Raises what verify raises, with the cache unchanged.")
+      .def(
+          "verify_range", &verify_range, nb::arg("cache"), nb::arg("rows"), nb::arg("proposal"), nb::arg("law"),
+          nb::arg("seed"), nb::arg("round"), nb::arg("rule") = "token",
+          "verify, at lenience 1, by the last range of layers: rows (M, hidden) float32 of the pending and the drafted "
+          "tokens, as\nthe range before returned them. Raises what verify raises, with the cache unchanged.")
       .def("prefill", &prefill, nb::arg("cache"), nb::arg("tokens"),
            "Appends and commits tokens (M,) int32 without logits.")
       .def("draft", &draft, nb::arg("cache"), nb::arg("pending"), nb::arg("gamma"), nb::arg("law"), nb::arg("seed"),
@@ -510,14 +512,15 @@ void bind_model(nb::module_& m) {
           "macs_per_row", [](const BoundModel& self) { return self.model->row_macs(); },
           "Multiply-adds of one row's matmuls.");
 
-  nb::class_<BoundCache>(m, "Cache",
-                         "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
-                         "committed or dropped.\n\n"
-                         "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
-                         "layers with a\nwindow need no more of them than the window and the provisional rows.\n\n"
-                         "windows (layers,) replace the model's, 0 for none; a row then sees as many positions up to its "
-                         "own and the layer's\nsinks (layers,), which are first positions that never leave. The last "
-                         "undo committed positions can be dropped again.")
+  nb::class_<BoundCache>(
+      m, "Cache",
+      "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
+      "committed or dropped.\n\n"
+      "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
+      "layers with a\nwindow need no more of them than the window and the provisional rows.\n\n"
+      "windows (layers,) replace the model's, 0 for none; a row then sees as many positions up to its "
+      "own and the layer's\nsinks (layers,), which are first positions that never leave. The last "
+      "undo committed positions can be dropped again.")
       .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::arg("windows") = nb::none(),
            nb::arg("sinks") = nb::none(), nb::arg("undo") = 0, nb::keep_alive<1, 2>())
       .def_prop_ro(
@@ -561,13 +564,14 @@ void bind_model(nb::module_& m) {
           "values", [](BoundCache& self, int layer) { return stored_rows(self, layer, false); }, nb::arg("layer"),
           nb::sig("def values(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]"),
           "A copy of a layer's committed values: (kv_heads, rows, head_dim), as for keys.")
-      .def("assign", &assign, nb::arg("keys"), nb::arg("values"), nb::arg("length") = nb::none(),
-           nb::sig("def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]], length: "
-                   "int | None = None) -> None"),
-           "Replaces what the cache holds by length positions, committed: rotated keys and values (kv_heads, rows, "
-           "head_dim)\nfloat32 per layer, rounded to bf16 unless the precision is f32. Rows are all positions or, of a "
-           "layer with a window,\nits sinks and the last ones, down to what the next row sees. Raises ContextFullError, "
-           "or ShapeError.")
+      .def(
+          "assign", &assign, nb::arg("keys"), nb::arg("values"), nb::arg("length") = nb::none(),
+          nb::sig("def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]], length: "
+                  "int | None = None) -> None"),
+          "Replaces what the cache holds by length positions, committed: rotated keys and values (kv_heads, rows, "
+          "head_dim)\nfloat32 per layer, rounded to bf16 unless the precision is f32. Rows are all positions or, of a "
+          "layer with a window,\nits sinks and the last ones, down to what the next row sees. Raises ContextFullError, "
+          "or ShapeError.")
       .def_prop_ro(
           "least_length", [](const BoundCache& self) { return self.sequence->cache().least_length(); },
           "The least length, besides 0, that truncate allows.")
