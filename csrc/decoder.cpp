@@ -18,7 +18,7 @@ Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity, const s
     : model_(std::move(model)),
       cache_(model_->kv_shape(), windows, capacity, undo),
       work_(*model_),
-      small_(model_->pass_bytes() < (size_t{16} << 20)) {}
+      small_(model_->is_small()) {}
 
 int64_t EarlyRows::known(int64_t first, const int32_t* wanted, int64_t count) const {
   if (layers == 0 || first != position) return 0;
@@ -31,12 +31,7 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   ThreadPool& pool = ThreadPool::instance();
   const size_t partial = Attention::partial_floats(cache_, model.heads, tile.M, tile.position);
   if (work_.partial.size() < partial) work_.partial.resize(partial);
-  const auto prepare = [&](int threads) {
-    const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
-    work_.scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
-    work_.best.resize(static_cast<size_t>(threads) * kTileRows);
-  };
-  pool.run(alone(), prepare, [&](const Team& team) {
+  pool.run(alone(), [&](int threads) { work_.reserve(model, threads); }, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
     rope_angles(pass);
     if (tile.tokens) embed_rows(pass);

@@ -151,7 +151,7 @@ class Sequence {
   std::vector<RowMax> best_;
   EarlyRows early_;
   int64_t layer_rows_ = 0;
-  bool small_;  // a pass is over before a second thread would have helped much
+  bool small_;
 };
 
 }  // namespace specfast

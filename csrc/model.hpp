@@ -47,6 +47,8 @@ struct Model {
   size_t pass_bytes() const { return pass_bytes(static_cast<int>(layers.size())); }
   /// The same for a pass over the first `first_layers` layers.
   size_t pass_bytes(int first_layers) const;
+  /// Whether a pass is over before a second thread would have helped much.
+  bool is_small() const { return pass_bytes() < (size_t{16} << 20); }
   /// Multiply-adds of the matmuls of one row.
   double row_macs() const;
   /// Throws ShapeError when a matrix or vector does not fit the sizes above.

@@ -4,6 +4,7 @@
 #include "bindings.hpp"
 
 #include "dispatch.hpp"
+#include "graph_handle.hpp"
 
 using namespace specfast;
 
@@ -413,6 +414,11 @@ Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending,
                          named, adjustments.value_or(nullptr));
 }
 
+nb::capsule graph_handle(const BoundModel& self) {
+  auto* handle = new GraphHandle(make_model_regions(self.model));
+  return nb::capsule(handle, kGraphHandleName, [](void* p) noexcept { delete static_cast<GraphHandle*>(p); });
+}
+
 }  // namespace
 
 void bind_model(nb::module_& m) {
@@ -480,6 +486,8 @@ void bind_model(nb::module_& m) {
            "Appends pending and the drafted tokens provisionally in one pass and applies a rule, or greedy.\n\n"
            "rule: token (with a lenience), block (which is token where the proposal has no laws), or coupled.\n"
            "Raises NumericalError on logits that are not finite, with the cache unchanged.")
+      .def("graph_handle", &graph_handle, nb::sig("def graph_handle(self) -> object"),
+           "The model's regions for specfast._mlx. The weights' memory must be kept by whoever holds it.")
       .def_prop_ro("hidden", [](const BoundModel& self) { return self.model->hidden; })
       .def_prop_ro("heads", [](const BoundModel& self) { return self.model->heads; })
       .def_prop_ro("kv_heads", [](const BoundModel& self) { return self.model->kv_heads; })
