@@ -47,8 +47,19 @@ KvCache::KvCache(const KvShape& shape, const std::vector<Window>& windows, int64
   }
 }
 
+KvCache KvCache::over(const KvShape& shape, uint8_t* pages, int64_t count) {
+  KvCache cache(shape, {}, count * kPagePositions);
+  cache.places_.assign(static_cast<size_t>(shape.layers), {0, 0});
+  Store& store = cache.stores_.front();
+  store.layers = 1;
+  const size_t bytes = cache.page_bytes(store);
+  for (int64_t page = 0; page < count; page++)
+    store.pages.emplace_back(pages + static_cast<size_t>(page) * bytes, Free{false});
+  return cache;
+}
+
 void KvCache::Free::operator()(uint8_t* p) const {
-  std::free(p);
+  if (owned) std::free(p);
 }
 
 size_t KvCache::page_bytes(const Store& store) const {

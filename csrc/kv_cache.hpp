@@ -23,6 +23,10 @@ class KvCache {
   /// last `undo` committed positions can be dropped again, one by one, in any layer.
   KvCache(const KvShape& shape, const std::vector<Window>& windows, int64_t capacity, int64_t undo = 0);
 
+  /// One layer without a window over `count` consecutive pages of somebody else's memory, which must outlive it. Every
+  /// layer number names the one layer; appending and truncating are not for it.
+  static KvCache over(const KvShape& shape, uint8_t* pages, int64_t count);
+
   int64_t length() const { return length_; }
   int64_t provisional() const { return provisional_; }
   int64_t capacity() const { return capacity_; }
@@ -60,6 +64,7 @@ class KvCache {
 
  private:
   struct Free {
+    bool owned = true;
     void operator()(uint8_t* p) const;
   };
   using Page = std::unique_ptr<uint8_t[], Free>;

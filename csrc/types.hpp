@@ -27,11 +27,44 @@ constexpr bool is_quantised(Format f) {
   return f == Format::q4 || f == Format::q8;
 }
 
+/// GGUF's quantised blocks: a row is a run of them, each with its own scales.
+enum class BlockType : uint8_t { none, q4_0, q4_1, q8_0, q4_k, q5_k, q6_k };
+
+/// How many inputs a block holds, and in how many bytes.
+struct BlockSize {
+  size_t inputs, bytes;
+};
+constexpr BlockSize block_size(BlockType blocks) {
+  switch (blocks) {
+    case BlockType::q4_0: return {32, 18};
+    case BlockType::q4_1: return {32, 20};
+    case BlockType::q8_0: return {32, 34};
+    case BlockType::q4_k: return {256, 144};
+    case BlockType::q5_k: return {256, 176};
+    case BlockType::q6_k: return {256, 210};
+    default: return {1, 0};
+  }
+}
+/// What a panel of blocks is unpacked to: q4 or q8 in groups of 32, or f32.
+constexpr Format unpacked_format(BlockType blocks) {
+  switch (blocks) {
+    case BlockType::q4_0:
+    case BlockType::q4_1:
+    case BlockType::q4_k: return Format::q4;
+    case BlockType::q8_0:
+    case BlockType::q5_k: return Format::q8;
+    default: return Format::f32;
+  }
+}
+
 /// One weight matrix (N, K), row major, owned by somebody else and used in place.
 ///
 /// Quantised formats follow MLX's affine layout: packed little-endian uint32 words, lowest bits first, and
-/// w = scale * q + bias with one scale and bias per row and group of `group` inputs.
+/// w = scale * q + bias with one scale and bias per row and group of `group` inputs. Rows of GGUF blocks are read where
+/// they lie, too: a kernel unpacks the 16 rows of a panel into its scratch, weight for weight the same values, in the
+/// layout that `format` and `group` name; scales and biases are then null.
 struct Matrix {
+  BlockType blocks = BlockType::none;
   Format format = Format::f32;
   Format scale_format = Format::f32;  // bf16, f16 or f32
   int32_t N = 0;
@@ -53,13 +86,21 @@ struct Matrix {
       default: return static_cast<size_t>(K) * 2;
     }
   }
+  /// Bytes between rows at `weight`.
+  size_t stored_row_bytes() const {
+    const BlockSize size = block_size(blocks);
+    return blocks == BlockType::none ? row_bytes() : static_cast<size_t>(K) / size.inputs * size.bytes;
+  }
   size_t scale_bytes() const { return scale_format == Format::f32 ? 4 : 2; }
   size_t groups() const { return group ? static_cast<size_t>(K) / static_cast<size_t>(group) : 0; }
   /// Bytes of one packed panel of 16 rows.
   size_t panel_bytes() const { return kPanel * (row_bytes() + 2 * groups() * scale_bytes()); }
   size_t panels() const { return (static_cast<size_t>(N) + kPanel - 1) / kPanel; }
   /// Bytes streamed from memory in one pass.
-  size_t bytes() const { return static_cast<size_t>(N) * (row_bytes() + 2 * groups() * scale_bytes()); }
+  size_t bytes() const {
+    if (blocks != BlockType::none) return static_cast<size_t>(N) * stored_row_bytes();
+    return static_cast<size_t>(N) * (row_bytes() + 2 * groups() * scale_bytes());
+  }
 };
 
 /// The activation form a matrix is multiplied with.

@@ -4,6 +4,7 @@
 #include "bindings.hpp"
 
 #include "dispatch.hpp"
+#include "graph_handle.hpp"
 
 using namespace specfast;
 
@@ -50,11 +51,11 @@ Matrix matrix_of(const nb::dict& layer, const char* key, std::vector<BoundMatrix
 
 void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_heads, int32_t head_dim,
                 int32_t intermediate, int32_t vocab, float rms_eps, const Floats& rope_inv_freq, int64_t max_context,
-                const BoundMatrix& embed, std::optional<const BoundMatrix*> head, const Floats& norm,
-                const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa, bool pack,
-                bool mapped, int32_t kv_bits) {
+                std::optional<const BoundMatrix*> embed, std::optional<const BoundMatrix*> head,
+                const std::optional<Floats>& norm, const nb::list& layers, const std::string& precision,
+                const std::optional<std::string>& isa, bool pack, bool mapped, int32_t kv_bits, bool rope_pairs) {
   auto model = std::make_shared<Model>();
-  std::vector<BoundMatrix> owners{embed};
+  std::vector<BoundMatrix> owners;
   model->hidden = hidden;
   model->heads = heads;
   model->kv_heads = kv_heads;
@@ -63,14 +64,21 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   model->vocab = vocab;
   model->rms_eps = rms_eps;
   model->max_context = max_context;
+  model->rope_pairs = rope_pairs;
   model->rope_inv_freq = floats_of(rope_inv_freq);
-  model->embed = embed.matrix;
-  model->head = embed.matrix;
+  if (embed && *embed) {
+    owners.push_back(**embed);
+    model->embed = (*embed)->matrix;
+  }
+  if (norm) {
+    model->norm = floats_of(*norm);
+    model->head = model->embed;
+  }
   if (head && *head) {
+    if (!norm) throw ShapeError("a head without the norm before it; leave both out where other layers follow");
     owners.push_back(**head);
     model->head = (*head)->matrix;
   }
-  model->norm = floats_of(norm);
   model->precision = precision_named(precision);
   if (kv_bits != 8 && kv_bits != 16)
     throw ShapeError("keys and values of " + std::to_string(kv_bits) + " bits are not supported; supported: 8, 16");
@@ -267,6 +275,42 @@ void assign(BoundCache& self, const nb::list& keys, const nb::list& values, std:
   self.sequence->assign(length, rows, k.data(), v.data());
 }
 
+nb::ndarray<nb::numpy, float> forward_range(const BoundModel& self, BoundCache& cache, const nb::object& rows) {
+  Sequence& sequence = sequence_of(self, cache);
+  const size_t hidden = static_cast<size_t>(self.model->hidden);
+  Tokens tokens;
+  Floats x;
+  const bool ids = nb::try_cast<Tokens>(rows, tokens);
+  if (!ids && !(nb::try_cast<Floats>(rows, x) && x.ndim() == 2 && x.shape(1) == hidden))
+    throw ShapeError("rows are token ids (M,) int32 or (M, " + std::to_string(hidden) + ") float32");
+  const size_t count = ids ? tokens.size() : x.shape(0);
+  if (count == 0) throw ShapeError("at least one row is needed, got none");
+  CacheUse use(cache);
+  float* data;
+  auto out = make_array(&data, {count, hidden});
+  if (!ids) std::copy_n(x.data(), count * hidden, data);
+  WithoutGil released;
+  sequence.forward_range(ids ? tokens.data() : nullptr, data, static_cast<int64_t>(count));
+  return out;
+}
+
+Verdict verify_range(const BoundModel& self, BoundCache& cache, const Floats& rows, const Proposal& proposal,
+                     const Law& law, uint64_t seed, uint64_t round, const std::string& rule) {
+  Sequence& sequence = sequence_of(self, cache);
+  const Rule named = rule_named(rule);
+  const size_t drafted = proposal.tokens.size();
+  if (rows.ndim() != 2 || rows.shape(1) != static_cast<size_t>(self.model->hidden) || rows.shape(0) <= drafted)
+    throw ShapeError("rows must be (M, " + std::to_string(self.model->hidden) + ") with M above the " +
+                     std::to_string(drafted) + " drafted tokens");
+  if (drafted > 64) throw ShapeError("a proposal of " + std::to_string(drafted) + " tokens is longer than 64");
+  CacheUse use(cache);
+  std::vector<float> x(rows.data(), rows.data() + rows.size());
+  WithoutGil released;
+  sequence.cache().drop_to(0);
+  return sequence.verify_range(x.data(), static_cast<int64_t>(rows.shape(0) - drafted), proposal, law, 1.0, seed, round,
+                               named);
+}
+
 void prefill(const BoundModel& self, BoundCache& cache, const Tokens& tokens) {
   Sequence& sequence = sequence_of(self, cache);
   require_tokens(tokens);
@@ -376,6 +420,11 @@ Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending,
                          named, adjustments.value_or(nullptr));
 }
 
+nb::capsule graph_handle(const BoundModel& self) {
+  auto* handle = new GraphHandle(make_model_regions(self.model));
+  return nb::capsule(handle, kGraphHandleName, [](void* p) noexcept { delete static_cast<GraphHandle*>(p); });
+}
+
 }  // namespace
 
 void bind_model(nb::module_& m) {
@@ -389,12 +438,14 @@ void bind_model(nb::module_& m) {
       "number of rows and threads, packed or not. A layer's \"window\" is how many positions up to its own a row "
       "attends "
       "to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as "
-      "float32\nwhen the precision is f32.")
+      "float32\nwhen the precision is f32. rope_pairs says that RoPE turns neighbours (2 i, 2 i + 1) of a head.\n\n"
+      "A range of a model's layers has no embed where layers come before it, and neither norm nor head where layers "
+      "follow; it\nruns by forward_range and verify_range. A head that is None with a norm is the embed.")
       .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
-           nb::arg("max_context"), nb::arg("embed"), nb::arg("head").none(), nb::arg("norm"), nb::arg("layers"),
-           nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
-           nb::arg("mapped") = false, nb::arg("kv_bits") = 16)
+           nb::arg("max_context"), nb::arg("embed").none(), nb::arg("head").none(), nb::arg("norm").none(),
+           nb::arg("layers"), nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
+           nb::arg("mapped") = false, nb::arg("kv_bits") = 16, nb::arg("rope_pairs") = false)
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens"), nb::arg("logits_rows") = 1,
            "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
            "rows.\n\n"
@@ -403,6 +454,17 @@ void bind_model(nb::module_& m) {
            "Appends tokens (M,) int32 provisionally and writes the logits of the last rows to out (rows, vocab) "
            "float32.\n\n"
            "Raises ContextFullError or ShapeError with the cache unchanged.")
+      .def("forward_range", &forward_range, nb::arg("cache"), nb::arg("rows"),
+           nb::sig("def forward_range(self, cache: Cache, rows: NDArray[numpy.int32] | NDArray[numpy.float32]) -> "
+                   "NDArray[numpy.float32]"),
+           "Appends rows provisionally to a range of layers that is not the last: token ids (M,) int32 for the first, "
+           "else what\nthe range before returned. Returns (M, hidden) float32, what the next range takes; ranges give "
+           "the bits of the whole.\n\nRaises ContextFullError or ShapeError with the cache unchanged.")
+      .def(
+          "verify_range", &verify_range, nb::arg("cache"), nb::arg("rows"), nb::arg("proposal"), nb::arg("law"),
+          nb::arg("seed"), nb::arg("round"), nb::arg("rule") = "token",
+          "verify, at lenience 1, by the last range of layers: rows (M, hidden) float32 of the pending and the drafted "
+          "tokens, as\nthe range before returned them. Raises what verify raises, with the cache unchanged.")
       .def("prefill", &prefill, nb::arg("cache"), nb::arg("tokens"),
            "Appends and commits tokens (M,) int32 without logits.")
       .def("draft", &draft, nb::arg("cache"), nb::arg("pending"), nb::arg("gamma"), nb::arg("law"), nb::arg("seed"),
@@ -430,6 +492,8 @@ void bind_model(nb::module_& m) {
            "Appends pending and the drafted tokens provisionally in one pass and applies a rule, or greedy.\n\n"
            "rule: token (with a lenience), block (which is token where the proposal has no laws), or coupled.\n"
            "Raises NumericalError on logits that are not finite, with the cache unchanged.")
+      .def("graph_handle", &graph_handle, nb::sig("def graph_handle(self) -> object"),
+           "The model's regions for specfast._mlx. The weights' memory must be kept by whoever holds it.")
       .def_prop_ro("hidden", [](const BoundModel& self) { return self.model->hidden; })
       .def_prop_ro("heads", [](const BoundModel& self) { return self.model->heads; })
       .def_prop_ro("kv_heads", [](const BoundModel& self) { return self.model->kv_heads; })

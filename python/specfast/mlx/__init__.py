@@ -19,9 +19,11 @@ except ImportError as error:
 from .accelerate import Report, accelerate, report, restore
 from .cache import KVCache, RotatingKVCache
 from .generate import GenerationResponse, stream_generate
+from .graph import GraphKVCache
 
 __all__ = [
     "GenerationResponse",
+    "GraphKVCache",
     "KVCache",
     "Report",
     "RotatingKVCache",

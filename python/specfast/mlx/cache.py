@@ -50,7 +50,7 @@ class _InPages:
 
     @keys.setter
     def keys(self, keys: mx.array | None) -> None:
-        self._become_stock()
+        self.become_stock()
         self.keys = keys
 
     @property
@@ -60,7 +60,7 @@ class _InPages:
 
     @values.setter
     def values(self, values: mx.array | None) -> None:
-        self._become_stock()
+        self.become_stock()
         self.values = values
 
     @property
@@ -70,7 +70,7 @@ class _InPages:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Appends as mlx-lm's layers do; the cache is a stock one from then on."""
-        self._become_stock()
+        self.become_stock()
         return self.update_and_fetch(keys, values)
 
     def __reduce__(self) -> Any:
@@ -87,7 +87,7 @@ class _InPages:
         rows = mx.array(read(self._layer, self.offset)[None])
         return rows if rows.dtype == mx.float32 else rows.view(mx.bfloat16)
 
-    def _become_stock(self) -> None:
+    def become_stock(self) -> None:
         contents = self._contents()
         self.__class__ = self._stock
         vars(self).clear()
