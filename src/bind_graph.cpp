@@ -33,13 +33,15 @@ struct GraphForward {
   }
 };
 
-/// A graph's call: `logits` (rows, vocab) float32, `state` (1,) int64, `tokens` (M,) int32, `call` (3,) int64: a
-/// GraphForward, the rows wanted (0: all M), and M where it is fixed (0: the argument says). Logits that cannot be had
-/// are NaN, and GraphForward::problem tells why: nothing may be thrown through the host.
+/// A graph's call: `logits` (rows, vocab) float32, `state` (1,) int64, `tokens` (M,) int32, `call` (4,) int64: a
+/// GraphForward, the rows wanted (0: all M), M and the start position; of these two, -1 means the next of the two last
+/// arguments. Logits that cannot be had are NaN, and GraphForward::problem tells why: nothing may be thrown through the
+/// host.
 extern "C" void specfast_graph_forward(float* logits, int64_t* state, const int32_t* tokens, const int64_t* call,
-                                       int64_t start, int64_t variable_rows) noexcept {
+                                       int64_t first, int64_t second) noexcept {
   GraphForward& self = *reinterpret_cast<GraphForward*>(static_cast<intptr_t>(call[0]));
-  const int64_t M = call[2] ? call[2] : variable_rows, rows = call[1] ? call[1] : M;
+  const int64_t start = call[3] >= 0 ? call[3] : first, M = call[2] >= 0 ? call[2] : call[3] >= 0 ? first : second;
+  const int64_t rows = call[1] ? call[1] : M;
   self.calls++;
   *state = start + M;
   try {
@@ -68,10 +70,10 @@ void bind_graph(nb::module_& m) {
   nb::class_<GraphForward>(
       m, "GraphForward",
       "A model's forward pass on a cache as a C function that a host's compiled graph calls.\n\n"
-      "void f(float* logits, int64* state, const int32* tokens, const int64* call, int64 start, int64 M): truncates the "
+      "void f(float* logits, int64* state, const int32* tokens, const int64* call, int64 a, int64 b): truncates the "
       "cache\nto `start`, appends the tokens (M,), commits them, and writes the logits (rows, vocab) of the last rows. "
-      "call is\n(address, rows or 0 for all, M or 0 where the argument says). It raises nothing: logits are NaN then, "
-      "and `problem`\ntells why.")
+      "call is\n(address, rows or 0 for all, M, start), where -1 for M or start means the next of the last arguments. "
+      "It raises\nnothing: logits are NaN then, and `problem` tells why.")
       .def(
           "__init__",
           [](GraphForward* self, nb::object model, nb::object cache) {
