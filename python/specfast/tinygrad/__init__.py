@@ -20,6 +20,7 @@ private.require_device()
 private.graph_problem()
 
 from .accelerate import Report, accelerate, cached_keys_values, logits, report, restore  # noqa: E402
+from .generate import generate, load_gguf, stream_generate  # noqa: E402
 from .private import UnsupportedHostError  # noqa: E402
 
 __all__ = [
@@ -27,7 +28,10 @@ __all__ = [
     "UnsupportedHostError",
     "accelerate",
     "cached_keys_values",
+    "generate",
+    "load_gguf",
     "logits",
     "report",
     "restore",
+    "stream_generate",
 ]

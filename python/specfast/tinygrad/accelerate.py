@@ -46,23 +46,20 @@ class Report:
 
 
 class _Sequence:
-    """One sequence's native cache, as graphs call it."""
+    """One sequence's native cache, as graphs call it.
+
+    `last` are the logits of its last pass, which the next one reads in the graph (and nowhere else): so passes run in the order
+    in which they were called, whichever is realised first, and none twice.
+    """
 
     def __init__(self, native: _core.Model) -> None:
-        self.cache = _core.Cache(native)
+        self.cache, self.vocab = _core.Cache(native), native.vocab
         self.forward = _core.GraphForward(native, self.cache)
-        self._state: Tensor | None = None
+        self.last = Tensor(np.zeros(1, np.int64), device="CPU").clone().realize()
 
     def call(self, rows: int, M: int, start: int) -> Tensor:
-        """What the native function is told (4,) int64; see GraphForward."""
-        return Tensor(np.array([self.forward.address, rows, M, start], dtype=np.int64), device="CPU")
-
-    @property
-    def state(self) -> Tensor:
-        """Stands for the cache in graphs: every pass reads and writes it, so that they run in the order they were called."""
-        if self._state is None:
-            self._state = Tensor(np.zeros(1, np.int64), device="CPU").clone().realize()
-        return self._state
+        """What the native function is told (5,) int64; see GraphForward."""
+        return Tensor(np.array([self.forward.number, self.vocab, rows, M, start], dtype=np.int64), device="CPU")
 
 
 class _Path:
@@ -116,10 +113,10 @@ class _Path:
         flat = (tokens if fixed else tokens.pad_to((1, room))).reshape(room).cast(dtypes.int32).contiguous()
         out = Tensor.empty(1 if last else room, self.native.vocab, dtype=dtypes.float32, device="CPU")
         call = sequence.call(1 if last else 0, M if fixed else -1, start_pos if given else -1)
-        program = private.Program("specfast_forward", _core.GraphForward.function, outs=(0,), inouts=(1,))
-        logits, state, *_ = program([out, sequence.state, flat, call], variables)
+        program = private.Program("specfast_forward", _core.GraphForward.function, outs=(0,))
+        logits = program([out, sequence.last, flat, call], variables)[0]
         if not private.in_function():
-            sequence.state.replace(state)
+            sequence.last = logits
         return logits if last or fixed else logits.shrink(((0, M), None))
 
     def _beside(self, sequence: _Sequence, tokens: Tensor, start_pos: Any, *, last: bool) -> Tensor:

@@ -128,8 +128,7 @@ class Program:
         if self.address:
             parts.append(UOp(Ops.BINARY, arg=_jump(self.address)))
         call = UOp(Ops.PROGRAM, src=tuple(parts), arg=info).call(*nodes, *variables)
-        written = [nodes[i].after(call) for i in self.inouts]
-        return [Tensor(node.after(call) if i in self.inouts else node.after(call, *written)) for i, node in enumerate(nodes)]
+        return [Tensor(node.after(call)) for node in nodes]
 
 
 def _jump(address: int) -> bytes:
