@@ -166,6 +166,11 @@ def noise(seed: int, position: int, token: int) -> float:
     least noise / p is chosen.
     """
 
+def noise_row(seed: int, position: int, count: int) -> NDArray[numpy.float32]:
+    """
+    noise of the tokens below count, (count,) float32: for drafts that a host draws in its own graph.
+    """
+
 def sample_token(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: float, isa: str | None = None) -> int:
     """
     Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.

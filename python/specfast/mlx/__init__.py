@@ -18,8 +18,8 @@ except ImportError as error:
 
 from .accelerate import Report, accelerate, report, restore
 from .cache import KVCache, RotatingKVCache
-from .generate import GenerationResponse, stream_generate
 from .graph import GraphKVCache
+from .stream import GenerationResponse, Stream, generate, generate_step, stream_generate
 
 __all__ = [
     "GenerationResponse",
@@ -27,7 +27,10 @@ __all__ = [
     "KVCache",
     "Report",
     "RotatingKVCache",
+    "Stream",
     "accelerate",
+    "generate",
+    "generate_step",
     "report",
     "restore",
     "stream_generate",
