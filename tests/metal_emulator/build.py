@@ -14,10 +14,10 @@ COMMON = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-
 MODES = {
     "plain": ("g++", ["-O2"], ["-O2"]),
     "count": ("g++", ["-O2", "-fsanitize=thread"], ["-O2", "-DEMULATOR_COUNT"]),
-    "address": ("g++", ["-O1", "-g1", "-fsanitize=address"], ["-O1", "-g1", "-fsanitize=address"]),
+    "address": ("g++", ["-O1", "-g1", "-fsanitize=address"], ["-O2", "-g1", "-DEMULATOR_ADDRESS"]),
     "thread": ("g++", ["-O1", "-g1", "-fsanitize=thread"], ["-O2", "-g1", "-DEMULATOR_THREAD"]),
-    "undefined": ("g++", ["-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all"], ["-O2", "-g1", "-DEMULATOR_SANITIZED"]),
-    "memory": ("clang++", ["-O1", "-g1", "-fsanitize=memory"], ["-O1", "-g1", "-fsanitize=memory"]),
+    "undefined": ("g++", ["-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all"], ["-O2", "-g1", "-DEMULATOR_UNDEFINED"]),
+    "memory": ("clang++", ["-O1", "-g1", "-fsanitize=memory"], ["-O1", "-g1", "-fsanitize=memory", "-DEMULATOR_MEMORY"]),
 }
 IN_PROCESS = ("plain", "count")
 SANITIZER_OPTIONS = {

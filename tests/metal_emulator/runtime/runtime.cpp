@@ -13,18 +13,15 @@
 #include <sys/mman.h>
 #include <vector>
 
-#if defined(__has_feature)
-#if __has_feature(memory_sanitizer)
-#define EMULATOR_MEMORY 1
-#endif
-#endif
-#ifdef __SANITIZE_ADDRESS__
+// Under the address and thread sanitizers this file is not instrumented itself: it says where stacks are and what orders
+// two lanes. build.py defines one of EMULATOR_{COUNT,ADDRESS,THREAD,UNDEFINED,MEMORY}, or none.
+#ifdef EMULATOR_ADDRESS
 #include <sanitizer/common_interface_defs.h>
 #endif
-#ifdef EMULATOR_THREAD  // this file is not instrumented then: it alone says what orders two lanes
+#ifdef EMULATOR_THREAD
 #include <sanitizer/tsan_interface.h>
 #endif
-#if defined(__SANITIZE_ADDRESS__) || defined(EMULATOR_THREAD) || defined(EMULATOR_MEMORY)
+#if defined(EMULATOR_ADDRESS) || defined(EMULATOR_THREAD) || defined(EMULATOR_UNDEFINED) || defined(EMULATOR_MEMORY)
 #define EMULATOR_SANITIZED 1
 #endif
 
@@ -166,7 +163,7 @@ void switch_to(Fiber& from, Fiber& to, bool from_is_done) {
 #ifdef EMULATOR_THREAD
   __tsan_switch_to_fiber(to.sanitizer, 1);  // 1: a switch orders nothing
 #endif
-#ifdef __SANITIZE_ADDRESS__
+#ifdef EMULATOR_ADDRESS
   const bool to_scheduler = &to == &scheduler;
   __sanitizer_start_switch_fiber(from_is_done ? nullptr : &from.sanitizer, to_scheduler ? scheduler_stack : to.stack,
                                  to_scheduler ? scheduler_stack_bytes : stack_bytes);
@@ -174,7 +171,7 @@ void switch_to(Fiber& from, Fiber& to, bool from_is_done) {
   (void)from_is_done;
   current = &to;
   emulator_switch(&from.stack_pointer, to.stack_pointer);
-#ifdef __SANITIZE_ADDRESS__
+#ifdef EMULATOR_ADDRESS
   __sanitizer_finish_switch_fiber(from.sanitizer, nullptr, nullptr);
 #endif
 }
@@ -200,7 +197,7 @@ void stop_at(Stop stop, const char* operation, const char* file, int line) {
 }
 
 void start() {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef EMULATOR_ADDRESS
   const void* stack;
   std::size_t bytes;
   __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
