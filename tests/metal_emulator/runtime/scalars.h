@@ -16,6 +16,11 @@ typedef unsigned long uint64_t;
 #define EMULATOR_COPY(to, from, bytes) ::memcpy(to, from, bytes)
 #else
 typedef unsigned long size_t;
+#ifdef __clang__
+typedef __fp16 emulator_float16;
+#else
+typedef _Float16 emulator_float16;
+#endif
 #define EMULATOR_COPY(to, from, bytes) __builtin_memcpy(to, from, bytes)
 #endif
 #define METAL_FUNC inline __attribute__((always_inline))
@@ -102,7 +107,7 @@ struct half_format {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 #else
-    _Float16 value;
+    emulator_float16 value;
     EMULATOR_COPY(&value, &bits, 2);
     return (float)value;
 #endif
@@ -112,7 +117,7 @@ struct half_format {
 #ifdef EMULATOR_CUDA
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
 #else
-    _Float16 rounded = (_Float16)value;
+    emulator_float16 rounded = (emulator_float16)value;
     EMULATOR_COPY(&bits, &rounded, 2);
 #endif
     return bits;
