@@ -4,9 +4,9 @@
     program.run("matmul_rows_q4_g64_f16", grid=(32, 1, 1), threadgroup=(64, 1, 1), buffers=[w, scales, biases, x, y, dims])
 """
 
-import contextlib
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -148,11 +148,19 @@ class Program:
                 command = ["setarch", "-R", *command]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **build.SANITIZER_OPTIONS})
             if done.returncode:
-                raise EmulatorError(f"kernel {name}, mode {self.mode}:\n{done.stderr.strip()[:6000]}")
+                raise EmulatorError(f"kernel {name}, mode {self.mode}: {_headline(done.stderr)}\n{done.stderr.strip()[:6000]}")
             for array, file in zip(buffers, files, strict=True):
                 if array.flags.writeable:
                     array.reshape(-1)[:] = np.fromfile(file, array.dtype)
         return Counters(*map(int, done.stdout.split()))
+
+
+def _headline(report: str) -> str:
+    """What a sanitizer found and the first line of a .metal file it names."""
+    what = re.search(r"AddressSanitizer: ([\w-]+)|(?:Thread|Memory)Sanitizer: ([\w -]+)|runtime error: ([^\n]*)", report)
+    where = re.search(r"\S+\.metal:\d+", report)
+    found = next(filter(None, what.groups()), "") if what else "failed"
+    return f"{found.strip()} at {where[0]}" if where else found
 
 
 def compile(  # noqa: A001
@@ -171,12 +179,7 @@ def compile(  # noqa: A001
     """
     if mode not in build.MODES:
         raise ValueError(f"mode {mode!r}; choose from {', '.join(build.MODES)}")
-    path = source if isinstance(source, Path) else None
-    if path is None:
-        with contextlib.suppress(OSError):
-            path = Path(source) if "\n" not in str(source) and Path(source).is_file() else None
-    if path is None:
-        path = build.write_source(str(source))
+    path = build.source_file(source)
     text = translate.preprocess(path, build.DIRECTORY / "metal_headers", include, defines or {})
     metal = translate.parse(text, constants or {})
     return Program(metal, build.binary(translate.to_cpu(metal), path.stem, mode), mode)

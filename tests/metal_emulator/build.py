@@ -17,7 +17,7 @@ MODES = {
     "address": ("g++", ["-O1", "-g1", "-fsanitize=address"], ["-O2", "-g1", "-DEMULATOR_ADDRESS"]),
     "thread": ("g++", ["-O1", "-g1", "-fsanitize=thread"], ["-O2", "-g1", "-DEMULATOR_THREAD"]),
     "undefined": ("g++", ["-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all"], ["-O2", "-g1", "-DEMULATOR_UNDEFINED"]),
-    "memory": ("clang++", ["-O1", "-g1", "-fsanitize=memory"], ["-O1", "-g1", "-fsanitize=memory", "-DEMULATOR_MEMORY"]),
+    "memory": ("clang++", ["-O1", "-g1", "-fsanitize=memory", "-fsanitize-memory-track-origins=2"], ["-O1", "-g1", "-fsanitize=memory", "-fsanitize-memory-track-origins=2", "-DEMULATOR_MEMORY"]),
 }
 IN_PROCESS = ("plain", "count")
 SANITIZER_OPTIONS = {
@@ -31,11 +31,13 @@ class EmulatorUnavailable(RuntimeError):
     """A compiler or a sanitizer's run-time library is missing on this machine."""
 
 
-def write_source(text: str) -> Path:
-    """Keeps a program given as text in a file, so that reports can name it."""
-    path = DIRECTORY / "sources" / f"source_{_hash(text)}.metal"
+def source_file(source: str | Path) -> Path:
+    """The file of a program. One given as text is kept in a file, so that reports can name its lines."""
+    if isinstance(source, Path) or ("\n" not in source and source.endswith(".metal")):
+        return Path(source)
+    path = DIRECTORY / "sources" / f"source_{_hash(source)}.metal"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(source)
     return path
 
 

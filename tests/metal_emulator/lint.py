@@ -27,17 +27,20 @@ LINE_MARKER = re.compile(r'^# (\d+) "([^"]*)"[^\n]*$', re.M)
 CONSTRUCTOR = re.compile(r"\b((?:bool|u?char|u?short|u?int|u?long|half|bfloat|float)[234]|vec<[^<>()]*>)\s*\(")
 
 
-def lint(path: Path, defines: Mapping[str, object] | None = None) -> list[str]:
-    """The findings, as `file:line: message`; empty for a clean file.
+def lint(source: str | Path, defines: Mapping[str, object] | None = None) -> list[str]:
+    """The findings for a .metal file or its text, as `file:line: message`; empty for a clean one.
 
     Raises EmulatorUnavailable where ziglang is not installed.
     """
+    path = build.source_file(source)
     text = translate.preprocess(path, build.DIRECTORY / "metal_headers", (), defines or {})
     findings = list(_words(text))
     try:
         metal = translate.parse(text)
     except translate.TranslationError as error:
         return [*findings, f"{path}: {error}"]
+    if not metal.kernels:
+        findings.append(f"{path}: no kernel is instantiated, so no template was compiled")
     findings += [f"{path}: {finding}" for name in metal.parameters for finding in _parameters(name, metal.parameters[name])]
     return findings + _clang(path, metal)
 
