@@ -52,7 +52,8 @@ def binary(cpp: str, stem: str, mode: str) -> Path:
         return target
     source, compiled = target.with_suffix(f"{target.suffix}.cpp"), target.with_suffix(f"{target.suffix}.o")
     source.write_text(cpp)
-    _compile([compiler, *COMMON, "-march=native", *flags, f"-I{RUNTIME}", "-c", str(source), "-o", str(compiled)])
+    dialect = ["-march=native"] + ["-fsingle-precision-constant"] * (compiler == "g++")  # in Metal 0.5 is a float
+    _compile([compiler, *COMMON, *dialect, *flags, f"-I{RUNTIME}", "-c", str(source), "-o", str(compiled)])
     link = ["-shared", "-Wl,-Bsymbolic"] if mode in IN_PROCESS else [f for f in flags if f.startswith("-fsanitize")]
     _compile([compiler, *link, str(compiled), *map(str, objects), "-lm", "-o", f"{target}.new"])
     compiled.unlink()

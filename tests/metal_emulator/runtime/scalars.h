@@ -24,9 +24,9 @@ typedef _Float16 emulator_float16;
 #define EMULATOR_COPY(to, from, bytes) __builtin_memcpy(to, from, bytes)
 #endif
 #define METAL_FUNC inline __attribute__((always_inline))
-#define INFINITY (__builtin_huge_valf())
-#define HUGE_VALF (__builtin_huge_valf())
-#define NAN (__builtin_nanf(""))
+#define INFINITY (__builtin_bit_cast(float, 0x7f800000u))
+#define HUGE_VALF INFINITY
+#define NAN (__builtin_bit_cast(float, 0x7fc00000u))
 #define MAXFLOAT 3.402823466e+38f
 #define M_PI_F 3.14159265358979323846f
 #define M_LN2_F 0.69314718055994530942f
