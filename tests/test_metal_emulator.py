@@ -104,13 +104,20 @@ def test_vectors_and_bits():
 
 
 def test_bytes_are_counted_per_instruction_and_simdgroup():
-    once, shared, twice, packed, y = np.ones(64, f32), np.ones(4, f32), np.ones(96, f32), np.ones(8, np.uint8), np.zeros(64, f32)
+    once, shared, twice, packed, y = (
+        np.ones(64, f32),
+        np.ones(4, f32),
+        np.ones(96, f32),
+        np.ones(8, np.uint8),
+        np.zeros(64, f32),
+    )
     buffers = [once, shared, twice, packed, y]
     counters = program("semantics.metal", "count").run("reads", (1, 1, 1), (64, 1, 1), buffers)
-    # Two simdgroups: `shared[0]` is one load for each, `twice[i]` runs twice, `twice[64 + lane]` is the same for both.
-    assert counters.read_bytes == {0: 256, 1: 8, 2: 2 * 256 + 2 * 128, 3: 8, 4: 0}
-    assert counters.unique_read_bytes == {0: 256, 1: 4, 2: 384, 3: 8, 4: 0}
-    assert counters.written_bytes == {0: 0, 1: 0, 2: 0, 3: 0, 4: 256}
+    # Two simdgroups: `shared[0]` is one load for each, the nine loads of `twice` run twice, `twice[64 + lane]` is the same for
+    # both.
+    assert counters.read_bytes == {0: 256, 1: 8, 2: 2 * 9 * 256 + 2 * 128, 3: 8, 4: 256}
+    assert counters.unique_read_bytes == {0: 256, 1: 4, 2: 384, 3: 8, 4: 256}
+    assert counters.written_bytes == {0: 0, 1: 0, 2: 0, 3: 0, 4: 512}
     assert counters.collectives == 4
     expected = np.zeros(64, f32)
     program("semantics.metal").run("reads", (1, 1, 1), (64, 1, 1), [*buffers[:4], expected])
@@ -142,7 +149,9 @@ def line_of(kernel: str) -> int:
     return next(i for i, line in enumerate(lines, 1) if line.endswith(f"// FAULT {kernel}"))
 
 
-def outcome(kernel: str, mode: str, schedule: int = 0, groups: int = 1, buffers: list[np.ndarray] | None = None) -> bytes:
+def outcome(
+    kernel: str, mode: str, schedule: int = 0, groups: int = 1, buffers: list[np.ndarray] | None = None
+) -> bytes:
     y = np.arange(1, 65).astype(f32)
     program("faults.metal", mode).run(kernel, (groups, 1, 1), (64, 1, 1), [y, *(buffers or [])], schedule)
     return y.tobytes()

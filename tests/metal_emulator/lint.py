@@ -41,13 +41,19 @@ def lint(source: str | Path, defines: Mapping[str, object] | None = None) -> lis
         return [*findings, f"{path}: {error}"]
     if not metal.kernels:
         findings.append(f"{path}: no kernel is instantiated, so no template was compiled")
-    findings += [f"{path}: {finding}" for name in metal.parameters for finding in _parameters(name, metal.parameters[name])]
+    findings += [
+        f"{path}: {finding}" for name in metal.parameters for finding in _parameters(name, metal.parameters[name])
+    ]
     return findings + _clang(path, metal)
 
 
 def _words(text: str) -> list[str]:
     code = LINE_MARKER.sub(lambda m: " " * len(m[0]), text)
-    found = [(m.start(), f"{' '.join(m[0].split())}: {why}") for rule, why in FORBIDDEN.items() for m in re.finditer(rule, code)]
+    found = [
+        (m.start(), f"{' '.join(m[0].split())}: {why}")
+        for rule, why in FORBIDDEN.items()
+        for m in re.finditer(rule, code)
+    ]
     found += _scopes(code)
     return [f"{_location(text, at)}: {message}" for at, message in sorted(found)]
 
@@ -66,10 +72,12 @@ def _scopes(code: str) -> list[tuple[int, str]]:
             depth += 1
         if depth == 0 and c == ";":
             words = code[statement:i]
-            if re.search(r"^\s*(?:static\s+|const\s+|constexpr\s+|inline\s+)*[\w:<>]+\s+\w+\s*(?:\[[^\]]*\]\s*)*(?:=|$)", words) and not re.search(
-                r"\b(?:constant|using|typedef|struct|template|enum|return|namespace)\b", words
-            ):
-                found.append((i, f"{' '.join(words.split())[:60]}: variables of the file are in the constant address space"))
+            if re.search(
+                r"^\s*(?:static\s+|const\s+|constexpr\s+|inline\s+)*[\w:<>]+\s+\w+\s*(?:\[[^\]]*\]\s*)*(?:=|$)", words
+            ) and not re.search(r"\b(?:constant|using|typedef|struct|template|enum|return|namespace)\b", words):
+                found.append(
+                    (i, f"{' '.join(words.split())[:60]}: variables of the file are in the constant address space")
+                )
         if c == "}":
             depth = max(0, depth - 1)
         if c in ";{}" and depth == 0:
@@ -131,7 +139,16 @@ def to_clang(metal: translate.Metal) -> str:
 def _clang(path: Path, metal: translate.Metal) -> list[str]:
     source = build.DIRECTORY / f"{path.stem}.lint.cpp"
     source.write_text(to_clang(metal))
-    command = [sys.executable, "-m", "ziglang", "clang", "-std=c++17", "-fsyntax-only", "-nostdinc", "-ferror-limit=200"]
+    command = [
+        sys.executable,
+        "-m",
+        "ziglang",
+        "clang",
+        "-std=c++17",
+        "-fsyntax-only",
+        "-nostdinc",
+        "-ferror-limit=200",
+    ]
     command += ["-Wno-everything", f"-I{build.RUNTIME}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named ziglang" in done.stderr:
