@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from metal_emulator import build, translate
-from metal_emulator.build import EmulatorUnavailable
+from metal_emulator.build import EmulatorUnavailableError
 from metal_emulator.translate import TranslationError
 
-__all__ = ["Counters", "EmulatorError", "EmulatorUnavailable", "Program", "TranslationError", "compile"]
+__all__ = ["Counters", "EmulatorError", "EmulatorUnavailableError", "Program", "TranslationError", "compile"]
 
 MAX_BUFFERS = 31
 
@@ -148,8 +148,8 @@ class Program:
             job = [
                 f"kernel {name}",
                 f"schedule {schedule}",
-                "threadgroups %d %d %d" % tuple(grid),
-                "threads %d %d %d" % tuple(threadgroup),
+                "threadgroups {} {} {}".format(*grid),
+                "threads {} {} {}".format(*threadgroup),
             ]
             for i, (array, file) in enumerate(zip(buffers, files, strict=True)):
                 array.tofile(file)
@@ -195,7 +195,7 @@ def compile(  # noqa: A001
     Modes: "plain" runs in this process; "count" too, and fills the byte counters; "address", "thread", "undefined" and
     "memory" run each launch in a process under that sanitizer. `constants` gives values to function constants.
 
-    Raises TranslationError where the file is outside the dialect, EmulatorUnavailable where the mode's compiler is missing.
+    Raises TranslationError where the file is outside the dialect, EmulatorUnavailableError where the mode's compiler is missing.
     """
     if mode not in build.MODES:
         raise ValueError(f"mode {mode!r}; choose from {', '.join(build.MODES)}")

@@ -35,7 +35,7 @@ SANITIZER_OPTIONS = {
 }
 
 
-class EmulatorUnavailable(RuntimeError):
+class EmulatorUnavailableError(RuntimeError):
     """A compiler or a sanitizer's run-time library is missing on this machine."""
 
 
@@ -71,10 +71,10 @@ def binary(cpp: str, stem: str, mode: str) -> Path:
 
 @cache
 def require(mode: str) -> None:
-    """Raises EmulatorUnavailable unless the mode's compiler can link a program."""
+    """Raises EmulatorUnavailableError unless the mode's compiler can link a program."""
     compiler, flags, _ = MODES[mode]
     if shutil.which(compiler) is None:
-        raise EmulatorUnavailable(f"mode {mode!r} needs {compiler}")
+        raise EmulatorUnavailableError(f"mode {mode!r} needs {compiler}")
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     command = [
         compiler,
@@ -88,7 +88,7 @@ def require(mode: str) -> None:
     ]
     done = subprocess.run(command, input="int main() {}", capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EmulatorUnavailable(f"mode {mode!r} does not link with {compiler}: {done.stderr.strip()[:300]}")
+        raise EmulatorUnavailableError(f"mode {mode!r} does not link with {compiler}: {done.stderr.strip()[:300]}")
 
 
 @cache

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from metal_emulator import build, translate
-from metal_emulator.build import EmulatorUnavailable
+from metal_emulator.build import EmulatorUnavailableError
 
 HEADERS = ("scalars.h", "vectors.h", "math.h", "execution.h", "launch.h")
 
@@ -27,7 +27,7 @@ def _nvrtc() -> ctypes.CDLL:
             loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             if library.name.startswith("libnvrtc.so"):
                 return loaded
-    raise EmulatorUnavailable("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    raise EmulatorUnavailableError("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
 
 
 @cache
@@ -35,10 +35,10 @@ def _driver() -> ctypes.CDLL:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise EmulatorUnavailable("no NVIDIA driver on this machine") from error
+        raise EmulatorUnavailableError("no NVIDIA driver on this machine") from error
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        raise EmulatorUnavailable("no NVIDIA GPU on this machine")
+        raise EmulatorUnavailableError("no NVIDIA GPU on this machine")
     return driver
 
 
@@ -51,7 +51,7 @@ def compile_cubin(
 ) -> tuple[translate.Metal, bytes]:
     """Compiles every kernel of a .metal file, or of its text, for one GPU architecture.
 
-    Raises EmulatorUnavailable without NVRTC, RuntimeError with the compiler's log where it rejects the file.
+    Raises EmulatorUnavailableError without NVRTC, RuntimeError with the compiler's log where it rejects the file.
     """
     nvrtc = _nvrtc()
     path = build.source_file(source)
@@ -84,7 +84,7 @@ def compile_cubin(
 
 
 class CudaProgram:
-    """A .metal file on the first NVIDIA GPU. Raises EmulatorUnavailable without one."""
+    """A .metal file on the first NVIDIA GPU. Raises EmulatorUnavailableError without one."""
 
     def __init__(self, source: str | Path, defines: Mapping[str, object] | None = None) -> None:
         self._cuda = _driver()

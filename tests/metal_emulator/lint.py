@@ -30,7 +30,7 @@ CONSTRUCTOR = re.compile(r"\b((?:bool|u?char|u?short|u?int|u?long|half|bfloat|fl
 def lint(source: str | Path, defines: Mapping[str, object] | None = None) -> list[str]:
     """The findings for a .metal file or its text, as `file:line: message`; empty for a clean one.
 
-    Raises EmulatorUnavailable where ziglang is not installed.
+    Raises EmulatorUnavailableError where ziglang is not installed.
     """
     path = build.source_file(source)
     text = translate.preprocess(path, build.DIRECTORY / "metal_headers", (), defines or {})
@@ -152,7 +152,7 @@ def _clang(path: Path, metal: translate.Metal) -> list[str]:
     command += ["-Wno-everything", f"-I{build.RUNTIME}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named ziglang" in done.stderr:
-        raise build.EmulatorUnavailable("the lint needs ziglang from PyPI")
+        raise build.EmulatorUnavailableError("the lint needs ziglang from PyPI")
     found = []
     for line in done.stderr.splitlines():
         if re.search(r"\berror:", line):

@@ -10,9 +10,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-METAL_HEADERS = """metal_atomic metal_common metal_compute metal_geometric metal_integer metal_limits metal_logging metal_math
-metal_numeric metal_pack metal_relational metal_simdgroup metal_simdgroup_matrix metal_stdlib metal_tensor metal_types
-metal_uniform""".split()
+METAL_HEADERS = tuple(
+    f"metal_{name}"
+    for name in (
+        *(
+            "atomic",
+            "common",
+            "compute",
+            "geometric",
+            "integer",
+            "limits",
+            "logging",
+            "math",
+            "numeric",
+            "pack",
+            "relational",
+        ),
+        *("simdgroup", "simdgroup_matrix", "stdlib", "tensor", "types", "uniform"),
+    )
+)
 
 # A built-in parameter's value, from `emulator::Thread t` and `emulator::GridPositions g`.
 BUILTINS = {
@@ -67,7 +83,7 @@ class Metal:
     kernels: dict[str, str] = field(default_factory=dict)  # host name -> function, with template arguments
 
     def parameters_of(self, host_name: str) -> list[Parameter]:
-        return self.parameters[self.kernels[host_name].split("<")[0].strip()]
+        return self.parameters[self.kernels[host_name].partition("<")[0].strip()]
 
 
 def preprocess(path: Path, stubs: Path, include: Iterable[Path] = (), defines: Mapping[str, object] = {}) -> str:
@@ -156,7 +172,7 @@ def parse(text: str, constants: Mapping[int, object] = {}) -> Metal:
         position = match.end()
     text = "".join([*pieces, text[position:]])
     for function in metal.kernels.values():
-        if function.split("<")[0].strip() not in metal.parameters:
+        if function.partition("<")[0].strip() not in metal.parameters:
             raise TranslationError(f"{function} is instantiated but is no kernel of this file")
     metal.text = SWIZZLE.sub(r".\1()", ATTRIBUTE.sub("", text))
     return metal
@@ -192,7 +208,7 @@ def without_address_spaces(text: str) -> str:
 def wrapper(metal: Metal, function: str, buffers: str) -> str:
     """The call of one kernel, its parameters bound."""
     arguments = []
-    for i, parameter in enumerate(metal.parameters[function.split("<")[0].strip()]):
+    for i, parameter in enumerate(metal.parameters[function.partition("<")[0].strip()]):
         kind = f"S::argument<{i}>"
         if parameter.builtin is None:
             arguments.append(f"emulator::buffer_argument<{kind}>::bind({buffers}[{parameter.buffer}])")
