@@ -22,6 +22,8 @@ FORBIDDEN = {
     r"(?<![\w.])(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])": "write the f: elsewhere the literal is a double",
     r"\b(?:int|uint|float|half|bfloat|bool|auto)\s+(?:device|thread|threadgroup|constant|kernel|vertex|fragment)\s*[;=,)]": "a name that is a Metal keyword",
 }
+FILE_VARIABLE = re.compile(r"(?:(?:static|const|constexpr|inline)\s+)*[\w:<>]+\s+\w+\s*(?:\[[^\]]*\]\s*)*(?:=|$)")
+NO_VARIABLE = re.compile(r"\b(?:constant|using|typedef|struct|template|enum|return|namespace|union)\b")
 SCALAR_BUILTINS = {name for name, value in translate.BUILTINS.items() if value not in translate.VECTOR_BUILTINS}
 LINE_MARKER = re.compile(r'^# (\d+) "([^"]*)"[^\n]*$', re.M)
 CONSTRUCTOR = re.compile(r"\b((?:bool|u?char|u?short|u?int|u?long|half|bfloat|float)[234]|vec<[^<>()]*>)\s*\(")
@@ -68,16 +70,11 @@ def _scopes(code: str) -> list[tuple[int, str]]:
             found.append((m.end(), f"{' '.join(m[0].split())}: threadgroup variables belong into kernels"))
     depth, statement = 0, 0
     for i, c in enumerate(code):
-        if c == "{" and not re.search(r"\bnamespace\s+\w*\s*$", code[statement:i]):
+        words = " ".join(code[statement:i].split()) if depth == 0 and c in ";{" else ""
+        if FILE_VARIABLE.match(words) and not NO_VARIABLE.search(words):
+            found.append((i, f"{words[:60]}: variables of the file are in the constant address space"))
+        if c == "{" and not re.search(r"\bnamespace\s*\w*$", words):
             depth += 1
-        if depth == 0 and c == ";":
-            words = code[statement:i]
-            if re.search(
-                r"^\s*(?:static\s+|const\s+|constexpr\s+|inline\s+)*[\w:<>]+\s+\w+\s*(?:\[[^\]]*\]\s*)*(?:=|$)", words
-            ) and not re.search(r"\b(?:constant|using|typedef|struct|template|enum|return|namespace)\b", words):
-                found.append(
-                    (i, f"{' '.join(words.split())[:60]}: variables of the file are in the constant address space")
-                )
         if c == "}":
             depth = max(0, depth - 1)
         if c in ";{}" and depth == 0:
