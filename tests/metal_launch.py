@@ -3,7 +3,7 @@
 import functools
 
 import numpy as np
-from specfast import metal
+from specfast import _core, metal
 
 TOLERANCE = {"f32": 2e-5, "f16": 2e-3, "bf16": 1.2e-2}  # of the largest result: sums in another order, one rounding
 
@@ -49,9 +49,10 @@ def empty(shape, activations):
 
 
 class RandomMatrix:
-    """A random matrix (N, K): `buffers` for the kernels, `floats` for the definition."""
+    """A random matrix (N, K): `buffers` for the kernels, `floats` for the definition, `native` for the C++ kernels."""
 
     def __init__(self, rng, weights, activations, N, K, spread=1.0):
+        self.weights, self.activations, self.shape = weights, activations, (N, K)
         if weights.bits:
             q = rng.integers(0, 1 << weights.bits, (N, K))
             per_word = 32 // weights.bits
@@ -68,6 +69,14 @@ class RandomMatrix:
             values = encode(rng.normal(0, spread / np.sqrt(K), (N, K)), activations)
             self.buffers = (values, values, values)
             self.floats = decode(values, activations).astype(np.float64)
+
+    @property
+    def native(self):
+        w, s, b = (x.view(np.uint8).ravel() for x in self.buffers)
+        if not self.weights.bits:
+            return _core.Matrix(self.activations, *self.shape, w)
+        affine = {"group": self.weights.group, "scales": s, "biases": b, "scale_format": self.activations}
+        return _core.Matrix(f"q{self.weights.bits}", *self.shape, w, **affine)
 
 
 def close(found, wanted, activations):

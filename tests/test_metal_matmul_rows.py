@@ -25,21 +25,7 @@ SANITIZED = [(metal.Weights(4, 64), "bf16", 5), (metal.Weights(8, 128), "f16", 9
 def scalar_product(rng, weights, activations, x, N, K):
     """A random matrix, and x times it by the scalar C++ kernel at precision f32."""
     W = RandomMatrix(rng, weights, activations, N, K)
-    w, s, b = W.buffers
-    if weights.bits:
-        made = _core.Matrix(
-            f"q{weights.bits}",
-            N,
-            K,
-            w.view(np.uint8).ravel(),
-            group=weights.group,
-            scales=s.view(np.uint8).ravel(),
-            biases=b.view(np.uint8).ravel(),
-            scale_format=activations,
-        )
-    else:
-        made = _core.Matrix(activations, N, K, w.view(np.uint8).ravel())
-    return W, _core.matmul_rows(decode(x, activations), made, precision="f32", isa="scalar")
+    return W, _core.matmul_rows(decode(x, activations), W.native, precision="f32", isa="scalar")
 
 
 def check_matmul(rng, weights, activations, M, mode="plain", schedule=0):
