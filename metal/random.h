@@ -17,7 +17,7 @@ METAL_FUNC uint4 philox(uint4 counter, ulong key) {
 }
 
 /// A binary64 in [0, 1) with 53 random bits, keyed by seed, round, position in the round, and purpose.
-METAL_FUNC ulong uniform(ulong seed, ulong round, uint position, uint purpose) {
+METAL_FUNC ulong uniform_draw(ulong seed, ulong round, uint position, uint purpose) {
   const uint4 bits = philox(uint4(uint(round), uint(round >> 32), position, purpose), seed);
   const ulong whole = b64_of_uint(((ulong(bits.x) << 32) | bits.y) >> 11);
   return whole == 0 ? 0 : whole - (53ul << 52);

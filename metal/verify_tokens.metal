@@ -85,7 +85,7 @@ METAL_FUNC void verify_scan_impl(device const float* p, device const float* q, d
       }
       if (!b64_positive(prefix)) return;
     } else {
-      const ulong u = uniform(wide(settings, SEED), wide(settings, ROUND), uint(row), ACCEPT);
+      const ulong u = uniform_draw(wide(settings, SEED), wide(settings, ROUND), uint(row), ACCEPT);
       if (!b64_less(b64_multiply(u, qx), b64_multiply(wide(settings, LENIENCE), px))) break;
     }
   }
@@ -153,13 +153,13 @@ METAL_FUNC void verify_pick_impl(device const float* p, device const float* q, d
     const ulong c = prefixes[row];
     if (c == 0) continue;
     if (settings[RULE] == 1 && row == gamma && row > 0) {
-      const ulong u = uniform(wide(settings, SEED), wide(settings, ROUND), uint(row - 1), ACCEPT);
+      const ulong u = uniform_draw(wide(settings, SEED), wide(settings, ROUND), uint(row - 1), ACCEPT);
       if (!b64_less(u, c)) continue;
       total = total_of(masses + size_t(row) * chunks, V);
     } else {
       const ulong own = total_of(masses + size_t(row) * chunks, V);
       if (settings[RULE] == 1 && row > 0) {
-        const ulong u = uniform(wide(settings, SEED), wide(settings, ROUND), uint(row - 1), ACCEPT);
+        const ulong u = uniform_draw(wide(settings, SEED), wide(settings, ROUND), uint(row - 1), ACCEPT);
         if (!b64_less(b64_multiply(u, b64_add(own, b64_subtract(B64_ONE, c))), own)) continue;
       }
       total = own;
@@ -167,7 +167,7 @@ METAL_FUNC void verify_pick_impl(device const float* p, device const float* q, d
     tau = row;
     prefix = c;
   }
-  const ulong u = uniform(wide(settings, SEED), wide(settings, ROUND), uint(settings[POSITION]), uint(settings[PURPOSE]));
+  const ulong u = uniform_draw(wide(settings, SEED), wide(settings, ROUND), uint(settings[POSITION]), uint(settings[PURPOSE]));
   device const float* row_p = p + size_t(tau) * V;
   device const float* row_q = q + size_t(tau) * Vq;
   device ulong* row_masses = masses + size_t(tau) * chunks;

@@ -9,6 +9,7 @@ The kernels lie in metal/ at the root of the repository and beside this module i
 """
 
 from .launches import (
+    HEAD_DIMS,
     MAX_ROWS,
     SPAN,
     Kernel,
@@ -17,6 +18,7 @@ from .launches import (
     attend_rows,
     attend_spans,
     commit_round,
+    compact_path,
     couple_pick,
     couple_rows,
     embed_rows,
@@ -38,6 +40,7 @@ from .settings import VerifySettings
 from .source import program, source
 
 __all__ = [
+    "HEAD_DIMS",
     "MAX_ROWS",
     "SPAN",
     "Kernel",
@@ -47,6 +50,7 @@ __all__ = [
     "attend_rows",
     "attend_spans",
     "commit_round",
+    "compact_path",
     "couple_pick",
     "couple_rows",
     "embed_rows",

@@ -15,7 +15,7 @@ Grid = tuple[int, int, int]
 
 MAX_ROWS = 9  # of a tile
 SPAN = 256  # positions of an attention span
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
 _TYPES = {"f16": "half", "bf16": "bfloat", "f32": "float"}
 _OUTPUTS = 4  # weight rows of a simdgroup
@@ -182,7 +182,7 @@ def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
     """Raises ShapeError where there is no kernel for such heads."""
     if kv_heads < 1 or heads % kv_heads:
         raise ShapeError(f"{heads} heads share {kv_heads} kv heads; every kv head must serve as many")
-    if head_dim not in (16, 32, *HEAD_DIMS):
+    if head_dim not in HEAD_DIMS:
         raise ShapeError(f"head_dim is {head_dim}; there are kernels for {', '.join(map(str, HEAD_DIMS))}")
 
 
@@ -206,9 +206,9 @@ def attend_rows(
     if activations == "f32" and head_dim > 128:
         raise ShapeError(f"head_dim {head_dim} in float32 does not fit threadgroup memory; use f16 or bf16")
     queries = M * (heads // kv_heads)
-    most = 1 << (4 if head_dim <= 128 else 3)  # simdgroups whose registers a core has
-    held = min(8, next(n for n in (1, 2, 4, 8, 1 << 30) if _ceil(queries, n) <= 8 or n >= 8))
-    chunks = _ceil(queries, held * most)
+    most = 16 if head_dim <= 128 else 8  # simdgroups that hold their queries' sums in registers
+    held = next((n for n in (1, 2, 4) if queries <= 8 * n), 8)  # queries of a simdgroup
+    chunks = _ceil(queries, held * most)  # only these read keys again
     simdgroups = _ceil(_ceil(queries, chunks), held)
     arguments = (_TYPES[activations], head_dim, held)
     kernel = _kernel("attend_rows", "attend_rows", arguments, activations, f"d{head_dim}", f"q{held}")
@@ -286,3 +286,14 @@ def couple_pick() -> Launch:
 def commit_round() -> Launch:
     """verdict, tokens, state, text."""
     return Launch(_plain("kv_cache", "commit_round"), (1, 1, 1), (32, 1, 1))
+
+
+def compact_path(
+    activations: Activations, *, count: int, kv_heads: int, head_dim: int, capacity: int, to_cache: bool
+) -> Launch:
+    """keys, values, path, state, scratch, dims. Two launches: out of the cache to scratch, then back."""
+    check_heads(kv_heads, kv_heads, head_dim)
+    arguments = (_TYPES[activations], head_dim, int(to_cache))
+    labels = (activations, f"d{head_dim}", "in" if to_cache else "out")
+    kernel = _kernel("kv_cache", "compact_path", arguments, *labels)
+    return Launch(kernel, (count, 2 * kv_heads, 1), (32, 1, 1), (kv_heads, capacity))
