@@ -53,7 +53,7 @@ METAL_FUNC RowPart part_of(float logit, int id, bool counts) {
 }
 
 template <typename T, typename W, int M, int OUTPUTS, int SIMDGROUPS>
-METAL_FUNC void logits_rows_impl(W w, device const T* x, device float* logits, device float4* parts, int V, int K,
+METAL_FUNC void logits_rows_impl(W w, device const T* x, device float* logits, device float* parts, int V, int K,
                                  int limit, threadgroup float4* shared, uint group, uint groups, uint simdgroup,
                                  uint lane) {
   RowPart own = no_part();
@@ -71,27 +71,27 @@ METAL_FUNC void logits_rows_impl(W w, device const T* x, device float* logits, d
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simdgroup > 0 || lane >= uint(M)) return;
   for (int s = 1; s < SIMDGROUPS; s++) join(own, unpacked(shared[s * M + lane]));
-  parts[lane * groups + group] = packed(own);
+  ((device float4*)parts)[lane * groups + group] = packed(own);
 }
 
-METAL_FUNC void logits_best_impl(device const float4* parts, device float4* best, int count, uint row, uint lane) {
+METAL_FUNC void logits_best_impl(device const float* parts, device float* best, int count, uint row, uint lane) {
   RowPart own = no_part();
   const int share = (count + 31) / 32;  // neighbours, so that joining lanes keeps ids in order
   for (int i = int(lane) * share; i < min((int(lane) + 1) * share, count); i++)
-    join(own, unpacked(parts[int(row) * count + i]));
+    join(own, unpacked(((device const float4*)parts)[int(row) * count + i]));
   for (ushort step = 1; step < 32; step *= 2) {
     float4 other = packed(own);
     for (int i = 0; i < 4; i++) other[i] = simd_shuffle_down(other[i], step);
     if (lane % (2 * step) == 0) join(own, unpacked(other));
   }
-  if (lane == 0) best[row] = packed(own);
+  if (lane == 0) ((device float4*)best)[row] = packed(own);
 }
 
 #ifndef SPECFAST_NO_ENTRY
 template <typename T, typename W, int M, int OUTPUTS, int SIMDGROUPS>
 [[kernel]] void logits_rows(device const uint* weight [[buffer(0)]], device const T* scales [[buffer(1)]],
                             device const T* biases [[buffer(2)]], device const T* x [[buffer(3)]],
-                            device float* logits [[buffer(4)]], device float4* parts [[buffer(5)]],
+                            device float* logits [[buffer(4)]], device float* parts [[buffer(5)]],
                             constant int* dims [[buffer(6)]], uint3 group [[threadgroup_position_in_grid]],
                             uint3 groups [[threadgroups_per_grid]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -103,7 +103,7 @@ template <typename T, typename W, int M, int OUTPUTS, int SIMDGROUPS>
                                                  groups.x, simdgroup, lane);
 }
 
-[[kernel]] void logits_best(device const float4* parts [[buffer(0)]], device float4* best [[buffer(1)]],
+[[kernel]] void logits_best(device const float* parts [[buffer(0)]], device float* best [[buffer(1)]],
                             constant int* dims [[buffer(2)]], uint3 group [[threadgroup_position_in_grid]],
                             uint lane [[thread_index_in_simdgroup]]) {
   logits_best_impl(parts, best, dims[0], group.x, lane);

@@ -8,6 +8,7 @@ The kernels lie in metal/ at the root of the repository and beside this module i
 ('matmul_rows_q4g64_bf16_m5_store', (512, 1, 1), (64, 1, 1))
 """
 
+from .generated import Generated, generated
 from .launches import (
     HEAD_DIMS,
     MAX_ROWS,
@@ -43,6 +44,7 @@ __all__ = [
     "HEAD_DIMS",
     "MAX_ROWS",
     "SPAN",
+    "Generated",
     "Kernel",
     "Launch",
     "VerifySettings",
@@ -54,6 +56,7 @@ __all__ = [
     "couple_pick",
     "couple_rows",
     "embed_rows",
+    "generated",
     "law_rows",
     "law_scales",
     "law_weights",
