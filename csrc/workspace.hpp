@@ -1,6 +1,7 @@
 // What one forward pass writes besides the KV cache: buffers of up to 16 rows, owned by a sequence.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "model.hpp"
@@ -21,7 +22,14 @@ struct Workspace {
       attended.reserve(needs_of({&w.o}, model.precision));
       activated.reserve(needs_of({&w.down}, model.precision));
     }
-    normed.reserve(needs_of({&model.head}, model.precision));
+    if (model.last()) normed.reserve(needs_of({&model.head}, model.precision));
+  }
+
+  /// Makes room for the threads of one call.
+  void reserve(const Model& model, int threads) {
+    const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
+    scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
+    best.resize(static_cast<size_t>(threads) * kTileRows);
   }
 
   static size_t rows_of(int32_t columns) { return static_cast<size_t>(kTileRows) * static_cast<size_t>(columns); }

@@ -19,5 +19,6 @@ except ImportError as error:
 from .accelerate import Report, accelerate, report, restore
 from .cache import KVCache
 from .generate import GenerationResponse, stream_generate
+from .graph import GraphKVCache
 
-__all__ = ["GenerationResponse", "KVCache", "Report", "accelerate", "report", "restore", "stream_generate"]
+__all__ = ["GenerationResponse", "GraphKVCache", "KVCache", "Report", "accelerate", "report", "restore", "stream_generate"]

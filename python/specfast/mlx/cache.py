@@ -44,7 +44,7 @@ class KVCache(_Stock):  # type: ignore[misc]
 
     @keys.setter
     def keys(self, keys: mx.array | None) -> None:
-        self._become_stock()
+        self.become_stock()
         self.keys = keys
 
     @property
@@ -54,7 +54,7 @@ class KVCache(_Stock):  # type: ignore[misc]
 
     @values.setter
     def values(self, values: mx.array | None) -> None:
-        self._become_stock()
+        self.become_stock()
         self.values = values
 
     @property
@@ -64,7 +64,7 @@ class KVCache(_Stock):  # type: ignore[misc]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Appends as mlx-lm's layers do; the cache is a stock one from then on."""
-        self._become_stock()
+        self.become_stock()
         return self.update_and_fetch(keys, values)
 
     def __reduce__(self) -> Any:
@@ -77,7 +77,7 @@ class KVCache(_Stock):  # type: ignore[misc]
         rows = mx.array(read(self._layer)[None, :, : self.offset])
         return rows if rows.dtype == mx.float32 else rows.view(mx.bfloat16)
 
-    def _become_stock(self) -> None:
+    def become_stock(self) -> None:
         keys, values = self.keys, self.values
         self.__class__ = _Stock
         del self._store, self._layer

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx_lm.models.cache import KVCache
 
 from .. import metal
 from ..architecture import ModelConfig
@@ -21,6 +22,7 @@ from ..metal.launches import Activations, Between, check_heads
 
 _ACTIVATIONS: dict[mx.Dtype, Activations] = {mx.float16: "f16", mx.bfloat16: "bf16", mx.float32: "f32"}
 _DTYPES: dict[str, mx.Dtype] = {name: dtype for dtype, name in _ACTIVATIONS.items()}
+_Cache: Any = KVCache
 _PADDING = 8  # elements from which on MLX hands an input over as device memory
 
 
@@ -71,6 +73,7 @@ class Matrix:
         if self.N * self.K < _PADDING or self.buffers[1].size < _PADDING:
             raise ShapeError(f"{path} is ({self.N}, {self.K}), too small for the Metal kernels")
         self.weights.check(self.K)
+        self.nbytes = sum(buffer.nbytes for buffer in (self.buffers if self.weights.bits else self.buffers[:1]))
 
 
 class Layer:
@@ -127,6 +130,31 @@ class MetalForward:
         self.inv_freq = mx.array(np.asarray(config.rope_inv_freq, np.float32))
         if len(config.rope_inv_freq) < _PADDING:
             raise ShapeError(f"head_dim is {config.head_dim}, too small for the Metal kernels")
+
+        self.weight_bytes = sum(matrix.nbytes for matrix in self._matrices())
+
+    def _matrices(self) -> list[Matrix]:
+        """What a pass streams."""
+        return [m for layer in self.layers for m in (*layer.qkv, layer.o, layer.gate, layer.up, layer.down)] + [self.head]
+
+    def new_caches(self) -> list[Any]:
+        return [_Cache() for _ in self.layers]
+
+    def why_not(self, inputs: mx.array, caches: Sequence[Any]) -> str:
+        """Why a call runs mlx-lm's layers; "" where it need not."""
+        if inputs.shape[1] > self.most_rows:
+            return f"more than {self.most_rows} rows, which MLX's own matrix products read faster"
+        if len(caches) != len(self.layers):
+            return f"{len(caches)} caches for {len(self.layers)} layers"
+        kinds = {type(cache) for cache in caches} - {_Cache}
+        if kinds:
+            return f"a cache of type {', '.join(sorted(kind.__name__ for kind in kinds))}; supported: KVCache"
+        offset, keys = caches[0].offset, caches[0].keys
+        if any(cache.offset != offset for cache in caches):
+            return "caches whose layers have different offsets"
+        if keys is not None and (keys.dtype != self.dtype or keys.shape[0] != 1):
+            return f"a cache of {keys.shape[0]} sequences of {keys.dtype}; supported: one of {self.dtype}"
+        return ""
 
     def __call__(self, inputs: mx.array, caches: Sequence[Any]) -> mx.array:
         """Logits (1, M, vocab) float32 of inputs (1, M); keys and values are appended to the caches."""
