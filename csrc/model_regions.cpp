@@ -148,7 +148,7 @@ class Regions final : public ModelRegions {
     std::memset(values, 0, bytes);
     if (!holds(kv, 0, count)) return;
     try {
-      borrow(kv).read(0, count, keys, values);
+      borrow(kv).read(0, 0, count, 0, count, keys, values);
     } catch (const std::bad_alloc&) {
     }
   }

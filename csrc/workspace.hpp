@@ -22,7 +22,7 @@ struct Workspace {
       attended.reserve(needs_of({&w.o}, model.precision));
       activated.reserve(needs_of({&w.down}, model.precision));
     }
-    normed.reserve(needs_of({&model.head}, model.precision));
+    if (model.last()) normed.reserve(needs_of({&model.head}, model.precision));
   }
 
   /// Makes room for the threads of one call.

@@ -8,7 +8,15 @@ nothing. SPECFAST_EXO_HOOK=0 switches it off, and uninstalling specfast removes 
 import os
 import sys
 
-MODULES = frozenset({"exo.inference.inference_engine", "exo.orchestration.node", "exo.api.chatgpt_api", "exo.main"})
+MODULES = frozenset(
+    {
+        "exo.inference.inference_engine",
+        "exo.orchestration.node",
+        "exo.networking.grpc.grpc_peer_handle",
+        "exo.api.chatgpt_api",
+        "exo.main",
+    }
+)
 
 
 class ExoFinder:
