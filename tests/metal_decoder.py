@@ -27,7 +27,8 @@ class MetalModel:
     def matrix(self, x):
         if id(x) in self.matrices:
             return self.matrices[id(x)]
-        return metal.Weights(), (self.floats(x),) * 3
+        floats = self.floats(x)
+        return metal.Weights(), (floats.view(np.uint32), floats, floats)
 
     def forward(self, tokens, state, M, *, first, ahead, logits_rows):
         """Rows tokens[first : first + M] at state[0] + ahead; logits and best of the last rows."""
@@ -47,7 +48,11 @@ class MetalModel:
         x, normed, M = x[M - logits_rows :], normed[M - logits_rows :], logits_rows
         self.run(metal.norm_rows("f32", M=M, K=K, eps=eps), x, self.floats(d.norm), normed)
         weights, buffers = self.matrix(head)
-        logits, parts, best = empty((M, self.vocab), "f32"), empty((M, -(-self.vocab // 256), 4), "f32"), empty((M, 4), "f32")
+        logits, parts, best = (
+            empty((M, self.vocab), "f32"),
+            empty((M, -(-self.vocab // 256), 4), "f32"),
+            empty((M + 1, 4), "f32"),
+        )
         launch = metal.logits_rows(weights, "f32", M=M, V=self.vocab, K=K, limit=self.vocab)
         self.run(launch, *buffers, normed, logits, parts)
         self.run(metal.logits_best(M=M, V=self.vocab), parts, best)
@@ -105,8 +110,8 @@ class MetalLoop:
     def laws(self, logits, best):
         """The laws of rows of logits, and their weights."""
         M, V = logits.shape
-        weights, masses = empty((M, V), "f32"), np.zeros((M, -(-V // 256)), np.uint64)
-        scales, p = np.zeros(M, np.uint64), empty((M, V), "f32")
+        weights, masses = empty((M, V), "f32"), np.zeros(M * -(-V // 256) + 8, np.uint64)
+        scales, p = np.zeros(M + 8, np.uint64), empty((M, V), "f32")
         self.run(metal.law_weights(M=M, V=V, limit=V, temperature=self.temperature), logits, best, weights, masses)
         self.run(metal.law_scales(M=M, V=V, limit=V), masses, scales)
         self.run(metal.law_rows(M=M, V=V), weights, scales, p)
@@ -119,10 +124,10 @@ class MetalLoop:
         p, weights = self.laws(logits, best)
         M, V = p.shape
         if self.rule == "coupled":
-            leaders = np.zeros((M, -(-V // 4096), 3), np.uint32)
+            leaders = np.zeros(M * -(-V // 4096) * 3 + 8, np.uint32)
             self.run(metal.couple_rows(M=M, V=V), weights, self.state, packed, leaders)
             return self.run(metal.couple_pick(), leaders, self.tokens, packed, out)
-        prefixes, masses = np.zeros(M, np.uint64), np.zeros((M, -(-V // 256)), np.uint64)
+        prefixes, masses = np.zeros(M + 8, np.uint64), np.zeros(M * -(-V // 256) + 8, np.uint64)
         self.run(metal.verify_scan(), p, q, self.tokens, packed, prefixes)
         self.run(metal.verify_masses(gamma=M - 1, V=V), p, q, self.tokens, packed, prefixes, masses)
         self.run(metal.verify_pick(), p, q, self.tokens, packed, prefixes, masses, out)
@@ -132,12 +137,16 @@ class MetalLoop:
         q = np.zeros((self.gamma, self.vocab), np.float32)
         for i in range(self.gamma):
             M = 2 if i == 0 else 1
-            logits, best = self.draft.forward(self.tokens, self.state, M, first=1 + i - (M - 1), ahead=i - (M - 1), logits_rows=1)
+            logits, best = self.draft.forward(
+                self.tokens, self.state, M, first=1 + i - (M - 1), ahead=i - (M - 1), logits_rows=1
+            )
             settings = self.settings(0, purpose="draft", round=number, position=i, first=2, slot=2 + i, with_tau=False)
             law = self.decide(logits, best, q, settings, self.tokens)
             if isinstance(law, np.ndarray):
                 q[i] = law[0]
-        logits, best = self.target.forward(self.tokens, self.state, self.gamma + 1, first=1, ahead=0, logits_rows=self.gamma + 1)
+        logits, best = self.target.forward(
+            self.tokens, self.state, self.gamma + 1, first=1, ahead=0, logits_rows=self.gamma + 1
+        )
         settings = self.settings(self.gamma, round=number, draft_vocab=self.vocab, first=2)
         self.decide(logits, best, q, settings, self.verdict)
         self.run(metal.commit_round(), self.verdict, self.tokens, self.state, self.text)

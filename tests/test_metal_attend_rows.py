@@ -33,7 +33,14 @@ def attend(q, keys, values, length, activations, *, ahead=0, mode="plain", sched
     partial = empty((-(-positions // metal.SPAN), M, heads, dim + 2), "f32")
     out = empty((M, heads, dim), activations)
     launch = metal.attend_rows(
-        activations, M=M, heads=heads, kv_heads=kv_heads, head_dim=dim, capacity=capacity, positions=positions, ahead=ahead
+        activations,
+        M=M,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        capacity=capacity,
+        positions=positions,
+        ahead=ahead,
     )
     state = state_of(length)
     counters = run(launch, q, keys, values, state, partial, mode=mode, schedule=schedule)
@@ -81,7 +88,14 @@ def test_attention_has_the_same_bits_beside_any_rows(heads, kv_heads, dim, activ
     for M in range(1, 9):
         for skip in {0, 9 - M}:
             rows, _, _ = attend(
-                np.ascontiguousarray(q[skip : skip + M]), keys, values, first, activations, ahead=skip, room=512, schedule=M
+                np.ascontiguousarray(q[skip : skip + M]),
+                keys,
+                values,
+                first,
+                activations,
+                ahead=skip,
+                room=512,
+                schedule=M,
             )
             assert np.array_equal(rows, whole[skip : skip + M])
     keys[:, first + 9 :] = encode(np.nan, activations)  # what has not been appended plays no part
@@ -113,7 +127,16 @@ def qkv(rng, *, M, heads, kv_heads, dim, K, activations, between, position, mode
     q = empty((M, heads, dim), activations)
     keys, values = (empty((kv_heads, capacity, dim), activations) for _ in range(2))
     launch = metal.qkv_rope_append(
-        weights, activations, M=M, K=K, heads=heads, kv_heads=kv_heads, head_dim=dim, capacity=capacity, eps=1e-5, between=between
+        weights,
+        activations,
+        M=M,
+        K=K,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        capacity=capacity,
+        eps=1e-5,
+        between=between,
     )
     buffers = [b for matrix in matrices for b in matrix.buffers]
     run(launch, *buffers, x, inv_freq, bias, norms, state_of(position), q, keys, values, mode=mode, schedule=schedule)
@@ -159,7 +182,14 @@ def test_qkv_rope_append_sanitized(mode):
         rng = np.random.default_rng(schedule)
         shape = {"heads": 2, "kv_heads": 1, "dim": 64, "K": 96, "M": 3}
         found, wanted = qkv(
-            rng, **shape, activations="f16", between="qk_norm", position=4, mode=mode, schedule=schedule, weights=metal.Weights(8, 32)
+            rng,
+            **shape,
+            activations="f16",
+            between="qk_norm",
+            position=4,
+            mode=mode,
+            schedule=schedule,
+            weights=metal.Weights(8, 32),
         )
         check_qkv(found, wanted, 4, "f16")
 

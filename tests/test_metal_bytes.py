@@ -10,7 +10,11 @@ ROWS = range(1, metal.MAX_ROWS + 1)
 WITHIN = 1.05
 
 
-@pytest.mark.parametrize(("weights", "activations"), [(metal.Weights(4, 64), "bf16"), (metal.Weights(8, 32), "f16"), (metal.Weights(), "bf16")], ids=str)
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [(metal.Weights(4, 64), "bf16"), (metal.Weights(8, 32), "f16"), (metal.Weights(), "bf16")],
+    ids=str,
+)
 def test_weights_are_read_once_for_any_rows(weights, activations):
     rng, N, K = np.random.default_rng(1), 48, 1024
     W = RandomMatrix(rng, weights, activations, N, K)
@@ -30,7 +34,12 @@ def test_weights_are_read_once_for_any_rows(weights, activations):
             assert counters.read_bytes[0] == own[0].nbytes, (M, launch.kernel.name)
             assert sum(counters.read_bytes[i] for i in range(len(own))) <= WITHIN * sum(b.nbytes for b in own)
         both = run(
-            metal.swiglu_rows(weights, activations, M=M, N=N, K=K), *W.buffers, *(b.copy() for b in W.buffers), x, y, mode="count"
+            metal.swiglu_rows(weights, activations, M=M, N=N, K=K),
+            *W.buffers,
+            *(b.copy() for b in W.buffers),
+            x,
+            y,
+            mode="count",
         )
         assert both.read_bytes[0] == both.read_bytes[3] == own[0].nbytes
 
@@ -54,7 +63,9 @@ def test_qkv_reads_weights_once():
     for M in (1, 9):
         x = encode(rng.normal(size=(M, K)), "f16")
         caches = [empty((kv_heads, M, dim), "f16") for _ in range(2)]
-        launch = metal.qkv_rope_append(weights, "f16", M=M, K=K, heads=heads, kv_heads=kv_heads, head_dim=dim, capacity=M, eps=1e-5)
+        launch = metal.qkv_rope_append(
+            weights, "f16", M=M, K=K, heads=heads, kv_heads=kv_heads, head_dim=dim, capacity=M, eps=1e-5
+        )
         buffers = [b for m in matrices for b in m.buffers]
         outputs = [np.ones(dim // 2, np.float32), x, x, state_of(0), empty((M, heads, dim), "f16"), *caches]
         counters = run(launch, *buffers, x, *outputs, mode="count")

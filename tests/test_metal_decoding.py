@@ -52,8 +52,12 @@ def metal_text(target, draft, matrices, prompt, rounds, *, temperature, rule, ex
     [("llama", 0.0, "token"), ("qwen2", 0.8, "token"), ("qwen3", 1.0, "block"), ("llama", 1.0, "coupled")],
 )
 def test_tokens_are_the_native_ones(architecture, temperature, rule):
-    target = random_decoder(3, V=600, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, architecture=architecture, tied=False)
-    draft = random_decoder(3, V=600, hidden=64, layers=1, heads=4, kv_heads=2, head_dim=32, architecture=architecture, tied=False)
+    target = random_decoder(
+        3, V=600, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, architecture=architecture, tied=False
+    )
+    draft = random_decoder(
+        3, V=600, hidden=64, layers=1, heads=4, kv_heads=2, head_dim=32, architecture=architecture, tied=False
+    )
     draft.head, draft.embed = target.head, target.embed
     prompt = np.random.default_rng(1).integers(0, 600, 12).astype(np.int32)
     wanted, taus = native_text(native(target), native(draft), prompt, temperature=temperature, rule=rule)
@@ -77,6 +81,21 @@ def quantise(decoder, weights):
             setattr(layer, name, made(getattr(layer, name)))
     decoder.embed, decoder.head = made(decoder.embed), made(decoder.head)
     return matrices, packs
+
+
+@pytest.mark.parametrize("rule", ["block", "coupled"])
+def test_generated_sources_give_the_same_tokens(rule):
+    pytest.importorskip("mlx.core")
+    from mlx_metal import run_generated
+
+    made = [random_decoder(3, V=300, hidden=64, layers=n, heads=2, kv_heads=1, head_dim=32) for n in (2, 1)]
+    prompt = np.random.default_rng(2).integers(0, 300, 6).astype(np.int32)
+    texts = [
+        metal_text(*made, {}, prompt, 4, temperature=0.9, rule=rule, execute=execute)
+        for execute in (run, run_generated)
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) >= 4
 
 
 def test_quantised_weights_and_a_perfect_draft():

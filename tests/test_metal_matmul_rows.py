@@ -64,7 +64,11 @@ def test_epilogues(epilogue):
     assert close(y, wanted, "f32")
 
 
-@pytest.mark.parametrize(("weights", "activations"), [(metal.Weights(4, 64), "bf16"), (metal.Weights(8, 32), "f16"), (metal.Weights(), "bf16")], ids=str)
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [(metal.Weights(4, 64), "bf16"), (metal.Weights(8, 32), "f16"), (metal.Weights(), "bf16")],
+    ids=str,
+)
 def test_a_row_has_the_same_bits_beside_any_rows(weights, activations):
     rng, N, K = np.random.default_rng(7), 20, 640
     W = RandomMatrix(rng, weights, activations, N, K)

@@ -10,7 +10,11 @@ from specfast import _core, metal
 
 FULL = os.environ.get("SPECFAST_FULL") == "1"
 ROUNDS = 10_000 if FULL else 1_000  # of each rule
-LAW = [metal.law_weights(M=1, V=1, limit=1, temperature=1.0), metal.law_scales(M=1, V=1, limit=1), metal.law_rows(M=1, V=1)]
+LAW = [
+    metal.law_weights(M=1, V=1, limit=1, temperature=1.0),
+    metal.law_scales(M=1, V=1, limit=1),
+    metal.law_rows(M=1, V=1),
+]
 BINARY64 = """
 kernel void binary64(device const ulong* a [[buffer(0)]], device const ulong* b [[buffer(1)]],
                      device ulong* out [[buffer(2)]], constant int* dims [[buffer(3)]],
@@ -45,12 +49,18 @@ def law(logits, temperature, limit, mode="plain", schedule=0):
 def verify(p, q, tokens, settings, mode="plain", schedule=0):
     """(tau, next token) of the three launches."""
     gamma, V = settings.gamma, settings.vocab
-    kernels = tuple(launch.kernel for launch in (metal.verify_scan(), metal.verify_masses(gamma=gamma, V=V), metal.verify_pick()))
+    kernels = tuple(
+        launch.kernel for launch in (metal.verify_scan(), metal.verify_masses(gamma=gamma, V=V), metal.verify_pick())
+    )
     prefixes, masses = np.full(gamma + 1, 7, np.uint64), np.full((gamma + 1, -(-V // 256)), 7, np.uint64)
     held = np.zeros(max(gamma, 8), np.int32)
     held[:gamma] = tokens
     drafts = q if q is not None else np.zeros(1, np.float32)
-    out, packed, how = np.full(8, -7, np.int32), settings.array(), {"mode": mode, "schedule": schedule, "kernels": kernels}
+    out, packed, how = (
+        np.full(8, -7, np.int32),
+        settings.array(),
+        {"mode": mode, "schedule": schedule, "kernels": kernels},
+    )
     run(metal.verify_scan(), p, drafts, held, packed, prefixes, **how)
     run(metal.verify_masses(gamma=gamma, V=V), p, drafts, held, packed, prefixes, masses, **how)
     run(metal.verify_pick(), p, drafts, held, packed, prefixes, masses, out, **how)
@@ -61,7 +71,9 @@ def random_round(rng, gamma, V, Vq, sharp=2.0):
     """Laws of target and draft that resemble each other, and tokens drawn from the draft's."""
     base = rng.normal(0, sharp, (gamma + 1, V))
     logits = base.astype(np.float32)
-    p = _core.law_rows(logits, _core.Law(temperature=float(rng.uniform(0.5, 1.5)), top_k=int(rng.choice([0, 0, V // 3 + 1]))))
+    p = _core.law_rows(
+        logits, _core.Law(temperature=float(rng.uniform(0.5, 1.5)), top_k=int(rng.choice([0, 0, V // 3 + 1])))
+    )
     if gamma == 0:
         return p, np.zeros((0, Vq), np.float32), np.zeros(0, np.int32)
     drafts = (base[:gamma, :Vq] + rng.normal(0, 0.7, (gamma, Vq))).astype(np.float32)
@@ -128,12 +140,20 @@ def test_verify_tokens_gives_the_native_tokens(rule):
         lenience = float(rng.choice([1.0, 0.6, 1.7])) if rule != "block" else 1.0
         p, q, tokens = random_round(rng, gamma, V, Vq, sharp=float(rng.choice([0.3, 2.0])))
         settings = metal.VerifySettings(
-            gamma, V, 0 if rule == "certain" else Vq, rule="block" if rule == "block" else "token", seed=seed, round=round_, lenience=lenience
+            gamma,
+            V,
+            0 if rule == "certain" else Vq,
+            rule="block" if rule == "block" else "token",
+            seed=seed,
+            round=round_,
+            lenience=lenience,
         )
         drafts = None if rule == "certain" else q
         found = verify(p, drafts, tokens, settings, schedule=round_ % 7)
         native_rule = "block" if rule == "block" else "token"
-        wanted = _core.verify_tokens(p, drafts, tokens, native_draws(seed, round_, gamma), lenience, isa="scalar", rule=native_rule)
+        wanted = _core.verify_tokens(
+            p, drafts, tokens, native_draws(seed, round_, gamma), lenience, isa="scalar", rule=native_rule
+        )
         assert found == wanted, (round_, gamma, V)
         seen.append((found[0], gamma))
     assert {tau for tau, _ in seen} >= set(range(4))  # keeping and rejecting have both been met
@@ -191,7 +211,9 @@ def test_couple_tokens_gives_the_native_tokens(V):
     for round_ in range(ROUNDS if V < 1000 else max(ROUNDS // 100, 5)):
         gamma, seed, position = int(rng.integers(0, 5)), int(rng.integers(0, 1 << 63)), int(rng.integers(1, 1 << 30))
         p, q, _ = random_round(rng, gamma, V, V)
-        tokens = [_core.couple_tokens(row[None], np.zeros(0, np.int32), seed, position + i)[1] for i, row in enumerate(q)]
+        tokens = [
+            _core.couple_tokens(row[None], np.zeros(0, np.int32), seed, position + i)[1] for i, row in enumerate(q)
+        ]
         found = couple(p, tokens, seed, position, schedule=round_ % 7)
         assert found == _core.couple_tokens(p, np.array(tokens, np.int32), seed, position, isa="scalar")
         taus.add(found[0])
@@ -210,7 +232,9 @@ def test_couple_tokens_sanitized(mode):
 def test_laws_sanitized(mode):
     logits = np.random.default_rng(4).normal(0, 3, (2, 5000)).astype(np.float32)
     for schedule in range(5):
-        assert np.array_equal(law(logits, 0.8, 4990, mode, schedule), _core.law_rows(logits, _core.Law(temperature=0.8, vocab_limit=4990)))
+        assert np.array_equal(
+            law(logits, 0.8, 4990, mode, schedule), _core.law_rows(logits, _core.Law(temperature=0.8, vocab_limit=4990))
+        )
 
 
 def test_verify_greedy():

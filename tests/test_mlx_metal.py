@@ -10,7 +10,7 @@ pytest.importorskip("mlx_lm")
 
 import specfast.mlx  # noqa: E402
 from mlx_lm.models.cache import KVCache  # noqa: E402
-from mlx_metal import ExecutedMetalKernel, generated_source  # noqa: E402
+from mlx_metal import ExecutedMetalKernel, generated_source, whole  # noqa: E402
 from mlx_models import generate_step, random_model  # noqa: E402
 from specfast import metal  # noqa: E402
 from specfast.mlx import metal as mlx_metal  # noqa: E402
@@ -35,14 +35,23 @@ def traced(launch, inputs, outputs):
 
     made = metal.generated(launch.kernel)
     kernel = mx.fast.metal_kernel(
-        name=made.name, input_names=list(made.inputs), output_names=list(made.outputs), source=made.body, header=made.header
+        name=made.name,
+        input_names=list(made.inputs),
+        output_names=list(made.outputs),
+        source=made.body,
+        header=made.header,
     )
 
     def call(x):
         threads = tuple(a * b for a, b in zip(launch.grid, launch.threadgroup, strict=True))
         given = [x, *inputs[1:]]
         return kernel(
-            inputs=given, grid=threads, threadgroup=launch.threadgroup, output_shapes=[s for s, _ in outputs], output_dtypes=[t for _, t in outputs], verbose=True
+            inputs=given,
+            grid=threads,
+            threadgroup=launch.threadgroup,
+            output_shapes=[s for s, _ in outputs],
+            output_dtypes=[t for _, t in outputs],
+            verbose=True,
         )
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out:
@@ -77,7 +86,8 @@ def forward(model, tokens, cache):
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [("llama", "q4g64"), ("qwen2", "f32"), ("qwen3", "q8g32"), ("mistral", "f16"), ("llama-linear", "bf16")]
+    ("name", "weights"),
+    [("llama", "q4g64"), ("qwen2", "f32"), ("qwen3", "q8g32"), ("mistral", "f16"), ("llama-linear", "bf16")],
 )
 def test_logits_are_those_of_mlx_lm(on_metal, name, weights):
     model = random_model(name, weights)
@@ -104,7 +114,9 @@ def test_rows_have_the_same_bits_in_any_tiles(on_metal):
     results = []
     for cuts in ((0, 12), (0, 1, 12), (0, 5, 6, 12)):
         cache = [KVCache() for _ in model.layers]
-        results.append(np.concatenate([forward(model, tokens[a:b], cache) for a, b in zip(cuts, cuts[1:], strict=False)]))
+        results.append(
+            np.concatenate([forward(model, tokens[a:b], cache) for a, b in zip(cuts, cuts[1:], strict=False)])
+        )
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(results[0], results[2])
 
@@ -152,6 +164,20 @@ def test_launches_of_a_pass(on_metal):
         "swiglu_rows": layers,
         "logits_rows": 1,
     }
+
+
+def test_generated_sources_are_clean(on_metal):
+    from metal_emulator import EmulatorUnavailable, lint
+
+    ExecutedMetalKernel.texts.clear()
+    for weights in ("q4g64", "f16"):
+        model = specfast.mlx.accelerate(random_model("qwen2", weights))
+        forward(model, [1, 2, 3], [KVCache() for _ in model.layers])
+    try:
+        assert [finding for text in ExecutedMetalKernel.texts.values() for finding in lint.lint(whole(text))] == []
+    except EmulatorUnavailable as missing:
+        pytest.skip(str(missing))
+    assert len(ExecutedMetalKernel.texts) > 12
 
 
 def test_what_runs_mlx_lm_s_layers(on_metal):

@@ -34,7 +34,9 @@ class Weights:
 
     def __post_init__(self) -> None:
         if (self.bits, self.group) != (0, 0) and (self.bits not in (4, 8) or self.group not in (32, 64, 128)):
-            raise ShapeError(f"{self.bits} bits in groups of {self.group}; there are kernels for 4 and 8 bits at 32, 64 and 128")
+            raise ShapeError(
+                f"{self.bits} bits in groups of {self.group}; there are kernels for 4 and 8 bits at 32, 64 and 128"
+            )
 
     def name(self, activations: Activations) -> str:
         return f"q{self.bits}g{self.group}" if self.bits else activations
@@ -169,7 +171,7 @@ def qkv_rope_append(
     _check_rows(M)
     weights.check(K)
     check_heads(heads, kv_heads, head_dim)
-    simdgroups = 8
+    simdgroups = 8 if head_dim < 64 else 16  # there are few heads, so each threadgroup is large
     T = _TYPES[activations]
     arguments = (T, weights.type(activations), M, head_dim, between.upper(), _OUTPUTS, simdgroups)
     labels = (weights.name(activations), activations, f"m{M}", f"d{head_dim}", between)

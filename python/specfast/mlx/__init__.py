@@ -21,4 +21,13 @@ from .cache import KVCache
 from .generate import GenerationResponse, stream_generate
 from .graph import GraphKVCache
 
-__all__ = ["GenerationResponse", "GraphKVCache", "KVCache", "Report", "accelerate", "report", "restore", "stream_generate"]
+__all__ = [
+    "GenerationResponse",
+    "GraphKVCache",
+    "KVCache",
+    "Report",
+    "accelerate",
+    "report",
+    "restore",
+    "stream_generate",
+]

@@ -30,7 +30,11 @@ _PADDING = 8  # elements from which on MLX hands an input over as device memory
 def _function(kernel: metal.Kernel) -> Any:
     made = metal.generated(kernel)
     return mx.fast.metal_kernel(
-        name=made.name, input_names=list(made.inputs), output_names=list(made.outputs), source=made.body, header=made.header
+        name=made.name,
+        input_names=list(made.inputs),
+        output_names=list(made.outputs),
+        source=made.body,
+        header=made.header,
     )
 
 
@@ -90,7 +94,9 @@ class Layer:
         self.gate, self.up = matrix(mlp, "gate_proj"), matrix(mlp, "up_proj")
         for group in (self.qkv, [self.gate, self.up]):
             if len({part.weights for part in group}) > 1:
-                raise UnsupportedModelError(f"{path} has matrices of one kernel in different formats; supported: one format")
+                raise UnsupportedModelError(
+                    f"{path} has matrices of one kernel in different formats; supported: one format"
+                )
         self.input_norm, self.post_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.between: Between = "nothing"
         self.bias = self.norms = mx.zeros(_PADDING, dtype)
@@ -119,7 +125,9 @@ class MetalForward:
         embedding = inner.embed_tokens
         self.dtype = (embedding["scales"] if "scales" in embedding else embedding["weight"]).dtype
         if self.dtype not in _ACTIVATIONS:
-            raise UnsupportedModelError(f"weights of type {self.dtype} have no Metal kernels; supported: float16, bfloat16, float32")
+            raise UnsupportedModelError(
+                f"weights of type {self.dtype} have no Metal kernels; supported: float16, bfloat16, float32"
+            )
         self.activations: Activations = _ACTIVATIONS[self.dtype]
         self.config = config
         check_heads(config.heads, config.kv_heads, config.head_dim)
@@ -135,7 +143,9 @@ class MetalForward:
 
     def _matrices(self) -> list[Matrix]:
         """What a pass streams."""
-        return [m for layer in self.layers for m in (*layer.qkv, layer.o, layer.gate, layer.up, layer.down)] + [self.head]
+        return [m for layer in self.layers for m in (*layer.qkv, layer.o, layer.gate, layer.up, layer.down)] + [
+            self.head
+        ]
 
     def new_caches(self) -> list[Any]:
         return [_Cache() for _ in self.layers]
@@ -205,7 +215,13 @@ class MetalForward:
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         shape = {"M": M, "heads": heads, "kv_heads": kv_heads, "head_dim": dim}
         launch = metal.qkv_rope_append(
-            layer.qkv[0].weights, self.activations, **shape, K=config.hidden, capacity=M, eps=config.rms_eps, between=layer.between
+            layer.qkv[0].weights,
+            self.activations,
+            **shape,
+            K=config.hidden,
+            capacity=M,
+            eps=config.rms_eps,
+            between=layer.between,
         )
         buffers = [buffer for matrix in layer.qkv for buffer in matrix.buffers]
         new = ((1, kv_heads, M, dim), self.dtype)
@@ -224,5 +240,3 @@ class MetalForward:
 def available() -> bool:
     """Whether MLX would run these kernels: its default device is a GPU and that is Apple's."""
     return mx.default_device().type == mx.gpu and mx.metal.is_available()
-
-
