@@ -1,9 +1,11 @@
 # specfast._mlx: primitives of MLX's graphs, against the C++ library of one mlx version. It calls the kernels through
 # specfast._core, so it links neither them nor the stable ABI (which mlx.core, whose arrays it takes, does not use).
-execute_process(COMMAND "${Python_EXECUTABLE}" -m mlx --cmake-dir
-  OUTPUT_STRIP_TRAILING_WHITESPACE OUTPUT_VARIABLE MLX_ROOT COMMAND_ERROR_IS_FATAL ANY)
-execute_process(COMMAND "${Python_EXECUTABLE}" -c "import mlx.core; print(mlx.core.__version__)"
-  OUTPUT_STRIP_TRAILING_WHITESPACE OUTPUT_VARIABLE mlx_version COMMAND_ERROR_IS_FATAL ANY)
+if(NOT MLX_ROOT)  # given, with mlx_version, when building for another system
+  execute_process(COMMAND "${Python_EXECUTABLE}" -m mlx --cmake-dir
+    OUTPUT_STRIP_TRAILING_WHITESPACE OUTPUT_VARIABLE MLX_ROOT COMMAND_ERROR_IS_FATAL ANY)
+  execute_process(COMMAND "${Python_EXECUTABLE}" -c "import mlx.core; print(mlx.core.__version__)"
+    OUTPUT_STRIP_TRAILING_WHITESPACE OUTPUT_VARIABLE mlx_version COMMAND_ERROR_IS_FATAL ANY)
+endif()
 find_package(MLX CONFIG REQUIRED PATHS "${MLX_ROOT}" NO_DEFAULT_PATH)
 nanobind_add_module(_mlx NB_STATIC NOMINSIZE NB_DOMAIN mlx
   src/mlx_module.cpp src/mlx_regions.cpp src/mlx_kv.cpp src/mlx_metal.cpp)

@@ -1,5 +1,6 @@
 """The Metal emulator: its semantics against NumPy, and every injected fault reported by the mode that is meant to find it."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ f32 = np.float32
 def program(file: str, mode: str = "plain") -> metal_emulator.Program:
     try:
         return metal_emulator.compile(HERE / file, mode=mode)
-    except metal_emulator.EmulatorUnavailable as missing:
+    except metal_emulator.EmulatorUnavailableError as missing:
         pytest.skip(str(missing))
 
 
@@ -42,8 +43,10 @@ def test_collectives(schedule):
     while tree.size > 1:
         tree = tree[: tree.size // 2] + tree[tree.size // 2 :]
     assert (y[0] == tree[0]).all()
-    assert (y[1] == x.max()).all() and (y[2] == x.min()).all()
-    assert (y[3] == x[::-1]).all() and (y[4] == x[lanes ^ 5]).all()
+    assert (y[1] == x.max()).all()
+    assert (y[2] == x.min()).all()
+    assert (y[3] == x[::-1]).all()
+    assert (y[4] == x[lanes ^ 5]).all()
     assert (y[5] == np.where(lanes < 29, x[(lanes + 3) % 32], x)).all()
     assert (y[6] == np.where(lanes >= 3, x[lanes - 3], x)).all()
     assert (y[7] == x[7]).all()
@@ -70,11 +73,13 @@ def test_sixteen_bit_floats_round_after_every_operation():
     program("semantics.metal").run("rounding", (1, 1, 1), (32, 1, 1), [x, h, b])
     assert (h[0] == x + (x * x)).all()
     assert (h[1] == (x.astype(f32) / f32(3)).astype(np.float16)).all()
-    assert (h[2] == -x).all() and (h[3] == np.maximum(x, np.float16(0.25))).all()
+    assert (h[2] == -x).all()
+    assert (h[3] == np.maximum(x, np.float16(0.25))).all()
     v = widened(bfloat(x.astype(f32)))
     assert (b[0] == bfloat(v + widened(bfloat(v * v)))).all()
     assert (b[1] == bfloat(v / f32(3))).all()
-    assert (b[2] == bfloat(-v)).all() and (b[3] == bfloat(np.maximum(v, f32(0.25)))).all()
+    assert (b[2] == bfloat(-v)).all()
+    assert (b[3] == bfloat(np.maximum(v, f32(0.25)))).all()
 
 
 def test_positions():
@@ -104,13 +109,20 @@ def test_vectors_and_bits():
 
 
 def test_bytes_are_counted_per_instruction_and_simdgroup():
-    once, shared, twice, packed, y = np.ones(64, f32), np.ones(4, f32), np.ones(96, f32), np.ones(8, np.uint8), np.zeros(64, f32)
+    once, shared, twice, packed, y = (
+        np.ones(64, f32),
+        np.ones(4, f32),
+        np.ones(96, f32),
+        np.ones(8, np.uint8),
+        np.zeros(64, f32),
+    )
     buffers = [once, shared, twice, packed, y]
     counters = program("semantics.metal", "count").run("reads", (1, 1, 1), (64, 1, 1), buffers)
-    # Two simdgroups: `shared[0]` is one load for each, `twice[i]` runs twice, `twice[64 + lane]` is the same for both.
-    assert counters.read_bytes == {0: 256, 1: 8, 2: 2 * 256 + 2 * 128, 3: 8, 4: 0}
-    assert counters.unique_read_bytes == {0: 256, 1: 4, 2: 384, 3: 8, 4: 0}
-    assert counters.written_bytes == {0: 0, 1: 0, 2: 0, 3: 0, 4: 256}
+    # Two simdgroups: `shared[0]` is one load for each, the nine loads of `twice` run twice, `twice[64 + lane]` is the same for
+    # both.
+    assert counters.read_bytes == {0: 256, 1: 8, 2: 2 * 9 * 256 + 2 * 128, 3: 8, 4: 256}
+    assert counters.unique_read_bytes == {0: 256, 1: 4, 2: 384, 3: 8, 4: 256}
+    assert counters.written_bytes == {0: 0, 1: 0, 2: 0, 3: 0, 4: 512}
     assert counters.collectives == 4
     expected = np.zeros(64, f32)
     program("semantics.metal").run("reads", (1, 1, 1), (64, 1, 1), [*buffers[:4], expected])
@@ -142,10 +154,20 @@ def line_of(kernel: str) -> int:
     return next(i for i, line in enumerate(lines, 1) if line.endswith(f"// FAULT {kernel}"))
 
 
-def outcome(kernel: str, mode: str, schedule: int = 0, groups: int = 1, buffers: list[np.ndarray] | None = None) -> bytes:
+def outcome(
+    kernel: str, mode: str, schedule: int = 0, groups: int = 1, buffers: list[np.ndarray] | None = None
+) -> bytes:
     y = np.arange(1, 65).astype(f32)
     program("faults.metal", mode).run(kernel, (groups, 1, 1), (64, 1, 1), [y, *(buffers or [])], schedule)
     return y.tobytes()
+
+
+def report_of(kernel: str, mode: str, schedule: int, groups: int) -> str:
+    try:
+        outcome(kernel, mode, schedule, groups)
+    except EmulatorError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -164,10 +186,9 @@ def outcome(kernel: str, mode: str, schedule: int = 0, groups: int = 1, buffers:
     ],
 )
 def test_a_fault_is_reported_with_its_line(kernel, mode, what, groups):
-    with pytest.raises(EmulatorError, match=what) as report:
-        for schedule in SCHEDULES:
-            outcome(kernel, mode, schedule, groups)
-    assert f"faults.metal:{line_of(kernel)}" in str(report.value)
+    reports = [report for schedule in SCHEDULES if (report := report_of(kernel, mode, schedule, groups))]
+    assert re.search(what, reports[0])
+    assert f"faults.metal:{line_of(kernel)}" in reports[0]
 
 
 def test_a_register_array_is_not_overrun():

@@ -1,7 +1,7 @@
 """Executes .metal files on the CPU and counts what they read. See README.md beside this file.
 
-    program = metal_emulator.compile("metal/matmul_rows.metal")
-    program.run("matmul_rows_q4_g64_f16", grid=(32, 1, 1), threadgroup=(64, 1, 1), buffers=[w, scales, biases, x, y, dims])
+program = metal_emulator.compile("metal/matmul_rows.metal")
+program.run("matmul_rows_q4_g64_f16", grid=(32, 1, 1), threadgroup=(64, 1, 1), buffers=[w, scales, biases, x, y, dims])
 """
 
 import ctypes
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from metal_emulator import build, translate
-from metal_emulator.build import EmulatorUnavailable
+from metal_emulator.build import EmulatorUnavailableError
 from metal_emulator.translate import TranslationError
 
-__all__ = ["Counters", "EmulatorError", "EmulatorUnavailable", "Program", "TranslationError", "compile"]
+__all__ = ["Counters", "EmulatorError", "EmulatorUnavailableError", "Program", "TranslationError", "compile"]
 
 MAX_BUFFERS = 31
 
@@ -113,7 +113,9 @@ class Program:
         tables = (counters.read_bytes, counters.unique_read_bytes, counters.written_bytes)
         return Counters(*totals, *({i: table[i] for i in range(len(buffers))} for table in tables))
 
-    def _check(self, name: str, grid: tuple[int, ...], threadgroup: tuple[int, ...], buffers: Sequence[np.ndarray]) -> None:
+    def _check(
+        self, name: str, grid: tuple[int, ...], threadgroup: tuple[int, ...], buffers: Sequence[np.ndarray]
+    ) -> None:
         if name not in self.kernels:
             raise EmulatorError(f"no kernel {name}; this file has {', '.join(self.kernels)}")
         parameters = [p for p in self._metal.parameters_of(name) if p.buffer is not None]
@@ -134,21 +136,37 @@ class Program:
             )
 
     def _run_in_a_process(
-        self, name: str, grid: tuple[int, ...], threadgroup: tuple[int, ...], buffers: Sequence[np.ndarray], schedule: int
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        threadgroup: tuple[int, ...],
+        buffers: Sequence[np.ndarray],
+        schedule: int,
     ) -> Counters:
         with tempfile.TemporaryDirectory() as directory:
             files = [Path(directory) / f"buffer{i}" for i in range(len(buffers))]
-            job = [f"kernel {name}", f"schedule {schedule}", "threadgroups %d %d %d" % tuple(grid), "threads %d %d %d" % tuple(threadgroup)]
+            job = [
+                f"kernel {name}",
+                f"schedule {schedule}",
+                "threadgroups {} {} {}".format(*grid),
+                "threads {} {} {}".format(*threadgroup),
+            ]
             for i, (array, file) in enumerate(zip(buffers, files, strict=True)):
                 array.tofile(file)
                 job.append(f"buffer {i} {array.nbytes} {file}")
             (Path(directory) / "job").write_text("\n".join(job) + "\n")
             command = [str(self._binary), f"{directory}/job"]
-            if self.mode == "thread" and shutil.which("setarch"):  # its shadow memory wants addresses where they always were
+            if self.mode == "thread" and shutil.which(
+                "setarch"
+            ):  # its shadow memory wants addresses where they always were
                 command = ["setarch", "-R", *command]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **build.SANITIZER_OPTIONS})
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env={**os.environ, **build.SANITIZER_OPTIONS}
+            )
             if done.returncode:
-                raise EmulatorError(f"kernel {name}, mode {self.mode}: {_headline(done.stderr)}\n{done.stderr.strip()[:6000]}")
+                raise EmulatorError(
+                    f"kernel {name}, mode {self.mode}: {_headline(done.stderr)}\n{done.stderr.strip()[:6000]}"
+                )
             for array, file in zip(buffers, files, strict=True):
                 if array.flags.writeable:
                     array.reshape(-1)[:] = np.fromfile(file, array.dtype)
@@ -157,7 +175,9 @@ class Program:
 
 def _headline(report: str) -> str:
     """What a sanitizer found and the first line of a .metal file it names."""
-    what = re.search(r"AddressSanitizer: ([\w-]+)|(?:Thread|Memory)Sanitizer: ([\w -]+)|runtime error: ([^\n]*)", report)
+    what = re.search(
+        r"AddressSanitizer: ([\w-]+)|(?:Thread|Memory)Sanitizer: ([\w -]+)|runtime error: ([^\n]*)", report
+    )
     where = re.search(r"\S+\.metal:\d+", report)
     found = next(filter(None, what.groups()), "") if what else "failed"
     return f"{found.strip()} at {where[0]}" if where else found
@@ -175,7 +195,7 @@ def compile(  # noqa: A001
     Modes: "plain" runs in this process; "count" too, and fills the byte counters; "address", "thread", "undefined" and
     "memory" run each launch in a process under that sanitizer. `constants` gives values to function constants.
 
-    Raises TranslationError where the file is outside the dialect, EmulatorUnavailable where the mode's compiler is missing.
+    Raises TranslationError where the file is outside the dialect, EmulatorUnavailableError where the mode's compiler is missing.
     """
     if mode not in build.MODES:
         raise ValueError(f"mode {mode!r}; choose from {', '.join(build.MODES)}")

@@ -16,8 +16,16 @@ MODES = {
     "count": ("g++", ["-O2", "-fsanitize=thread"], ["-O2", "-DEMULATOR_COUNT"]),
     "address": ("g++", ["-O1", "-g1", "-fsanitize=address"], ["-O2", "-g1", "-DEMULATOR_ADDRESS"]),
     "thread": ("g++", ["-O1", "-g1", "-fsanitize=thread"], ["-O2", "-g1", "-DEMULATOR_THREAD"]),
-    "undefined": ("g++", ["-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all"], ["-O2", "-g1", "-DEMULATOR_UNDEFINED"]),
-    "memory": ("clang++", ["-O1", "-g1", "-fsanitize=memory", "-fsanitize-memory-track-origins=2"], ["-O1", "-g1", "-fsanitize=memory", "-fsanitize-memory-track-origins=2", "-DEMULATOR_MEMORY"]),
+    "undefined": (
+        "g++",
+        ["-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all"],
+        ["-O2", "-g1", "-DEMULATOR_UNDEFINED"],
+    ),
+    "memory": (
+        "clang++",
+        ["-O1", "-g1", "-fsanitize=memory", "-fsanitize-memory-track-origins=2"],
+        ["-O1", "-g1", "-fsanitize=memory", "-fsanitize-memory-track-origins=2", "-DEMULATOR_MEMORY"],
+    ),
 }
 IN_PROCESS = ("plain", "count")
 SANITIZER_OPTIONS = {
@@ -27,7 +35,7 @@ SANITIZER_OPTIONS = {
 }
 
 
-class EmulatorUnavailable(RuntimeError):
+class EmulatorUnavailableError(RuntimeError):
     """A compiler or a sanitizer's run-time library is missing on this machine."""
 
 
@@ -63,15 +71,24 @@ def binary(cpp: str, stem: str, mode: str) -> Path:
 
 @cache
 def require(mode: str) -> None:
-    """Raises EmulatorUnavailable unless the mode's compiler can link a program."""
+    """Raises EmulatorUnavailableError unless the mode's compiler can link a program."""
     compiler, flags, _ = MODES[mode]
     if shutil.which(compiler) is None:
-        raise EmulatorUnavailable(f"mode {mode!r} needs {compiler}")
+        raise EmulatorUnavailableError(f"mode {mode!r} needs {compiler}")
     DIRECTORY.mkdir(parents=True, exist_ok=True)
-    command = [compiler, *flags, "-x", "c++", "-", "-o", str(DIRECTORY / f"try.{mode}"), *(["-c"] if mode == "count" else [])]
+    command = [
+        compiler,
+        *flags,
+        "-x",
+        "c++",
+        "-",
+        "-o",
+        str(DIRECTORY / f"try.{mode}"),
+        *(["-c"] if mode == "count" else []),
+    ]
     done = subprocess.run(command, input="int main() {}", capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EmulatorUnavailable(f"mode {mode!r} does not link with {compiler}: {done.stderr.strip()[:300]}")
+        raise EmulatorUnavailableError(f"mode {mode!r} does not link with {compiler}: {done.stderr.strip()[:300]}")
 
 
 @cache

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from metal_emulator import build, translate
-from metal_emulator.build import EmulatorUnavailable
+from metal_emulator.build import EmulatorUnavailableError
 
 HEADERS = ("scalars.h", "vectors.h", "math.h", "execution.h", "launch.h")
 
@@ -27,7 +27,7 @@ def _nvrtc() -> ctypes.CDLL:
             loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             if library.name.startswith("libnvrtc.so"):
                 return loaded
-    raise EmulatorUnavailable("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    raise EmulatorUnavailableError("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
 
 
 @cache
@@ -35,10 +35,10 @@ def _driver() -> ctypes.CDLL:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise EmulatorUnavailable("no NVIDIA driver on this machine") from error
+        raise EmulatorUnavailableError("no NVIDIA driver on this machine") from error
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        raise EmulatorUnavailable("no NVIDIA GPU on this machine")
+        raise EmulatorUnavailableError("no NVIDIA GPU on this machine")
     return driver
 
 
@@ -51,17 +51,27 @@ def compile_cubin(
 ) -> tuple[translate.Metal, bytes]:
     """Compiles every kernel of a .metal file, or of its text, for one GPU architecture.
 
-    Raises EmulatorUnavailable without NVRTC, RuntimeError with the compiler's log where it rejects the file.
+    Raises EmulatorUnavailableError without NVRTC, RuntimeError with the compiler's log where it rejects the file.
     """
     nvrtc = _nvrtc()
     path = build.source_file(source)
-    metal = translate.parse(translate.preprocess(path, build.DIRECTORY / "metal_headers", include, defines or {}), constants or {})
+    metal = translate.parse(
+        translate.preprocess(path, build.DIRECTORY / "metal_headers", include, defines or {}), constants or {}
+    )
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     strings = ctypes.c_char_p * len(HEADERS)
     names = strings(*(name.encode() for name in HEADERS))
     texts = strings(*((build.RUNTIME / name).read_bytes() for name in HEADERS))
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), translate.to_cuda(metal).encode(), path.name.encode(), len(HEADERS), texts, names)
-    options = [b"--gpu-architecture=" + architecture.encode(), b"-std=c++17", b"-default-device", b"--fmad=false", b"-w"]
+    nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), translate.to_cuda(metal).encode(), path.name.encode(), len(HEADERS), texts, names
+    )
+    options = [
+        b"--gpu-architecture=" + architecture.encode(),
+        b"-std=c++17",
+        b"-default-device",
+        b"--fmad=false",
+        b"-w",
+    ]
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     what = ("ProgramLog", "ProgramLogSize") if failed else ("CUBIN", "CUBINSize")
     getattr(nvrtc, f"nvrtcGet{what[1]}")(program, ctypes.byref(size))
@@ -74,7 +84,7 @@ def compile_cubin(
 
 
 class CudaProgram:
-    """A .metal file on the first NVIDIA GPU. Raises EmulatorUnavailable without one."""
+    """A .metal file on the first NVIDIA GPU. Raises EmulatorUnavailableError without one."""
 
     def __init__(self, source: str | Path, defines: Mapping[str, object] | None = None) -> None:
         self._cuda = _driver()
@@ -90,7 +100,9 @@ class CudaProgram:
         self._module = ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(self._module), cubin)
 
-    def run(self, name: str, grid: tuple[int, int, int], threadgroup: tuple[int, int, int], buffers: Sequence[np.ndarray]) -> None:
+    def run(
+        self, name: str, grid: tuple[int, int, int], threadgroup: tuple[int, int, int], buffers: Sequence[np.ndarray]
+    ) -> None:
         """As metal_emulator.Program.run, without schedules and counters."""
         function = ctypes.c_void_p()
         self._call("cuModuleGetFunction", ctypes.byref(function), self._module, name.encode())
@@ -108,11 +120,18 @@ class CudaProgram:
                 address = ctypes.c_uint64()
                 self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(1, array.nbytes)))
                 addresses.append(address.value)
-                self._call("cuMemcpyHtoD_v2", address, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+                self._call(
+                    "cuMemcpyHtoD_v2", address, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+                )
             yield addresses
             for array, where in zip(buffers, addresses, strict=True):
                 if array.flags.writeable:
-                    self._call("cuMemcpyDtoH_v2", ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(where), ctypes.c_size_t(array.nbytes))
+                    self._call(
+                        "cuMemcpyDtoH_v2",
+                        ctypes.c_void_p(array.ctypes.data),
+                        ctypes.c_uint64(where),
+                        ctypes.c_size_t(array.nbytes),
+                    )
         finally:
             for where in addresses:
                 self._cuda.cuMemFree_v2(ctypes.c_uint64(where))

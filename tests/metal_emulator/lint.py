@@ -22,6 +22,8 @@ FORBIDDEN = {
     r"(?<![\w.])(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])": "write the f: elsewhere the literal is a double",
     r"\b(?:int|uint|float|half|bfloat|bool|auto)\s+(?:device|thread|threadgroup|constant|kernel|vertex|fragment)\s*[;=,)]": "a name that is a Metal keyword",
 }
+FILE_VARIABLE = re.compile(r"(?:(?:static|const|constexpr|inline)\s+)*[\w:<>]+\s+\w+\s*(?:\[[^\]]*\]\s*)*(?:=|$)")
+NO_VARIABLE = re.compile(r"\b(?:constant|using|typedef|struct|template|enum|return|namespace|union)\b")
 SCALAR_BUILTINS = {name for name, value in translate.BUILTINS.items() if value not in translate.VECTOR_BUILTINS}
 LINE_MARKER = re.compile(r'^# (\d+) "([^"]*)"[^\n]*$', re.M)
 CONSTRUCTOR = re.compile(r"\b((?:bool|u?char|u?short|u?int|u?long|half|bfloat|float)[234]|vec<[^<>()]*>)\s*\(")
@@ -30,7 +32,7 @@ CONSTRUCTOR = re.compile(r"\b((?:bool|u?char|u?short|u?int|u?long|half|bfloat|fl
 def lint(source: str | Path, defines: Mapping[str, object] | None = None) -> list[str]:
     """The findings for a .metal file or its text, as `file:line: message`; empty for a clean one.
 
-    Raises EmulatorUnavailable where ziglang is not installed.
+    Raises EmulatorUnavailableError where ziglang is not installed.
     """
     path = build.source_file(source)
     text = translate.preprocess(path, build.DIRECTORY / "metal_headers", (), defines or {})
@@ -41,13 +43,19 @@ def lint(source: str | Path, defines: Mapping[str, object] | None = None) -> lis
         return [*findings, f"{path}: {error}"]
     if not metal.kernels:
         findings.append(f"{path}: no kernel is instantiated, so no template was compiled")
-    findings += [f"{path}: {finding}" for name in metal.parameters for finding in _parameters(name, metal.parameters[name])]
+    findings += [
+        f"{path}: {finding}" for name in metal.parameters for finding in _parameters(name, metal.parameters[name])
+    ]
     return findings + _clang(path, metal)
 
 
 def _words(text: str) -> list[str]:
     code = LINE_MARKER.sub(lambda m: " " * len(m[0]), text)
-    found = [(m.start(), f"{' '.join(m[0].split())}: {why}") for rule, why in FORBIDDEN.items() for m in re.finditer(rule, code)]
+    found = [
+        (m.start(), f"{' '.join(m[0].split())}: {why}")
+        for rule, why in FORBIDDEN.items()
+        for m in re.finditer(rule, code)
+    ]
     found += _scopes(code)
     return [f"{_location(text, at)}: {message}" for at, message in sorted(found)]
 
@@ -62,14 +70,11 @@ def _scopes(code: str) -> list[tuple[int, str]]:
             found.append((m.end(), f"{' '.join(m[0].split())}: threadgroup variables belong into kernels"))
     depth, statement = 0, 0
     for i, c in enumerate(code):
-        if c == "{" and not re.search(r"\bnamespace\s+\w*\s*$", code[statement:i]):
+        words = " ".join(code[statement:i].split()) if depth == 0 and c in ";{" else ""
+        if FILE_VARIABLE.match(words) and not NO_VARIABLE.search(words):
+            found.append((i, f"{words[:60]}: variables of the file are in the constant address space"))
+        if c == "{" and not re.search(r"\bnamespace\s*\w*$", words):
             depth += 1
-        if depth == 0 and c == ";":
-            words = code[statement:i]
-            if re.search(r"^\s*(?:static\s+|const\s+|constexpr\s+|inline\s+)*[\w:<>]+\s+\w+\s*(?:\[[^\]]*\]\s*)*(?:=|$)", words) and not re.search(
-                r"\b(?:constant|using|typedef|struct|template|enum|return|namespace)\b", words
-            ):
-                found.append((i, f"{' '.join(words.split())[:60]}: variables of the file are in the constant address space"))
         if c == "}":
             depth = max(0, depth - 1)
         if c in ";{}" and depth == 0:
@@ -131,11 +136,20 @@ def to_clang(metal: translate.Metal) -> str:
 def _clang(path: Path, metal: translate.Metal) -> list[str]:
     source = build.DIRECTORY / f"{path.stem}.lint.cpp"
     source.write_text(to_clang(metal))
-    command = [sys.executable, "-m", "ziglang", "clang", "-std=c++17", "-fsyntax-only", "-nostdinc", "-ferror-limit=200"]
+    command = [
+        sys.executable,
+        "-m",
+        "ziglang",
+        "clang",
+        "-std=c++17",
+        "-fsyntax-only",
+        "-nostdinc",
+        "-ferror-limit=200",
+    ]
     command += ["-Wno-everything", f"-I{build.RUNTIME}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named ziglang" in done.stderr:
-        raise build.EmulatorUnavailable("the lint needs ziglang from PyPI")
+        raise build.EmulatorUnavailableError("the lint needs ziglang from PyPI")
     found = []
     for line in done.stderr.splitlines():
         if re.search(r"\berror:", line):

@@ -74,14 +74,17 @@ kernel void vectors(device const uint* x [[buffer(0)]], device float* y [[buffer
   y[224 + i] = float(mulhi(x[i], 0x9E3779B9u) >> 16);
 }
 
-// Counting, two simdgroups: x is read once by each lane, once by the whole simdgroup, twice, and by both simdgroups.
+// Counting, two simdgroups: read once by each lane (the second time it is in a register), once by a whole simdgroup, twice
+// with a loop between, and by both simdgroups.
 kernel void reads(device const float* once [[buffer(0)]], device const float* shared [[buffer(1)]], device const float* twice [[buffer(2)]],
                   device const uchar* packed [[buffer(3)]], device float* y [[buffer(4)]], uint i [[thread_index_in_threadgroup]],
                   uint lane [[thread_index_in_simdgroup]]) {
-  float sum = once[i] + shared[0];
+  y[i] = once[i] + shared[0];
+  float sum = once[i];
   for (uint pass = 0; pass < 2; pass++) {
     sum += twice[i];
+    for (uint k = 0; k < 8; k++) sum += twice[(i + k + 1) % 64];
     sum = simd_sum(sum);
   }
-  y[i] = sum + float(packed[i / 8]) + twice[64 + lane];
+  y[i] += sum + float(packed[i / 8]) + twice[64 + lane];
 }

@@ -10,9 +10,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-METAL_HEADERS = """metal_atomic metal_common metal_compute metal_geometric metal_integer metal_limits metal_logging metal_math
-metal_numeric metal_pack metal_relational metal_simdgroup metal_simdgroup_matrix metal_stdlib metal_tensor metal_types
-metal_uniform""".split()
+METAL_HEADERS = tuple(
+    f"metal_{name}"
+    for name in (
+        *(
+            "atomic",
+            "common",
+            "compute",
+            "geometric",
+            "integer",
+            "limits",
+            "logging",
+            "math",
+            "numeric",
+            "pack",
+            "relational",
+        ),
+        *("simdgroup", "simdgroup_matrix", "stdlib", "tensor", "types", "uniform"),
+    )
+)
 
 # A built-in parameter's value, from `emulator::Thread t` and `emulator::GridPositions g`.
 BUILTINS = {
@@ -31,7 +47,14 @@ BUILTINS = {
     "quadgroup_index_in_threadgroup": "(t.index / 4)",
     "thread_index_in_quadgroup": "(t.lane % 4)",
 }
-VECTOR_BUILTINS = {"g.position", "g.size", "t.position_in_threadgroup", "t.threadgroup", "t.threadgroup_size", "t.threadgroups"}
+VECTOR_BUILTINS = {
+    "g.position",
+    "g.size",
+    "t.position_in_threadgroup",
+    "t.threadgroup",
+    "t.threadgroup_size",
+    "t.threadgroups",
+}
 
 
 class TranslationError(Exception):
@@ -60,7 +83,7 @@ class Metal:
     kernels: dict[str, str] = field(default_factory=dict)  # host name -> function, with template arguments
 
     def parameters_of(self, host_name: str) -> list[Parameter]:
-        return self.parameters[self.kernels[host_name].split("<")[0].strip()]
+        return self.parameters[self.kernels[host_name].partition("<")[0].strip()]
 
 
 def preprocess(path: Path, stubs: Path, include: Iterable[Path] = (), defines: Mapping[str, object] = {}) -> str:
@@ -68,7 +91,18 @@ def preprocess(path: Path, stubs: Path, include: Iterable[Path] = (), defines: M
     stubs.mkdir(parents=True, exist_ok=True)
     for name in METAL_HEADERS:
         (stubs / name).touch()
-    command = ["g++", "-E", "-x", "c++", "-std=c++17", "-nostdinc", "-undef", "-D__METAL__", "-D__METAL_VERSION__=310", f"-I{stubs}"]
+    command = [
+        "g++",
+        "-E",
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-nostdinc",
+        "-undef",
+        "-D__METAL__",
+        "-D__METAL_VERSION__=310",
+        f"-I{stubs}",
+    ]
     command += [f"-I{directory}" for directory in include] + [f"-D{name}={value}" for name, value in defines.items()]
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -101,7 +135,9 @@ ATTRIBUTE = re.compile(r"\[\[\s*(\w+)\s*(?:\(\s*([^()]*?)\s*\))?[^\[\]]*\]\]")
 INSTANTIATION = re.compile(r"\btemplate\s*\[\[\s*host_name\(((?:\s*\"[^\"]*\")+)\s*\)\s*\]\]([^;{]*);")
 FUNCTION_CONSTANT = re.compile(r"\bconstant\s+([\w:]+)\s+(\w+)\s*\[\[\s*function_constant\((\d+)\)\s*\]\]\s*;")
 KERNEL = re.compile(r"(?:\[\[\s*kernel\b[^\[\]]*\]\]|\bkernel\b)((?:\s*\[\[[^\[\]]*\]\])*)\s+void\s+(\w+)\s*\(")
-THREADGROUP_VARIABLE = re.compile(r"(?<=[;{})])((?:\s|^#[^\n]*$)*)threadgroup\s+([\w:<>,\s]+?)\s+(\w+)\s*((?:\[[^\];]*\]\s*)*);", re.M)
+THREADGROUP_VARIABLE = re.compile(
+    r"(?<=[;{})])((?:\s|^#[^\n]*$)*)threadgroup\s+([\w:<>,\s]+?)\s+(\w+)\s*((?:\[[^\];]*\]\s*)*);", re.M
+)
 SWIZZLE = re.compile(r"\.([xyzw]{2,4})\b(?!\s*\()")
 
 
@@ -118,7 +154,9 @@ def parse(text: str, constants: Mapping[int, object] = {}) -> Metal:
 
     def specialise(match: re.Match[str]) -> str:
         if int(match[3]) not in constants:
-            raise TranslationError(f"function constant {match[2]} ({match[3]}) has no value; give it in constants={{...}}")
+            raise TranslationError(
+                f"function constant {match[2]} ({match[3]}) has no value; give it in constants={{...}}"
+            )
         value = constants[int(match[3])]
         return f"static constexpr const {match[1]} {match[2]} = {str(value).lower() if isinstance(value, bool) else value};"
 
@@ -134,7 +172,7 @@ def parse(text: str, constants: Mapping[int, object] = {}) -> Metal:
         position = match.end()
     text = "".join([*pieces, text[position:]])
     for function in metal.kernels.values():
-        if function.split("<")[0].strip() not in metal.parameters:
+        if function.partition("<")[0].strip() not in metal.parameters:
             raise TranslationError(f"{function} is instantiated but is no kernel of this file")
     metal.text = SWIZZLE.sub(r".\1()", ATTRIBUTE.sub("", text))
     return metal
@@ -148,17 +186,21 @@ def kernel_parameters(kernel: str, text: str) -> list[Parameter]:
         if not attributes and re.search(r"[*&]", part):
             attributes = [("buffer", str(sum(p.buffer is not None for p in parameters)))]
         if len(attributes) != 1 or attributes[0][0] == "threadgroup":
-            raise TranslationError(f"kernel {kernel}: parameter {' '.join(part.split())!r} needs one buffer or built-in attribute")
+            raise TranslationError(
+                f"kernel {kernel}: parameter {' '.join(part.split())!r} needs one buffer or built-in attribute"
+            )
         name, argument = attributes[0]
         declared = " ".join(ATTRIBUTE.sub("", part).split())
-        parameters.append(Parameter(declared, None if name == "buffer" else name, int(argument) if name == "buffer" else None))
+        parameters.append(
+            Parameter(declared, None if name == "buffer" else name, int(argument) if name == "buffer" else None)
+        )
     return parameters
 
 
 def without_address_spaces(text: str) -> str:
     """`constant` means const; the other address spaces are one on the CPU."""
     text = re.sub(r"\bconstant\b", "const", text)
-    text = re.sub(r"\bconst\s+constexpr\b|\bconstexpr\s+const\b", "constexpr", text)
+    text = re.sub(r"\bconst\s+constexpr\s+const\b", "constexpr const", text)
     text = re.sub(r"\bconst(\s+const\b)+", "const", text)
     return re.sub(r"\b(device|thread|threadgroup)\b(?!\s*[;(=)])", "", text)
 
@@ -166,13 +208,17 @@ def without_address_spaces(text: str) -> str:
 def wrapper(metal: Metal, function: str, buffers: str) -> str:
     """The call of one kernel, its parameters bound."""
     arguments = []
-    for i, parameter in enumerate(metal.parameters[function.split("<")[0].strip()]):
+    for i, parameter in enumerate(metal.parameters[function.partition("<")[0].strip()]):
         kind = f"S::argument<{i}>"
         if parameter.builtin is None:
             arguments.append(f"emulator::buffer_argument<{kind}>::bind({buffers}[{parameter.buffer}])")
             continue
         value = BUILTINS[parameter.builtin]
-        bound = f"emulator::position<metal::remove_cv_t<{kind}>>::bind({value})" if value in VECTOR_BUILTINS else f"({kind}){value}"
+        bound = (
+            f"emulator::position<metal::remove_cv_t<{kind}>>::bind({value})"
+            if value in VECTOR_BUILTINS
+            else f"({kind}){value}"
+        )
         arguments.append(bound)
     return (
         "using namespace metal; using namespace metal::user; "
@@ -185,12 +231,23 @@ def to_cpu(metal: Metal) -> str:
     """C++ with a table `emulator_kernels`, for runtime.cpp."""
     site = iter(range(1 << 30))
     body = THREADGROUP_VARIABLE.sub(
-        lambda m: f"{m[1]}auto& {m[3]} = emulator::threadgroup_variable<{' '.join(m[2].split())}{m[4].strip()}>({next(site)});", metal.text
+        lambda m: (
+            f"{m[1]}auto& {m[3]} = emulator::threadgroup_variable<{' '.join(m[2].split())}{m[4].strip()}>({next(site)});"
+        ),
+        metal.text,
     )
-    parts = ['#define EMULATOR_KERNEL\n#include "launch.h"\nnamespace metal { namespace user {\n', without_address_spaces(body), "\n}}\n"]
-    parts.append('#line 1 "wrappers"\n#define EMULATOR_WRAPPERS\nnamespace emulator { struct Kernel { const char* name; void (*entry)(const Thread&, void**); }; }\n')
+    parts = [
+        '#define EMULATOR_KERNEL\n#include "launch.h"\nnamespace metal { namespace user {\n',
+        without_address_spaces(body),
+        "\n}}\n",
+    ]
+    parts.append(
+        '#line 1 "wrappers"\n#define EMULATOR_WRAPPERS\nnamespace emulator { struct Kernel { const char* name; void (*entry)(const Thread&, void**); }; }\n'
+    )
     for i, function in enumerate(metal.kernels.values()):
-        parts.append(f"static void kernel_{i}(const emulator::Thread& t, void** b) {{ {wrapper(metal, function, 'b')} }}\n")
+        parts.append(
+            f"static void kernel_{i}(const emulator::Thread& t, void** b) {{ {wrapper(metal, function, 'b')} }}\n"
+        )
     table = "".join(f'{{"{name}", kernel_{i}}}, ' for i, name in enumerate(metal.kernels))
     parts.append(f'extern "C" const emulator::Kernel emulator_kernels[] = {{{table}{{0, 0}}}};\n')
     return "".join(parts)
@@ -199,7 +256,10 @@ def to_cpu(metal: Metal) -> str:
 def to_cuda(metal: Metal) -> str:
     """CUDA C++ for NVRTC with `-default-device`: `extern "C"` kernels that take the buffers' addresses by value."""
     body = THREADGROUP_VARIABLE.sub(lambda m: f"{m[1]}__shared__ {m[2]} {m[3]}{m[4]};", metal.text)
-    parts = ['#define EMULATOR_KERNEL __device__\n#include "launch.h"\nnamespace metal { namespace user {\n', without_address_spaces(body)]
+    parts = [
+        '#define EMULATOR_KERNEL __device__\n#include "launch.h"\nnamespace metal { namespace user {\n',
+        without_address_spaces(body),
+    ]
     parts.append("\n}}\nstruct Buffers { void* address[31]; };\n")
     for name, function in metal.kernels.items():
         parts.append(

@@ -99,7 +99,7 @@ template <class T> T atan2(T, T);
 template <class T> T copysign(T, T);
 template <class T> T ldexp(T, int);
 template <class T> T select(T, T, bool);
-template <class T, int N> vec<T, N> select(vec<T, N>, vec<T, N>, vec<bool, N>);
+template <class T, int N, class C> vec<T, N> select(vec<T, N>, vec<T, N>, C);  // clang compares vectors to integers
 template <class T> T sincos(T, thread T&);
 template <class T> bool isnan(T);
 template <class T> bool isinf(T);

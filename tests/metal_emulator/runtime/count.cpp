@@ -3,7 +3,9 @@
 //
 // The n-th execution of one load instruction by the 32 lanes of a simdgroup is one access, as on a GPU: bytes that several
 // lanes ask for in it are counted once. The same byte loaded by another instruction, a later execution of the same one,
-// another simdgroup or another threadgroup is counted again.
+// another simdgroup or another threadgroup is counted again, with one exception: what a lane has loaded among its last eight
+// loads it still holds in a register. (Where the CPU's compiler must load again, because a store between might have changed
+// the byte, Metal's knows that address spaces do not overlap.)
 #include "runtime.h"
 
 #include <algorithm>
@@ -20,7 +22,21 @@ struct Buffer {
 std::vector<Buffer> buffers;
 std::uint64_t read_bytes[max_buffers], unique_read_bytes[max_buffers], written_bytes[max_buffers];
 std::uint64_t pass;
-unsigned lane;
+unsigned thread;  // its index in the threadgroup
+
+// The last loads of every thread of the threadgroup.
+struct Registers {
+  static constexpr unsigned size = 8;
+  struct Load { std::uintptr_t address; std::size_t bytes; };
+  Load loads[max_threads][size];
+  unsigned next[max_threads];
+  bool hold(std::uintptr_t address, std::size_t bytes) {
+    for (const Load& l : loads[thread])
+      if (l.address <= address && address + bytes <= l.address + l.bytes) return true;
+    loads[thread][next[thread]++ % size] = {address, bytes};
+    return false;
+  }
+} registers;
 
 std::size_t hash(std::uint64_t a, std::uint64_t b) {
   std::uint64_t h = (a * 0x9E3779B97F4A7C15ull) ^ (b + 0x7F4A7C15ull) * 0xC2B2AE3D27D4EB4Full;
@@ -29,13 +45,13 @@ std::size_t hash(std::uint64_t a, std::uint64_t b) {
 
 // How often each instruction ran in this lane and pass.
 struct Executions {
-  struct Entry { std::uintptr_t site; std::uint64_t pass; unsigned lane, times; };
+  struct Entry { std::uintptr_t site; std::uint64_t pass; unsigned thread, times; };
   std::vector<Entry> entries = std::vector<Entry>(4096);
   unsigned next(std::uintptr_t site) {
     std::size_t at = hash(site, 0) % entries.size();
     while (entries[at].site && entries[at].site != site) at = (at + 1) % entries.size();
     Entry& e = entries[at];
-    if (e.site != site || e.pass != pass || e.lane != lane) e = {site, pass, lane, 0};
+    if (e.site != site || e.pass != pass || e.thread != thread) e = {site, pass, thread, 0};
     return e.times++;
   }
 } executions;
@@ -72,6 +88,7 @@ void access(std::uintptr_t address, std::size_t bytes, std::uintptr_t site, bool
   for (Buffer& b : buffers) {
     if (address < b.begin || address >= b.end) continue;
     const unsigned execution = executions.next(site * 2 + write);
+    if (!write && registers.hold(address, bytes)) return;
     for (std::size_t done = 0; done < bytes;) {
       const std::uintptr_t at = address + done;
       const std::size_t chunk = std::min(bytes - done, std::size_t{64} - at % 64);
@@ -97,7 +114,8 @@ void count_begin_launch(const Launch& launch) {
   }
 }
 void count_begin_pass() { pass++; }
-void count_begin_lane(unsigned index) { lane = index; }
+void count_begin_lane(unsigned index) { thread = index; }
+void count_begin_threadgroup() { registers = Registers{}; }
 void count_end_launch(Counters& counters) {
   std::memcpy(counters.read_bytes, read_bytes, sizeof read_bytes);
   std::memcpy(counters.unique_read_bytes, unique_read_bytes, sizeof read_bytes);

@@ -186,7 +186,7 @@ void leave(bool done) {
   }
   const unsigned lane = group.order[group.at];
 #ifdef EMULATOR_COUNT
-  count_begin_lane(lane);
+  count_begin_lane(from.thread.simdgroup * simdgroup_width + lane);
 #endif
   switch_to(from, fibers[from.thread.simdgroup * simdgroup_width + lane], done);
 }
@@ -246,7 +246,7 @@ void run_pass(unsigned index) {
   group.result_claimed = false;
 #ifdef EMULATOR_COUNT
   count_begin_pass();
-  count_begin_lane(group.order[0]);
+  count_begin_lane(lanes[group.order[0]].thread.index);
 #endif
   switch_to(scheduler, lanes[group.order[0]], false);
   if (failed) return;
@@ -286,6 +286,9 @@ void prepare_threadgroup(unsigned x, unsigned y, unsigned z) {
 
 void run_threadgroup(unsigned x, unsigned y, unsigned z) {
   prepare_threadgroup(x, y, z);
+#ifdef EMULATOR_COUNT
+  count_begin_threadgroup();
+#endif
   const unsigned count = static_cast<unsigned>(simdgroups.size());
   unsigned ready = count;
   while (ready) {

@@ -34,6 +34,7 @@ extern "C" int emulator_run(const char* kernel, const Launch* launch, Counters* 
 // count.cpp: accesses made between two collectives of a simdgroup form one pass.
 void count_begin_launch(const Launch& launch);
 void count_begin_pass();
-void count_begin_lane(unsigned lane);
+void count_begin_threadgroup();
+void count_begin_lane(unsigned thread);
 void count_end_launch(Counters& counters);
 }  // namespace emulator
