@@ -27,7 +27,8 @@ class MetalModel:
     def matrix(self, x):
         if id(x) in self.matrices:
             return self.matrices[id(x)]
-        return metal.Weights(), (self.floats(x),) * 3
+        floats = self.floats(x)
+        return metal.Weights(), (floats.view(np.uint32), floats, floats)
 
     def forward(self, tokens, state, M, *, first, ahead, logits_rows):
         """Rows tokens[first : first + M] at state[0] + ahead; logits and best of the last rows."""
@@ -50,7 +51,7 @@ class MetalModel:
         logits, parts, best = (
             empty((M, self.vocab), "f32"),
             empty((M, -(-self.vocab // 256), 4), "f32"),
-            empty((M, 4), "f32"),
+            empty((M + 1, 4), "f32"),
         )
         launch = metal.logits_rows(weights, "f32", M=M, V=self.vocab, K=K, limit=self.vocab)
         self.run(launch, *buffers, normed, logits, parts)
@@ -109,8 +110,8 @@ class MetalLoop:
     def laws(self, logits, best):
         """The laws of rows of logits, and their weights."""
         M, V = logits.shape
-        weights, masses = empty((M, V), "f32"), np.zeros((M, -(-V // 256)), np.uint64)
-        scales, p = np.zeros(M, np.uint64), empty((M, V), "f32")
+        weights, masses = empty((M, V), "f32"), np.zeros(M * -(-V // 256) + 8, np.uint64)
+        scales, p = np.zeros(M + 8, np.uint64), empty((M, V), "f32")
         self.run(metal.law_weights(M=M, V=V, limit=V, temperature=self.temperature), logits, best, weights, masses)
         self.run(metal.law_scales(M=M, V=V, limit=V), masses, scales)
         self.run(metal.law_rows(M=M, V=V), weights, scales, p)
@@ -123,10 +124,10 @@ class MetalLoop:
         p, weights = self.laws(logits, best)
         M, V = p.shape
         if self.rule == "coupled":
-            leaders = np.zeros((M, -(-V // 4096), 3), np.uint32)
+            leaders = np.zeros(M * -(-V // 4096) * 3 + 8, np.uint32)
             self.run(metal.couple_rows(M=M, V=V), weights, self.state, packed, leaders)
             return self.run(metal.couple_pick(), leaders, self.tokens, packed, out)
-        prefixes, masses = np.zeros(M, np.uint64), np.zeros((M, -(-V // 256)), np.uint64)
+        prefixes, masses = np.zeros(M + 8, np.uint64), np.zeros(M * -(-V // 256) + 8, np.uint64)
         self.run(metal.verify_scan(), p, q, self.tokens, packed, prefixes)
         self.run(metal.verify_masses(gamma=M - 1, V=V), p, q, self.tokens, packed, prefixes, masses)
         self.run(metal.verify_pick(), p, q, self.tokens, packed, prefixes, masses, out)

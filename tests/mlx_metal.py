@@ -6,6 +6,7 @@ from collections import Counter
 
 import mlx.core as mx
 import numpy as np
+from specfast import metal
 
 TYPES = {
     mx.float32: ("float", np.float32),
@@ -15,6 +16,7 @@ TYPES = {
     mx.uint32: ("uint32_t", np.uint32),
     mx.uint64: ("uint64_t", np.uint64),
 }
+TYPES |= {np.dtype(made): (name, made) for name, made in TYPES.values() if made is not np.uint16}
 ATTRIBUTES = {  # those that our bodies use, as MLX declares them
     "simdgroup_index_in_threadgroup": "uint",
     "simdgroups_per_threadgroup": "uint",
@@ -47,11 +49,31 @@ def generated_source(name, inputs, outputs, source, header):
     return full, f"{header}\n[[kernel]] void {full}(\n" + ",\n".join(parameters) + ") {\n" + source + "\n}\n"
 
 
+def whole(text):
+    """The text with what MLX puts before it."""
+    return "#include <metal_stdlib>\nusing namespace metal;\n" + UTILS + text
+
+
 @functools.cache
 def compiled(text):
     import metal_emulator
 
-    return metal_emulator.compile("#include <metal_stdlib>\nusing namespace metal;\n" + UTILS + text)
+    return metal_emulator.compile(whole(text))
+
+
+def run_generated(launch, *buffers, schedule=0):
+    """A launch on NumPy arrays, written in place, by the source that `mx.fast.metal_kernel` would compile."""
+    made = metal.generated(launch.kernel)
+    arrays = dict(
+        zip(made.buffers, [*buffers, *([np.array(launch.dims, np.int32)] if launch.dims else [])], strict=True)
+    )
+    assert all(arrays[name].size >= 8 for name in made.inputs if name != "dims"), "MLX would hand it over as constant"
+    inputs, outputs = ([(name, arrays[name]) for name in names] for names in (made.inputs, made.outputs))
+    full, text = generated_source(
+        made.name, inputs, [(name, array.dtype) for name, array in outputs], made.body, made.header
+    )
+    ordered = [array for _, array in (*inputs, *outputs)]
+    compiled(text).run(full, launch.grid, launch.threadgroup, ordered, schedule=schedule)
 
 
 def to_numpy(array):
@@ -63,7 +85,7 @@ class ExecutedMetalKernel:
     """Stands in for `mx.fast.metal_kernel` on a machine without Metal."""
 
     launches = Counter()
-    copied = Counter()  # bytes of inputs that MLX would copy first, by kernel
+    texts = {}  # by kernel
 
     def __init__(self, name, input_names, output_names, source, header="", **options):
         assert not options, "only what the package uses"
@@ -75,6 +97,7 @@ class ExecutedMetalKernel:
         full, text = generated_source(
             self.name, named, list(zip(self.outputs, output_dtypes, strict=True)), self.source, self.header
         )
+        ExecutedMetalKernel.texts[full] = text
         arrays = [to_numpy(x) for x in inputs]
         outputs = [np.full(shape, 113, TYPES[t][1]) for shape, t in zip(output_shapes, output_dtypes, strict=True)]
         groups = tuple(a // b for a, b in zip(grid, threadgroup, strict=True))

@@ -83,6 +83,21 @@ def quantise(decoder, weights):
     return matrices, packs
 
 
+@pytest.mark.parametrize("rule", ["block", "coupled"])
+def test_generated_sources_give_the_same_tokens(rule):
+    pytest.importorskip("mlx.core")
+    from mlx_metal import run_generated
+
+    made = [random_decoder(3, V=300, hidden=64, layers=n, heads=2, kv_heads=1, head_dim=32) for n in (2, 1)]
+    prompt = np.random.default_rng(2).integers(0, 300, 6).astype(np.int32)
+    texts = [
+        metal_text(*made, {}, prompt, 4, temperature=0.9, rule=rule, execute=execute)
+        for execute in (run, run_generated)
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) >= 4
+
+
 def test_quantised_weights_and_a_perfect_draft():
     target = random_decoder(5, V=300, hidden=64, layers=1, heads=2, kv_heads=1, head_dim=32, tied=False)
     matrices, packs = quantise(target, metal.Weights(4, 32))

@@ -90,9 +90,12 @@ def test_text(stem):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_lint(stem):
-    import metal_emulator.lint
+    from metal_emulator import EmulatorUnavailable, lint
 
-    assert metal_emulator.lint.lint(metal.program(kernels(stem))) == []
+    try:
+        assert lint.lint(metal.program(kernels(stem))) == []
+    except EmulatorUnavailable as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -10,7 +10,7 @@ pytest.importorskip("mlx_lm")
 
 import specfast.mlx  # noqa: E402
 from mlx_lm.models.cache import KVCache  # noqa: E402
-from mlx_metal import ExecutedMetalKernel, generated_source  # noqa: E402
+from mlx_metal import ExecutedMetalKernel, generated_source, whole  # noqa: E402
 from mlx_models import generate_step, random_model  # noqa: E402
 from specfast import metal  # noqa: E402
 from specfast.mlx import metal as mlx_metal  # noqa: E402
@@ -164,6 +164,20 @@ def test_launches_of_a_pass(on_metal):
         "swiglu_rows": layers,
         "logits_rows": 1,
     }
+
+
+def test_generated_sources_are_clean(on_metal):
+    from metal_emulator import EmulatorUnavailable, lint
+
+    ExecutedMetalKernel.texts.clear()
+    for weights in ("q4g64", "f16"):
+        model = specfast.mlx.accelerate(random_model("qwen2", weights))
+        forward(model, [1, 2, 3], [KVCache() for _ in model.layers])
+    try:
+        assert [finding for text in ExecutedMetalKernel.texts.values() for finding in lint.lint(whole(text))] == []
+    except EmulatorUnavailable as missing:
+        pytest.skip(str(missing))
+    assert len(ExecutedMetalKernel.texts) > 12
 
 
 def test_what_runs_mlx_lm_s_layers(on_metal):

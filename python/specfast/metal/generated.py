@@ -27,6 +27,7 @@ class Generated:
         inputs: names of the buffers that are read, in order; "dims" is the last, of fewer than 8 elements, and all others
             must have 8 elements or more: MLX puts smaller arrays into another address space.
         outputs: names of those that are written, in order.
+        buffers: both, in the order of the kernel's own buffers.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Generated:
     body: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    buffers: tuple[str, ...]
 
 
 @functools.cache
@@ -53,12 +55,17 @@ def generated(kernel: Kernel) -> Generated:
             (found["template"] or "").split(","), names, kernel.arguments, strict=bool(names)
         )
     ]
-    inputs, outputs = [], []
+    inputs: list[str] = []
+    outputs: list[str] = []
+    buffers: list[str] = []
     for parameter in _PARAMETER.finditer(found["parameters"]):
         kind, name, attribute = parameter["type"].strip(), parameter["name"], parameter["attribute"]
         if attribute != "buffer":
             lines.append(f"const {kind} {name} = {attribute};")
         else:
+            buffers.append(name)
             (inputs if re.search(r"\bconst\b|\bconstant\b", kind) else outputs).append(name)
     body = "\n".join([*lines, found["body"]])
-    return Generated(kernel.name, "#define SPECFAST_NO_ENTRY\n" + text, body, tuple(inputs), tuple(outputs))
+    return Generated(
+        kernel.name, "#define SPECFAST_NO_ENTRY\n" + text, body, tuple(inputs), tuple(outputs), tuple(buffers)
+    )

@@ -171,7 +171,7 @@ def qkv_rope_append(
     _check_rows(M)
     weights.check(K)
     check_heads(heads, kv_heads, head_dim)
-    simdgroups = 8
+    simdgroups = 8 if head_dim < 64 else 16  # there are few heads, so each threadgroup is large
     T = _TYPES[activations]
     arguments = (T, weights.type(activations), M, head_dim, between.upper(), _OUTPUTS, simdgroups)
     labels = (weights.name(activations), activations, f"m{M}", f"d{head_dim}", between)
