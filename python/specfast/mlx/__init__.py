@@ -18,15 +18,18 @@ except ImportError as error:
 
 from .accelerate import Report, accelerate, report, restore
 from .cache import KVCache, RotatingKVCache
+from .difference import Difference, compare
 from .stream import GenerationResponse, Stream, generate, generate_step, stream_generate
 
 __all__ = [
+    "Difference",
     "GenerationResponse",
     "KVCache",
     "Report",
     "RotatingKVCache",
     "Stream",
     "accelerate",
+    "compare",
     "generate",
     "generate_step",
     "report",

@@ -71,6 +71,11 @@ class Stream(Iterator[GenerationResponse]):
         """Counters and rates so far, with path ("native", or "host" once a pass ran in mlx-lm's layers) and precision."""
         return self._request.stats()
 
+    @property
+    def decisions(self) -> list[str]:
+        """For people: who drafted how many tokens how often, and what was accepted at each position."""
+        return self._request.generation.stats.decision_lines()
+
 
 def stream_generate(
     model: nn.Module,
