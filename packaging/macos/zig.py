@@ -20,9 +20,14 @@ def arguments(tool: str, given: list[str]) -> list[str]:
     """Zig's command line for the one CMake gave."""
     if tool in ("ar", "ranlib"):
         return [tool, *given]
-    given = re.sub(r"(?:-Xlinker\n)?-framework\n(?:-Xlinker\n)?\w+\n", "", "".join(a + "\n" for a in given)).splitlines()  # MLX binds them
+    given = re.sub(
+        r"(?:-Xlinker\n)?-framework\n(?:-Xlinker\n)?\w+\n", "", "".join(a + "\n" for a in given)
+    ).splitlines()  # MLX binds them
     kept = [REPLACED.get(a, a) for a in given if not a.startswith(DROPPED) and "/Xcode" not in a]
-    kept = ["-mcpu=" + "+".join(FEATURES.get(f, f) for f in a[7:].split("+")) if a.startswith("-march=") else a for a in kept]
+    kept = [
+        "-mcpu=" + "+".join(FEATURES.get(f, f) for f in a[7:].split("+")) if a.startswith("-march=") else a
+        for a in kept
+    ]
     if "-c" in given or "-E" in given or not {"-bundle", "-dynamiclib", "-shared"} & set(given):
         return [tool, *TARGET, *kept]
     libraries = [str(tbd) for tbd in sorted(Path(os.environ["SPECFAST_TBD"]).glob("*.tbd"))]
@@ -30,4 +35,6 @@ def arguments(tool: str, given: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(subprocess.run([sys.executable, "-m", "ziglang", *arguments(sys.argv[1], sys.argv[2:])], check=False).returncode)
+    sys.exit(
+        subprocess.run([sys.executable, "-m", "ziglang", *arguments(sys.argv[1], sys.argv[2:])], check=False).returncode
+    )
