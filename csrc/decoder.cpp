@@ -31,7 +31,8 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   ThreadPool& pool = ThreadPool::instance();
   const size_t partial = Attention::partial_floats(cache_, model.heads, tile.M, tile.position);
   if (work_.partial.size() < partial) work_.partial.resize(partial);
-  pool.run(alone(), [&](int threads) { work_.reserve(model, threads); }, [&](const Team& team) {
+  const auto prepare = [&](int threads) { work_.reserve(model, threads); };
+  pool.run(alone(), prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
     rope_angles(pass);
     if (tile.tokens) embed_rows(pass);

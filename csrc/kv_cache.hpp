@@ -58,6 +58,8 @@ class KvCache {
   /// (kv_heads, total, head_dim), from `at` on; either may be null. Not for int8.
   void read(int layer, int64_t first, int64_t rows, int64_t at, int64_t total, void* k, void* v) const;
 
+  /// Whether a page is there: those between a window's sinks and what it holds are not.
+  bool has_page(int64_t page, int layer) const { return store_of(layer).pages[static_cast<size_t>(page)] != nullptr; }
   KvPage page(int64_t page, int layer, int kv_head) const;
 
  private:

@@ -153,9 +153,11 @@ class Regions final : public ModelRegions {
     }
   }
 
-  Verdict verify_tokens(const float* p, int32_t V, const float* q, int32_t Vq, const int32_t* tokens, int32_t gamma,
-                        const double* u, double lenience) noexcept override {
-    return specfast::verify_tokens(model_->kernels->law, p, V, q, Vq, tokens, gamma, u, lenience);
+  Verdict verify_tokens(Rule rule, const float* p, int32_t V, const float* q, int32_t Vq, const int32_t* tokens,
+                        int32_t gamma, const double* u, double lenience) noexcept override {
+    const LawLoops& loops = model_->kernels->law;
+    if (rule == Rule::block && q) return verify_block(loops, p, V, q, Vq, tokens, gamma, u);
+    return specfast::verify_tokens(loops, p, V, q, Vq, tokens, gamma, u, lenience);
   }
 
  private:

@@ -198,7 +198,7 @@ void require_plain_rows(const KvCache& cache) {
 
 /// Keys or values of a layer's committed positions in the cache's own elements: all or, of a layer with a window, its
 /// sinks and the last `window`.
-nb::object stored_rows(BoundCache& self, int layer, bool keys) {
+nb::object stored_rows(BoundCache& self, int layer, std::optional<int64_t> given_length, bool keys) {
   const KvCache& cache = self.sequence->cache();
   const KvShape& shape = cache.shape();
   require_plain_rows(cache);
@@ -206,7 +206,10 @@ nb::object stored_rows(BoundCache& self, int layer, bool keys) {
     throw ShapeError("layer " + std::to_string(layer) + " is outside 0 to the model's " + std::to_string(shape.layers));
   CacheUse use(self);
   const Window& window = cache.window(layer);
-  const int64_t length = cache.length(), first = window.first(length - 1);
+  const int64_t length = given_length.value_or(cache.length()), first = window.first(length - 1);
+  if (length < 0 || length > cache.length())
+    throw ShapeError("cannot read " + std::to_string(length) + " positions: the cache holds " +
+                     std::to_string(cache.length()));
   if (first < cache.first_held(layer))
     throw ShapeError("position " + std::to_string(first) + " has left layer " + std::to_string(layer) +
                      ": a cache that is read needs an undo of 1 or more");
@@ -379,11 +382,14 @@ nb::ndarray<nb::numpy, uint8_t> kv_bytes(BoundCache& self, int layer) {
   if (layer < 0 || layer >= shape.layers)
     throw ShapeError("layer " + std::to_string(layer) + " is outside 0 to " + std::to_string(shape.layers - 1));
   CacheUse use(self);
-  const int64_t pages = (kv.length() + kv.provisional() + kPagePositions - 1) / kPagePositions;
+  std::vector<int64_t> pages;
+  for (int64_t page = 0; page * kPagePositions < kv.length() + kv.provisional(); page++) {
+    if (kv.has_page(page, layer)) pages.push_back(page);
+  }
   uint8_t* out;
-  auto array = make_array(&out, {static_cast<size_t>(pages) * static_cast<size_t>(shape.kv_heads),
-                                 shape.k_page_bytes() + shape.v_page_bytes()});
-  for (int64_t page = 0; page < pages; page++) {
+  auto array = make_array(
+      &out, {pages.size() * static_cast<size_t>(shape.kv_heads), shape.k_page_bytes() + shape.v_page_bytes()});
+  for (const int64_t page : pages) {
     for (int head = 0; head < shape.kv_heads; head++) {
       const KvPage kv_page = kv.page(page, layer, head);
       out = std::copy_n(static_cast<const uint8_t*>(kv_page.k), shape.k_page_bytes(), out);
@@ -495,6 +501,14 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("intermediate", [](const BoundModel& self) { return self.model->intermediate; })
       .def_prop_ro("vocab", [](const BoundModel& self) { return self.model->vocab; })
       .def_prop_ro("layers", [](const BoundModel& self) { return self.model->layers.size(); })
+      .def_prop_ro(
+          "windows",
+          [](const BoundModel& self) {
+            std::vector<int64_t> sizes;
+            for (const Window& window : self.model->windows()) sizes.push_back(window.size);
+            return sizes;
+          },
+          "For each layer, how many positions up to its own a row attends to; 0: all.")
       .def_prop_ro("max_context", [](const BoundModel& self) { return self.model->max_context; })
       .def_prop_ro("precision", [](const BoundModel& self) { return precision_name(self.model->precision); })
       .def_prop_ro("isa", [](const BoundModel& self) { return self.model->kernels->isa; })
@@ -542,9 +556,8 @@ void bind_model(nb::module_& m) {
           "layer_rows", [](const BoundCache& self) { return self.sequence->layer_rows(); },
           "Layers run so far, each counted once for every row.")
       .def("kv_bytes", &kv_bytes, nb::arg("layer"),
-           "A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8. Positions "
-           "after the "
-           "last hold anything.")
+           "A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8: of the pages "
+           "that a window has\nnot given up. Positions after the last hold anything.")
       .def(
           "commit",
           [](BoundCache& self, int64_t n) {
@@ -564,13 +577,24 @@ void bind_model(nb::module_& m) {
           },
           "Drops every provisional row.")
       .def(
-          "keys", [](BoundCache& self, int layer) { return stored_rows(self, layer, true); }, nb::arg("layer"),
-          nb::sig("def keys(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]"),
+          "keys",
+          [](BoundCache& self, int layer, std::optional<int64_t> length) {
+            return stored_rows(self, layer, length, true);
+          },
+          nb::arg("layer"), nb::arg("length") = nb::none(),
+          nb::sig("def keys(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | "
+                  "NDArray[numpy.uint16]"),
           "A copy of a layer's committed keys, rotated: (kv_heads, rows, head_dim), float32 or the bits of bf16.\n\n"
-          "Rows are all positions or, of a layer with a window, its sinks and the last of the window's size.")
+          "Rows are all positions or, of a layer with a window, its sinks and the last of the window's size. length "
+          "reads as if\nthe cache had been truncated to it.")
       .def(
-          "values", [](BoundCache& self, int layer) { return stored_rows(self, layer, false); }, nb::arg("layer"),
-          nb::sig("def values(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]"),
+          "values",
+          [](BoundCache& self, int layer, std::optional<int64_t> length) {
+            return stored_rows(self, layer, length, false);
+          },
+          nb::arg("layer"), nb::arg("length") = nb::none(),
+          nb::sig("def values(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | "
+                  "NDArray[numpy.uint16]"),
           "A copy of a layer's committed values: (kv_heads, rows, head_dim), as for keys.")
       .def(
           "assign", &assign, nb::arg("keys"), nb::arg("values"), nb::arg("length") = nb::none(),

@@ -9,7 +9,6 @@
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx_metal.hpp"
 
 using namespace specfast;
 
@@ -110,7 +109,6 @@ class WriteRows final : public Region {
           graph->regions->write_rows(append.to, k, v, n, *offset);
         });
   }
-  void eval_gpu(const Arrays&, Arrays&) override { metal::unavailable(name()); }
 
  private:
   const int64_t pages_;
@@ -134,7 +132,6 @@ class ReadRows final : public Region {
           graph->regions->read_rows(pages, n, k, v);
         });
   }
-  void eval_gpu(const Arrays&, Arrays&) override { metal::unavailable(name()); }
 
  private:
   const int64_t n_;

@@ -149,6 +149,7 @@ def test_memory_is_that_of_the_window():
     assert (
         cache.nbytes <= 3 * one.nbytes
     )  # a window of 70 and a round of 20 lie in two pages, and a third is freed late
+    assert cache.kv_bytes(0).size <= cache.nbytes // 2  # of two layers
     full = _core.Cache(MODEL)
     MODEL.prefill(full, np.zeros(CONTEXT, dtype=np.int32))
     assert full.nbytes == 6 * one.nbytes

@@ -166,6 +166,11 @@ def noise(seed: int, position: int, token: int) -> float:
     least noise / p is chosen.
     """
 
+def noise_row(seed: int, position: int, count: int) -> NDArray[numpy.float32]:
+    """
+    noise of the tokens below count, (count,) float32: for drafts that a host draws in its own graph.
+    """
+
 def sample_token(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: float, isa: str | None = None) -> int:
     """
     Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.
@@ -283,6 +288,12 @@ class Model:
     def layers(self) -> int: ...
 
     @property
+    def windows(self) -> list[int]:
+        """
+        For each layer, how many positions up to its own a row attends to; 0: all.
+        """
+
+    @property
     def max_context(self) -> int: ...
 
     @property
@@ -348,7 +359,8 @@ class Cache:
 
     def kv_bytes(self, layer: int) -> NDArray[numpy.uint8]:
         """
-        A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8. Positions after the last hold anything.
+        A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8: of the pages that a window has
+        not given up. Positions after the last hold anything.
         """
 
     def commit(self, n: int) -> None:
@@ -357,14 +369,15 @@ class Cache:
     def rollback(self) -> None:
         """Drops every provisional row."""
 
-    def keys(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
+    def keys(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
         """
         A copy of a layer's committed keys, rotated: (kv_heads, rows, head_dim), float32 or the bits of bf16.
 
-        Rows are all positions or, of a layer with a window, its sinks and the last of the window's size.
+        Rows are all positions or, of a layer with a window, its sinks and the last of the window's size. length reads as if
+        the cache had been truncated to it.
         """
 
-    def values(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
+    def values(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
         """
         A copy of a layer's committed values: (kv_heads, rows, head_dim), as for keys.
         """
@@ -491,16 +504,16 @@ class GraphForward:
     """
     A model's forward pass on a cache as a C function that a host's compiled graph calls.
 
-    void f(float* logits, int64* state, const int32* tokens, const int64* call, int64 start, int64 M): truncates the cache
+    void f(float* logits, const void* before, const int32* tokens, const int64* call, int64 a, int64 b): truncates the cache
     to `start`, appends the tokens (M,), commits them, and writes the logits (rows, vocab) of the last rows. call is
-    (address, rows or 0 for all, M or 0 where the argument says). It raises nothing: logits are NaN then, and `problem`
-    tells why.
+    (number, vocab, rows or 0 for all, M, start), where -1 for M or start means the next of the last arguments. It
+    raises nothing: logits are NaN then, and `problem` tells why; so are those of one that is gone.
     """
 
     def __init__(self, model: Model, cache: Cache) -> None: ...
 
     @property
-    def address(self) -> int: ...
+    def number(self) -> int: ...
 
     function: Final[int] = ...
     """(arg: object, /) -> int"""

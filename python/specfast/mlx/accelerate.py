@@ -19,7 +19,8 @@ from ..checkpoint import check_precision
 from ..errors import ConfigurationError, SpecfastError
 from . import metal, primitives
 from .cache import adopt
-from .graph import GraphForward, GraphKVCache
+from .graph import GraphForward
+from .graph import KVCache as GraphKVCache
 from .weights import Watch, config_of, native_model
 
 _Name = Literal["native", "primitives", "metal"]
@@ -59,14 +60,14 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
 
     `model(inputs, cache=cache)` works as before: logits (1, M, vocab) of all rows for inputs (1, M), always as float32,
     computed when the call returns; a row's logits have the same bits whatever M is. The KV caches it is called with
-    become `specfast.mlx.KVCache`, in place. A call this path cannot take (several sequences, input embeddings, a rotating
-    or quantised cache, inside a function transformation) runs mlx-lm's layers, and `report` counts it with the reason. So
-    does every call once a weight or a module has been replaced; accelerate the model again to use the new one. Values
-    written into an array in place are not noticed.
+    become `specfast.mlx.KVCache` and `specfast.mlx.RotatingKVCache`, in place. A call this path cannot take (several
+    sequences, input embeddings, a quantised cache, inside a function transformation) runs mlx-lm's layers, and `report`
+    counts it with the reason. So does every call once a weight or a module has been replaced; accelerate the model again
+    to use the new one. Values written into an array in place are not noticed.
 
     That is the path of every installation. Where `specfast._mlx` was built for the mlx in use, the forward pass is
     primitives of MLX's graph instead, with the same bits: lazy, on the stream of the call, inside `mx.compile`. The caches
-    then become `specfast.mlx.GraphKVCache`; tokens outside the vocabulary give NaN, as no value is looked at before it is
+    then become `specfast.mlx.graph.KVCache`; tokens outside the vocabulary give NaN, as no value is looked at before it is
     computed. Calls with other caches take the native path.
 
     Where MLX's default device is an Apple GPU, the forward pass is specfast's Metal kernels in MLX's graph, through
@@ -76,7 +77,7 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
     A model that is not supported is left alone: `report` says why.
 
     Args:
-        model: from `mlx_lm.load`: Llama, Mistral without a sliding window, Qwen2, Qwen2.5 or Qwen3 (dense); MLX affine 4 or
+        model: from `mlx_lm.load`: Llama, Mistral, Qwen2, Qwen2.5 or Qwen3 (dense); MLX affine 4 or
             8 bit at groups of 32, 64 or 128, bf16, f16 or f32.
         precision: of the activations: "int8", "bf16" or "f32" (exact); None chooses by the weights.
         path: "primitives" or "native"; None takes primitives where there are any.
@@ -101,7 +102,8 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
             made = _MetalPath(metal.MetalForward(model, config_of(model)), watch, signature)
         else:
             native = native_model(model, precision)
-            graph = None if path == "native" else primitives.graph_of(model, native)
+            whole = path == "native" or any(native.windows)  # the primitives attend to all positions
+            graph = None if whole else primitives.graph_of(model, native)
             made = _FusedPath(native, GraphForward(graph, native) if graph else None, watch, signature)
     except SpecfastError as error:
         object.__setattr__(model, "_specfast", _Accelerator(None, str(error)))
@@ -166,6 +168,9 @@ class _FusedPath:
         inputs, caches = given
         if self.graph and mx.default_device() == mx.cpu and self.graph.takes(caches):
             return "primitives", self.graph(inputs, caches)
+        return self._natively(inputs, caches)
+
+    def _natively(self, inputs: mx.array, caches: Any) -> tuple[_Name, mx.array] | str:
         try:
             mx.eval(inputs)
         except ValueError:  # a placeholder has no values

@@ -130,6 +130,8 @@ class MetalForward:
             )
         self.activations: Activations = _ACTIVATIONS[self.dtype]
         self.config = config
+        if any(config.windows):
+            raise UnsupportedModelError("layers attend to a sliding window, which the Metal kernels do not have")
         check_heads(config.heads, config.kv_heads, config.head_dim)
         self.embed = Matrix("embed_tokens", embedding, self.dtype)
         self.head = Matrix("lm_head", model.lm_head, self.dtype) if "lm_head" in model else self.embed

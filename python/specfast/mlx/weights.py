@@ -52,11 +52,10 @@ def config_of(model: nn.Module) -> ModelConfig:
         _check_module(source, path, module)
         if hasattr(module, "group_size"):
             quantised[path] = (module.bits, module.group_size)
-    # mlx-lm writes its own layer_types into the arguments, full attention even where Mistral's config has a window
-    config = parse_config(source, {"sliding_window": None, **vars(model.args), "layer_types": None})
-    if any(config.windows):
-        raise UnsupportedModelError(f"{source} has a sliding window in its config; supported: full attention")
-    return replace(config, quantisation=Quantisation(0, 0, quantised))
+    # mlx-lm gives a window to the layers whose layer_types say so, and to no others of a Mistral config with a window
+    config = parse_config(source, {**vars(model.args), "sliding_window": None, "layer_types": None})
+    windows = tuple(model.model.sliding_window if _slides(layer) else 0 for layer in model.layers)
+    return replace(config, windows=windows, quantisation=Quantisation(0, 0, quantised))
 
 
 def _source(model: nn.Module) -> str:
@@ -72,10 +71,12 @@ def _check_module(source: str, path: str, module: nn.Module) -> None:
         raise UnsupportedModelError(f"{path} is quantised in mode {module.mode!r}; supported: 'affine'")
     if getattr(module, "traditional", False):
         raise UnsupportedModelError(f"{path} rotates neighbouring pairs (rope_traditional), which is not supported")
-    if getattr(module, "use_sliding", False):
-        raise UnsupportedModelError(f"{path} attends to a sliding window; supported: full attention")
     if getattr(module, "pipeline_size", 1) > 1:
         raise UnsupportedModelError(f"{path or source} is one part of a pipeline of {module.pipeline_size} machines")
+
+
+def _slides(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "use_sliding", False))
 
 
 def _tensors(model: nn.Module) -> dict[str, TensorView]:
