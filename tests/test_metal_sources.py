@@ -18,7 +18,7 @@ WEIGHTS = [metal.Weights(), *(metal.Weights(bits, group) for bits in (4, 8) for 
 MANY = range(1, metal.MAX_ROWS + 1) if FULL else (1, 9)
 
 
-def launches(stem):
+def launches(stem):  # noqa: PLR0912
     """Of all types, weights and head sizes; of all M only at full counts."""
     pairs = list(itertools.product(WEIGHTS, TYPES))
     if not FULL:
@@ -90,11 +90,11 @@ def test_text(stem):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_lint(stem):
-    from metal_emulator import EmulatorUnavailable, lint
+    from metal_emulator import EmulatorUnavailableError, lint
 
     try:
         assert lint.lint(metal.program(kernels(stem))) == []
-    except EmulatorUnavailable as missing:
+    except EmulatorUnavailableError as missing:
         pytest.skip(str(missing))
 
 
@@ -108,12 +108,12 @@ def test_every_instantiation_compiles(stem):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_second_compiler_takes_it(stem):
-    from metal_emulator import EmulatorUnavailable, cuda
+    from metal_emulator import EmulatorUnavailableError, cuda
 
     wanted = kernels(stem)
     try:
         compiled, cubin = cuda.compile_cubin(metal.program(wanted if FULL else wanted[:4] + wanted[-2:]))
-    except EmulatorUnavailable as missing:
+    except EmulatorUnavailableError as missing:
         pytest.skip(str(missing))
     assert cubin
     assert wanted[0].name in compiled.kernels

@@ -57,14 +57,26 @@ def build(target: Path) -> Path:
         "SKBUILD_SOABI": tag,
         "Python_INCLUDE_DIR": sysconfig.get_path("include"),
     }
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(target),
+    ]
     command += [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
     command += [f"--config-settings=build-dir={WORK / 'cmake'}", str(ROOT)]
     for extension in (WORK / "cmake").glob("*.so"):  # linked anew: the stubs may have changed
         extension.unlink()
     before = set(target.glob("*.whl"))
     subprocess.run(command, env=environment, check=True)
-    return next(iter(set(target.glob("*.whl")) - before), None) or max(target.glob("*.whl"), key=lambda f: f.stat().st_mtime)
+    return next(iter(set(target.glob("*.whl")) - before), None) or max(
+        target.glob("*.whl"), key=lambda f: f.stat().st_mtime
+    )
 
 
 if __name__ == "__main__":

@@ -475,6 +475,8 @@ int emulator_run(const char* name, const Launch* to_launch, Counters* to_count, 
   sigaction(SIGBUS, &old_bus, nullptr);
   sigaltstack(&old_alternate, nullptr);
   if (failed) retire_threadgroup();
+  for (char* stack : stacks) munmap(stack, stack_bytes);  // every program has its own: many would fill the address space
+  stacks.clear();
 #endif
 #ifdef EMULATOR_COUNT
   count_end_launch(*counters);
