@@ -28,10 +28,10 @@ from ..errors import SpecfastError
 from ..measurements import Measurements
 from ..models import choose_draft
 from ..stats import SpeculationStats
+from .detection import SWITCH
 from .serving import say
 from .v1_target import SampledTarget, can_roll_back, decoded
 
-SWITCH = "SPECFAST_EXO"
 OPTIONS = "SPECFAST_EXO_OPTIONS"
 OWN_SPECULATION = ("EXO_SPECULATIVE", "EXO_DRAFT_MODE")
 DRAFT_CONTEXT = 8192
@@ -249,7 +249,7 @@ class SpeculativeRequest:
         distributed_prompt_progress_callback: Callable[[], None] | None = None,
         on_generation_token: Callable[[], None] | None = None,
     ) -> None:
-        self._generate = importlib.import_module("exo.worker.engines.mlx.generator.generate")
+        self._generate: Any = importlib.import_module("exo.worker.engines.mlx.generator.generate")
         self._speculation, self._tokenizer = speculation, batch.tokenizer
         self._greedy = task.temperature == 0
         tokens = self._generate.encode_prompt(batch.tokenizer, prompt)

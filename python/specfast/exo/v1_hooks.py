@@ -13,8 +13,9 @@ from typing import Any
 
 from ..cli.options import add_speculation, typed_options
 from .contract import compare
+from .detection import SWITCH
 from .serving import say
-from .v1 import MODULES, OPTIONS, SWITCH, speculate
+from .v1 import MODULES, OPTIONS, speculate
 
 BUILDER = "exo.worker.engines.mlx.builder"
 
@@ -63,7 +64,7 @@ def parse(parser: argparse.ArgumentParser, args: Sequence[str], namespace: Any) 
     )
     add_speculation(group, short=False)
     group.add_argument("--inference-engine", default=None, metavar="ENGINE", help="speculative, or exo's own (mlx)")
-    found = parser.parse_args(args, namespace)
+    found: argparse.Namespace = parser.parse_args(args, namespace)
     if found.inference_engine not in (None, "speculative", "mlx"):
         parser.error(f"--inference-engine {found.inference_engine}: this exo has mlx, and speculative on top of it")
     typed = typed_options(found)
