@@ -90,7 +90,9 @@ void Model::pack(bool mapped) {
   const auto size = [this](const Matrix& w) {  // whole cache lines; 0 if the rows stay in place
     const Activation form = activation_of(w, precision);
     const bool packs =
-        w.blocks != BlockType::none ? false : form == Activation::int8 || (form == Activation::bf16 && w.format == Format::bf16 && w.K % 2 == 0);
+        w.blocks != BlockType::none
+            ? false
+            : form == Activation::int8 || (form == Activation::bf16 && w.format == Format::bf16 && w.K % 2 == 0);
     return packs ? (w.panels() * w.panel_bytes() + 63) / 64 * 64 : 0;
   };
   size_t total = 0;

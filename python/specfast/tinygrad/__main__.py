@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft-model", type=Path, metavar="G.gguf", help="a smaller model of the same tokens")
     parser.add_argument("--prompt", required=True, help="text; goes through the model's chat template if it has one")
     parser.add_argument("--raw", action="store_true", help="leave the chat template out")
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most tokens to generate (default 256)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="most tokens to generate (default 256)"
+    )
     parser.add_argument(
         "--drafter", help="model, suffix, prompt-lookup, combined, early-exit or none (default: what there is)"
     )

@@ -281,7 +281,9 @@ class _LlmModel(_Accelerated):
     def __call__(self, tokens: Tensor, start_pos: Any, temperature: Tensor) -> Any:
         if _path(self).graphs:
             return super().__call__(tokens, start_pos, temperature)  # type: ignore[misc]
-        return self.forward(tokens.contiguous(), start_pos, temperature)  # no jit can capture what runs beside its graph
+        return self.forward(
+            tokens.contiguous(), start_pos, temperature
+        )  # no jit can capture what runs beside its graph
 
 
 class _ExoModel(_Accelerated):

@@ -46,7 +46,9 @@ def load_gguf(path: str | Path, max_context: int | None = None) -> Any:
     return private.import_llm().Transformer.from_gguf(Path(path), max_context)[0]
 
 
-def generate(model: Any, prompt: Sequence[int] | Tensor, max_tokens: int = 256, draft_model: Any = None, **options: Any) -> Result:
+def generate(
+    model: Any, prompt: Sequence[int] | Tensor, max_tokens: int = 256, draft_model: Any = None, **options: Any
+) -> Result:
     """Generates to the end; takes what `stream_generate` takes."""
     generation = stream_generate(model, prompt, max_tokens, draft_model, **options)
     for _ in generation:

@@ -86,9 +86,7 @@ class HostTarget:
         u = [_core.uniform(self.seed, context.round, i, _ACCEPT) for i in range(len(tokens))]
         u.append(_core.uniform(self.seed, context.round, 0, _RESIDUAL))
         rule = "token" if q is None or self.rule == "coupled" else self.rule
-        return HostVerdict(
-            *_core.verify_logits(rows, q, tokens, np.array(u), self.law, self._lenience, None, rule)
-        )
+        return HostVerdict(*_core.verify_logits(rows, q, tokens, np.array(u), self.law, self._lenience, None, rule))
 
     def _run(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """The logits (M, vocab) of tokens at the positions after the cache's."""
