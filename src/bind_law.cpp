@@ -351,6 +351,14 @@ void bind_law(nb::module_& m) {
           },
           nb::arg("tokens"), "Tokens of a drafter without a law (one-hot).");
   nb::class_<Verdict>(m, "Verdict", "tau drafted tokens are kept and next_token follows them.")
+      .def(
+          "__init__",
+          [](Verdict* self, int32_t tau, int32_t next_token) {
+            new (self) Verdict{};
+            self->tau = tau;
+            self->next_token = next_token;
+          },
+          nb::arg("tau"), nb::arg("next_token"))
       .def_ro("tau", &Verdict::tau)
       .def_ro("next_token", &Verdict::next_token);
   m.def("law_rows", &bound_law_rows, nb::arg("logits"), nb::arg("law"), nb::arg("isa") = nb::none(),

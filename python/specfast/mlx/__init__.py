@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from .accelerate import Report, accelerate, report, restore
-from .cache import KVCache
+from .cache import KVCache, RotatingKVCache
 from .difference import Difference, compare
 from .stream import GenerationResponse, Stream, generate, generate_step, stream_generate
 
@@ -26,6 +26,7 @@ __all__ = [
     "GenerationResponse",
     "KVCache",
     "Report",
+    "RotatingKVCache",
     "Stream",
     "accelerate",
     "compare",
