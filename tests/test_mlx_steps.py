@@ -16,7 +16,7 @@ from mlx_models import generate_step as their_steps  # noqa: E402
 from mlx_models import logits_of, random_model, speculative_generate_step  # noqa: E402
 from random_laws import FULL  # noqa: E402
 from specfast import ConfigurationError  # noqa: E402
-from specfast.mlx import accelerate, generate_step, restore  # noqa: E402
+from specfast.mlx import accelerate, generate_step  # noqa: E402
 from specfast.mlx.samplers import processed, recognised, rows_law  # noqa: E402
 
 PROMPT = np.random.default_rng(1).integers(0, VOCAB, 11).tolist()
@@ -145,7 +145,7 @@ def test_a_prompt_is_only_read(pair):
 
 def test_rotating_caches(hosted):
     """Wrapped several times: the text is plain decoding's; mlx-lm refuses to speculate there."""
-    for model in (hosted[0], restore(random_model("llama", "f32"))):
+    for model in (hosted[0], random_model("llama", "f32")):
         options = {"max_kv_size": 16, "prefill_step_size": 4, "temp": 1.0, "seed": 3, "rule": "coupled"}
         drafted = list(generate_step(PROMPT, model, max_tokens=60, draft_model=model, num_draft_tokens=4, **options))
         assert [step[0] for step in drafted] == ours(model, max_tokens=60, **options)
@@ -162,7 +162,8 @@ def test_rotating_caches(hosted):
 
 
 needs_xtc = pytest.mark.skipif(
-    "xtc_probability" not in inspect.signature(make_sampler).parameters, reason="this mlx-lm has no XTC, and other samplers"
+    "xtc_probability" not in inspect.signature(make_sampler).parameters,
+    reason="this mlx-lm has no XTC, and other samplers",
 )
 
 

@@ -168,28 +168,35 @@ def _is_stock(cache: Any, name: str) -> bool:
     return type(cache).__module__ == _CACHES and type(cache).__name__ == name
 
 
+def _is_ours(cache: Any) -> bool:
+    """Whether it holds pages of specfast's, which any of the last rows leave exactly."""
+    return type(cache).__module__.startswith("specfast.")
+
+
 def _cuts_back(cache: Any) -> bool:
     """Whether `trim` gives exactly what there was before the last rows."""
     if _is_stock(cache, "CacheList"):
         return all(_cuts_back(part) for part in cache.caches)
+    if _is_ours(cache):
+        return True
     kinds = ("KVCache", "QuantizedKVCache", "RotatingKVCache")
-    ours = type(cache).__module__.startswith("specfast.")
-    return (ours or any(_is_stock(cache, kind) for kind in kinds)) and bool(cache.is_trimmable())
+    return any(_is_stock(cache, kind) for kind in kinds) and bool(cache.is_trimmable())
 
 
 def _undo_of(cache: Any) -> Callable[[], None]:
     """Puts a cache back to what it is now, once."""
     grows = _is_stock(cache, "KVCache") or _is_stock(cache, "QuantizedKVCache")
-    if grows or type(cache).__module__.startswith("specfast."):
+    if grows or _is_ours(cache):
         offset = cache.offset
 
         def cut() -> None:
             cache.trim(cache.offset - offset)
 
         return cut
-    held = _held(vars(cache))
+    kind, held = type(cache), _held(vars(cache))
 
     def put_back() -> None:
+        cache.__class__ = kind
         vars(cache).clear()
         vars(cache).update(_held(held))
 
