@@ -209,9 +209,7 @@ class _Accelerator:
             return counted
         native = self.path.native
         name: _Name = "primitives" if self.path.graph else "native"
-        return replace(
-            counted, path=name, precision=native.precision, isa=native.isa, weight_bytes=native.weight_bytes
-        )
+        return replace(counted, path=name, precision=native.precision, isa=native.isa, weight_bytes=native.weight_bytes)
 
     def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | None:
         """The logits, or None where mlx-lm's layers must run."""
