@@ -275,6 +275,24 @@ def test_progress(pair):
     assert calls == [(0, 11), (10, 11), (11, 11)]
 
 
+def test_an_interrupted_prompt_is_not_read_on(pair):
+    """An error leaves in a caller's caches whole passes, and runs no more."""
+    cache, calls = make_prompt_cache(pair[0]), []
+
+    def interrupt(done, _):
+        calls.append(done)
+        if done == 8:
+            raise KeyboardInterrupt
+
+    options = {"prefill_step_size": 4, "prompt_cache": cache, "prompt_progress_callback": interrupt}
+    with pytest.raises(KeyboardInterrupt):
+        ours(pair[0], max_tokens=2, **options)
+    assert calls == [0, 4, 8]
+    assert {c.offset for c in cache} == {8}
+    expected = theirs(pair[0], max_tokens=4)
+    assert ours(pair[0], PROMPT[8:], max_tokens=4, prompt_cache=cache) == expected
+
+
 def test_refusals(pair):
     target, _ = pair
     for options, words in (

@@ -146,7 +146,7 @@ class Request:
         target: over the host's call, or the native one.
         model: the target's.
         progress: told tokens of the prompt; the generation tells it those before the last one.
-        ends: called with the tokens given out when the request ends: leaves the caller's caches with exactly these.
+        end: called with the tokens given out when the request ends: leaves the caller's caches with exactly these.
         stock_calls_before: calls of the model that had run mlx-lm's layers when the request began.
     """
 
@@ -154,7 +154,7 @@ class Request:
     target: HostTarget | NativeTarget
     model: nn.Module
     progress: Progress | None
-    ends: list[Callable[[Sequence[int]], None]]
+    end: Callable[[Sequence[int]], None]
     stock_calls_before: int
 
     @property
@@ -200,7 +200,7 @@ def begin(
     capacity = plan.native.max_context if plan.native else UNBOUNDED
     context = Context(tokens, max_tokens if max_tokens >= 0 else capacity, capacity, ends)
     context.whole_rounds = options.seed is not None and plan.draws.rule == "block"
-    target, drafter, finishing = (_own if plan.own else _hosted)(plan, model, draft_model, options)
+    target, drafter, end = (_own if plan.own else _hosted)(plan, model, draft_model, options)
     controller, gamma = _controller(options, plan)
     rule = plan.draws.rule
     exact = options.lenience <= 1 or rule == "equality" or plan.greedy or plan.drafter == "none"
@@ -224,7 +224,7 @@ def begin(
     )
     if isinstance(target, HostTarget):
         target.stats = generation.stats
-    return Request(generation, target, model, options.prompt_progress_callback, finishing, _stock_calls(model))
+    return Request(generation, target, model, options.prompt_progress_callback, end, _stock_calls(model))
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class _Plan:
         return cls(native, native_draft, name, draws, vocab, known and not hosted)
 
 
-_Parts = tuple[HostTarget | NativeTarget, Drafter, list[Callable[[Sequence[int]], None]]]
+_Parts = tuple[HostTarget | NativeTarget, Drafter, Callable[[Sequence[int]], None]]
 
 
 def _own(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, options: Options) -> _Parts:
@@ -305,10 +305,10 @@ def _own(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, options: 
     if plan.drafter == "early-exit":
         assert options.early_exit is not None
         gammas = (options.num_draft_tokens,) if options.num_draft_tokens else range(1, MOST_DRAFTED + 1)
-        return target, EarlyExitDrafter(target, options.early_exit, gammas=gammas), []
+        return target, EarlyExitDrafter(target, options.early_exit, gammas=gammas), _leave
     if plan.native_draft is None:
-        return target, _copying(plan), []
-    return target, _combined(plan, ModelDrafter(plan.native_draft, law, seed, capacity, rule)), []
+        return target, _copying(plan), _leave
+    return target, _combined(plan, ModelDrafter(plan.native_draft, law, seed, capacity, rule)), _leave
 
 
 def _hosted(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, options: Options) -> _Parts:
@@ -329,14 +329,18 @@ def _hosted(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, option
             ends.append(host_drafter.end)
             sequences.append(reading)
     if given is None:
-        return target, BoundedDrafter(drafter, sequence), []
+        return target, BoundedDrafter(drafter, sequence), _leave
 
     def give_back(tokens: Sequence[int]) -> None:
         for end in ends:
             end(tokens)
         given[: sum(len(one.caches) for one in sequences)] = [cache for one in sequences for cache in one.caches]
 
-    return target, BoundedDrafter(drafter, sequence), [give_back]
+    return target, BoundedDrafter(drafter, sequence), give_back
+
+
+def _leave(tokens: Sequence[int]) -> None:
+    """The end where all caches are the request's own."""
 
 
 def _new_caches(plan: _Plan, model: nn.Module, options: Options) -> list[Any]:
