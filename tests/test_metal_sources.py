@@ -3,6 +3,8 @@
 import itertools
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,13 @@ def test_host_names_are_distinct():
 def test_an_unknown_file():
     with pytest.raises(ConfigurationError, match="no Metal source nothing"):
         metal.source("nothing")
+
+
+@pytest.mark.skipif(shutil.which("xcrun") is None, reason="not run: Apple's compiler is on Macs only")
+@pytest.mark.parametrize("stem", STEMS)
+def test_apples_compiler_takes_it(stem, tmp_path):
+    file = tmp_path / f"{stem}.metal"
+    file.write_text(metal.program(kernels(stem)))
+    command = ["xcrun", "-sdk", "macosx", "metal", "-std=metal3.1", "-c", file, "-o", tmp_path / "kernels.air"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ import mlx_wheel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import zig
+import zig  # noqa: E402
 
 ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "macos"
@@ -57,19 +57,30 @@ def build(target: Path) -> Path:
         "SKBUILD_SOABI": tag,
         "Python_INCLUDE_DIR": sysconfig.get_path("include"),
     }
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(target),
+    ]
     command += [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
     command += [f"--config-settings=build-dir={WORK / 'cmake'}", str(ROOT)]
     for extension in (WORK / "cmake").glob("*.so"):  # linked anew: the stubs may have changed
         extension.unlink()
     before = set(target.glob("*.whl"))
     subprocess.run(command, env=environment, check=True)
-    return next(iter(set(target.glob("*.whl")) - before), None) or max(target.glob("*.whl"), key=lambda f: f.stat().st_mtime)
+    return next(iter(set(target.glob("*.whl")) - before), None) or max(
+        target.glob("*.whl"), key=lambda f: f.stat().st_mtime
+    )
 
 
 if __name__ == "__main__":
     wheel = build(Path(sys.argv[1]))
-    print(wheel)
     bad = inspect_wheel.problems(wheel)
-    print(*bad, sep="\n")
+    print(wheel, *(bad or ["every symbol is resolved"]), sep="\n")
     sys.exit(bool(bad))

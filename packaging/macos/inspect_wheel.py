@@ -31,12 +31,19 @@ def problems(wheel: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(wheel) as archive:
         archive.extractall(directory)
         root = Path(directory)
-        tags = [line for f in root.glob("*.dist-info/WHEEL") for line in f.read_text().splitlines() if line.startswith("Tag:")]
+        tags = [
+            line
+            for f in root.glob("*.dist-info/WHEEL")
+            for line in f.read_text().splitlines()
+            if line.startswith("Tag:")
+        ]
         if not tags or not all("macosx_14_0_arm64" in tag for tag in tags):
             found.append(f"the metadata says {tags}")
         extensions = {f.name.split(".")[0]: f for f in root.rglob("*.so")}
         for file in extensions.values():
-            if file.name.startswith("_mlx") and nanobind_abi(file) != nanobind_abi(*(mlx_wheel.unpacked() / "mlx").glob("core.*.so")):
+            if file.name.startswith("_mlx") and nanobind_abi(file) != nanobind_abi(
+                *(mlx_wheel.unpacked() / "mlx").glob("core.*.so")
+            ):
                 found.append(f"{file.name}: another nanobind than MLX's: {nanobind_abi(file)}")
         found += [f"{name} is missing" for name in ("_core", "_mlx") if name not in extensions]
         for file in extensions.values():
@@ -54,9 +61,13 @@ def extension_problems(file: Path) -> list[str]:
         return [str(error)]
     found = []
     if (binary.cpu, binary.minimum_macos, binary.signed) != (mach_o.CPU_ARM64, "14.0", True):
-        found.append(f"cpu {binary.cpu:#x}, macOS {binary.minimum_macos}, signed {binary.signed}; wanted arm64, 14.0, signed")
+        found.append(
+            f"cpu {binary.cpu:#x}, macOS {binary.minimum_macos}, signed {binary.signed}; wanted arm64, 14.0, signed"
+        )
     if file.name.startswith("_mlx") and "@loader_path/../mlx/lib" not in binary.rpaths:
         found.append(f"looks for MLX in {binary.rpaths}")
+    if file.name.startswith("_mlx") and not any("mlx4core5metal" in symbol for symbol in binary.wanted):
+        found.append("launches no Metal kernels: it was compiled without -D_METAL_")
     mlx = mach_o.read(mlx_wheel.unpacked() / "mlx/lib/libmlx.dylib").exported
     known = system_symbols()
     python = python_symbols()
@@ -95,7 +106,10 @@ def python_symbols() -> set[str]:
     """What this Python exports to extensions."""
     binary = Path(sys.executable).resolve()
     libraries = [binary, *binary.parents[1].glob("lib*/libpython3*.so*")]
-    lines = [subprocess.run(["nm", "-D", "--defined-only", str(f)], capture_output=True, text=True, check=False).stdout for f in libraries]
+    lines = [
+        subprocess.run(["nm", "-D", "--defined-only", str(f)], capture_output=True, text=True, check=False).stdout
+        for f in libraries
+    ]
     return {line.split()[-1].partition("@")[0] for text in lines for line in text.splitlines() if line.strip()}
 
 
