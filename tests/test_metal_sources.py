@@ -119,6 +119,17 @@ def test_a_second_compiler_takes_it(stem):
     assert wanted[0].name in compiled.kernels
 
 
+@pytest.mark.parametrize("stem", STEMS)
+def test_buffers_are_inputs_then_outputs_then_constants(stem):
+    """So that every consumer can bind them in one way."""
+    for launch in launches(stem):
+        made = metal.generated(launch.kernel)
+        constants = ("dims",) if launch.dims else ()
+        assert made.buffers == (*(name for name in made.inputs if name != "dims"), *made.outputs, *constants)
+        assert len(launch.dims) < 8
+        assert launch.threadgroup[0] % 32 == 0
+
+
 def test_host_names_are_distinct():
     names = [launch.kernel for stem in STEMS for launch in launches(stem)]
     assert len({kernel.name for kernel in names}) == len(set(names))

@@ -63,7 +63,7 @@ def verify(p, q, tokens, settings, mode="plain", schedule=0):
     )
     run(metal.verify_scan(), p, drafts, held, packed, prefixes, **how)
     run(metal.verify_masses(gamma=gamma, V=V), p, drafts, held, packed, prefixes, masses, **how)
-    run(metal.verify_pick(), p, drafts, held, packed, prefixes, masses, out, **how)
+    run(metal.verify_pick(), p, drafts, held, packed, prefixes, out, masses, **how)
     return int(out[0]), int(out[1])
 
 
