@@ -1,8 +1,10 @@
 """The Metal sources as texts: self-contained, linted, compiled by a second compiler, every instantiation of the table."""
 
+import importlib.util
 import itertools
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,19 @@ def test_buffers_are_inputs_then_outputs_then_constants(stem):
 def test_host_names_are_distinct():
     names = [launch.kernel for stem in STEMS for launch in launches(stem)]
     assert len({kernel.name for kernel in names}) == len(set(names))
+
+
+def test_the_predictions_in_the_document_are_the_model_s():
+    path = FOLDER.parent / "benchmarks" / "metal_cost.py"
+    spec = importlib.util.spec_from_file_location("metal_cost", path)
+    model = importlib.util.module_from_spec(spec)
+    sys.modules["metal_cost"] = model  # dataclasses look there
+    spec.loader.exec_module(model)
+    document = (FOLDER.parent / "docs" / "metal.md").read_text()
+    assert model.table() in document
+    assert model.occupancy() in document
+    slow, fast = (model.ratios(model.GPUS[0], w)[-1] for w in (model.Q4, model.BF16))
+    assert slow > 1.2 > fast >= 1  # unpacking 4 bits is what costs
 
 
 def test_an_unknown_file():
