@@ -12,19 +12,12 @@ from pathlib import Path
 import inspect_wheel
 import mlx_wheel
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import zig
+
 ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "macos"
-
-
-def write_tools() -> Path:
-    """Executables for CMake that run zig.py."""
-    tools = WORK / "tools"
-    tools.mkdir(parents=True, exist_ok=True)
-    for tool in ("cc", "c++", "ar", "ranlib"):
-        (tools / tool).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "zig.py"}" {tool} "$@"\n')
-        (tools / tool).chmod(0o755)
-    return tools
 
 
 def write_libraries() -> Path:
@@ -47,7 +40,7 @@ def build(target: Path) -> Path:
     tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}-darwin"
     environment = {
         **os.environ,
-        "SPECFAST_TOOLS": str(write_tools()),
+        "SPECFAST_TOOLS": str(zig.write_tools("macos", WORK / "tools")),
         "SPECFAST_TBD": str(write_libraries()),
         "_PYTHON_HOST_PLATFORM": "macosx-14.0-arm64",
         "SETUPTOOLS_EXT_SUFFIX": f".{tag}.so",

@@ -40,6 +40,9 @@ def problems(wheel: Path) -> list[str]:
         if not tags or not all("macosx_14_0_arm64" in tag for tag in tags):
             found.append(f"the metadata says {tags}")
         extensions = {f.name.split(".")[0]: f for f in root.rglob("*.so")}
+        for file in extensions.values():
+            if file.name.startswith("_mlx") and nanobind_abi(file) != nanobind_abi(*(mlx_wheel.unpacked() / "mlx").glob("core.*.so")):
+                found.append(f"{file.name}: another nanobind than MLX's: {nanobind_abi(file)}")
         found += [f"{name} is missing" for name in ("_core", "_mlx") if name not in extensions]
         for file in extensions.values():
             found += [f"{file.name}: {problem}" for problem in extension_problems(file)]
@@ -77,6 +80,11 @@ def extension_problems(file: Path) -> list[str]:
         if missing:
             found.append(f"{symbol} is not in {name or 'Python'}")
     return found
+
+
+def nanobind_abi(file: Path) -> set[bytes]:
+    """The key under which nanobind modules share types."""
+    return set(re.findall(rb"nanobind_system_\w+", file.read_bytes()))
 
 
 def system_symbols() -> dict[str, set[str]]:
