@@ -30,6 +30,7 @@ $(VENV)/installed: $(BIN)/pip $(SOURCES)
 $(VENV)/tools: $(BIN)/pip pyproject.toml
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'], sep='\n')" > $(VENV)/dev.txt
 	$(BIN)/pip install --quiet -r $(VENV)/dev.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/tinygrad-0.10.2 tinygrad==0.10.2
 	@touch $@
 
 $(VENV)/system: | $(BIN)/pip

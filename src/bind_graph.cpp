@@ -35,7 +35,7 @@ class Registry {
     return true;
   }
   static Registry& instance() {
-    static Registry registry;
+    static Registry& registry = *new Registry;  // a host may let go of models when the process ends
     return registry;
   }
 
@@ -82,10 +82,10 @@ struct GraphForward {
   }
 };
 
-/// A graph's call: `logits` (rows, vocab) float32, what the call before wrote (not read here: an order), `tokens` (M,) int32, `call` (5,) int64:
-/// the number of a GraphForward, the vocabulary, the rows wanted (0: all M), M and the start position; of these two, -1
-/// means the next of the two last arguments. Logits that cannot be had are NaN, and GraphForward::problem tells why:
-/// nothing may be thrown through the host.
+/// A graph's call: `logits` (rows, vocab) float32, what the call before wrote (not read here: an order), `tokens` (M,)
+/// int32, `call` (5,) int64: the number of a GraphForward, the vocabulary, the rows wanted (0: all M), M and the start
+/// position; of these two, -1 means the next of the two last arguments. Logits that cannot be had are NaN, and
+/// GraphForward::problem tells why: nothing may be thrown through the host.
 extern "C" void specfast_graph_forward(float* logits, const void*, const int32_t* tokens, const int64_t* call,
                                        int64_t first, int64_t second) noexcept {
   const int64_t start = call[4] >= 0 ? call[4] : first, M = call[3] >= 0 ? call[3] : call[4] >= 0 ? first : second;
@@ -121,7 +121,8 @@ void bind_graph(nb::module_& m) {
   nb::class_<GraphForward>(
       m, "GraphForward",
       "A model's forward pass on a cache as a C function that a host's compiled graph calls.\n\n"
-      "void f(float* logits, const void* before, const int32* tokens, const int64* call, int64 a, int64 b): truncates the "
+      "void f(float* logits, const void* before, const int32* tokens, const int64* call, int64 a, int64 b): truncates "
+      "the "
       "cache\nto `start`, appends the tokens (M,), commits them, and writes the logits (rows, vocab) of the last rows. "
       "call is\n(number, vocab, rows or 0 for all, M, start), where -1 for M or start means the next of the last "
       "arguments. It\nraises nothing: logits are NaN then, and `problem` tells why; so are those of one that is gone.")

@@ -51,7 +51,8 @@ int64_t pages_of(const Model& model, const mx::array& kv) {
 KvPages view(const Model& model, const mx::array& kv) {
   const int64_t pages = pages_of(model, kv);
   if (pages == 0) return {};
-  const int64_t start = header(kv)->start;
+  const bool whole = kv.flags().row_contiguous && kv.data_size() == kv.size();
+  const int64_t start = whole ? header(kv)->start : 0;
   if (start < static_cast<int64_t>(sizeof(Header)) || start > 2 * kAlignment)
     throw std::invalid_argument("kv was not written by specfast; begin with an array of 0 words");
   return {reinterpret_cast<uint8_t*>(header(kv)) + start, pages};

@@ -90,14 +90,15 @@ NB_MODULE(_mlx, m) {
   const auto stream = nb::arg("stream") = nb::none();
   using Where = const mx::StreamOrDevice&;
 
-  nb::class_<BoundGraph>(m, "Graph",
-                         "A model's regions. Made of specfast._core.Model.graph_handle() and of the arrays its weights "
-                         "lie in:\nembed [matrix], layers [[qkv], [o], [swiglu], [down]] each, head [norm, matrix].\n\n"
-                         "Rows are (M, columns) float32 with any M. kv is an array (words,) uint32 of pages of 256 "
-                         "positions, of no words\nat first; what a function returns of it may be the same memory, with "
-                         "all positions that were counted as they were.\noffset is the position of the first row, an "
-                         "array () int32 that need not be known yet. Rows of tokens outside the\nvocabulary, and rows "
-                         "beyond the pages, are NaN.")
+  nb::class_<BoundGraph>(
+      m, "Graph",
+      "A model's regions. Made of specfast._core.Model.graph_handle() and of the arrays its weights "
+      "lie in:\nembed [matrix], layers [[qkv], [o], [swiglu], [down]] each, head [norm, matrix].\n\n"
+      "Rows are (M, columns) float32 with any M. kv, pages of 256 positions in an array (words,) uint32, is what "
+      "these functions\nreturned, or at first of no words; a new kv may be the old one's memory, with all "
+      "positions that were counted as they were.\noffset is the position of the first row, an "
+      "array () int32 that need not be known yet. Rows of tokens outside the\nvocabulary, and rows "
+      "beyond the pages, are NaN.")
       .def("__init__", &init_graph, "handle"_a, "embed"_a, "layers"_a, "head"_a)
       .def(
           "pages", [](const BoundGraph& self, const mx::array& kv) { return kv::pages_of(self.graph->model(), kv); },

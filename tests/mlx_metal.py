@@ -3,6 +3,7 @@
 import functools
 import re
 from collections import Counter
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -38,7 +39,7 @@ def generated_source(name, inputs, outputs, source, header):
         parameters.append(f"  const {space} {TYPES[array.dtype][0]}{mark} {key} [[buffer({index})]]")
         kinds += "_" + TYPES[array.dtype][0] + ("c" if space == "constant" else "")
         index += 1
-        for suffix, kind in (("shape", "int*"), ("strides", "int64_t*"), ("ndim", "int&")):
+        for suffix in ("shape", "strides", "ndim"):
             assert f"{key}_{suffix}" not in source, f"MLX would add {key}_{suffix} to the signature"
     for key, dtype in outputs:
         parameters.append(f"  device {TYPES[dtype][0]}* {key} [[buffer({index})]]")
@@ -84,8 +85,8 @@ def to_numpy(array):
 class ExecutedMetalKernel:
     """Stands in for `mx.fast.metal_kernel` on a machine without Metal."""
 
-    launches = Counter()
-    texts = {}  # by kernel
+    launches: ClassVar[Counter] = Counter()
+    texts: ClassVar[dict] = {}  # by kernel
 
     def __init__(self, name, input_names, output_names, source, header="", **options):
         assert not options, "only what the package uses"

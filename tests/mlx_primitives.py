@@ -45,10 +45,12 @@ def load(path):
 
 @contextlib.contextmanager
 def installed(path):
-    """With specfast._mlx as if it had been installed; models accelerated before keep their path."""
+    """With specfast._mlx as if it had been installed, if it is not; models accelerated before keep their path."""
     from specfast.mlx import primitives
 
-    before = sys.modules.pop("specfast._mlx", None)
+    if not primitives.why_not():
+        yield
+        return
     load(path)
     primitives._load.cache_clear()
     try:
@@ -56,8 +58,6 @@ def installed(path):
         yield
     finally:
         del sys.modules["specfast._mlx"]
-        if before:
-            sys.modules["specfast._mlx"] = before
         primitives._load.cache_clear()
 
 

@@ -1,10 +1,12 @@
 """The Metal sources as texts: self-contained, linted, compiled by a second compiler, every instantiation of the table."""
 
+import importlib.util
 import itertools
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ WEIGHTS = [metal.Weights(), *(metal.Weights(bits, group) for bits in (4, 8) for 
 MANY = range(1, metal.MAX_ROWS + 1) if FULL else (1, 9)
 
 
-def launches(stem):
+def launches(stem):  # noqa: PLR0912
     """Of all types, weights and head sizes; of all M only at full counts."""
     pairs = list(itertools.product(WEIGHTS, TYPES))
     if not FULL:
@@ -92,11 +94,11 @@ def test_text(stem):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_lint(stem):
-    from metal_emulator import EmulatorUnavailable, lint
+    from metal_emulator import EmulatorUnavailableError, lint
 
     try:
         assert lint.lint(metal.program(kernels(stem))) == []
-    except EmulatorUnavailable as missing:
+    except EmulatorUnavailableError as missing:
         pytest.skip(str(missing))
 
 
@@ -110,20 +112,44 @@ def test_every_instantiation_compiles(stem):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_second_compiler_takes_it(stem):
-    from metal_emulator import EmulatorUnavailable, cuda
+    from metal_emulator import EmulatorUnavailableError, cuda
 
     wanted = kernels(stem)
     try:
         compiled, cubin = cuda.compile_cubin(metal.program(wanted if FULL else wanted[:4] + wanted[-2:]))
-    except EmulatorUnavailable as missing:
+    except EmulatorUnavailableError as missing:
         pytest.skip(str(missing))
     assert cubin
     assert wanted[0].name in compiled.kernels
 
 
+@pytest.mark.parametrize("stem", STEMS)
+def test_buffers_are_inputs_then_outputs_then_constants(stem):
+    """So that every consumer can bind them in one way."""
+    for launch in launches(stem):
+        made = metal.generated(launch.kernel)
+        constants = ("dims",) if launch.dims else ()
+        assert made.buffers == (*(name for name in made.inputs if name != "dims"), *made.outputs, *constants)
+        assert len(launch.dims) < 8
+        assert launch.threadgroup[0] % 32 == 0
+
+
 def test_host_names_are_distinct():
     names = [launch.kernel for stem in STEMS for launch in launches(stem)]
     assert len({kernel.name for kernel in names}) == len(set(names))
+
+
+def test_the_predictions_in_the_document_are_the_model_s():
+    path = FOLDER.parent / "benchmarks" / "metal_cost.py"
+    spec = importlib.util.spec_from_file_location("metal_cost", path)
+    model = importlib.util.module_from_spec(spec)
+    sys.modules["metal_cost"] = model  # dataclasses look there
+    spec.loader.exec_module(model)
+    document = (FOLDER.parent / "docs" / "metal.md").read_text()
+    assert model.table() in document
+    assert model.occupancy() in document
+    slow, fast = (model.ratios(model.GPUS[0], w)[-1] for w in (model.Q4, model.BF16))
+    assert slow > 1.2 > fast >= 1  # unpacking 4 bits is what costs
 
 
 def test_an_unknown_file():

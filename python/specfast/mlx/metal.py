@@ -121,7 +121,7 @@ class MetalForward:
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         """Raises UnsupportedModelError or ShapeError where there are no kernels for the model."""
-        inner: Any = model.model  # type: ignore[attr-defined]
+        inner: Any = model.model
         embedding = inner.embed_tokens
         self.dtype = (embedding["scales"] if "scales" in embedding else embedding["weight"]).dtype
         if self.dtype not in _ACTIVATIONS:
@@ -241,4 +241,4 @@ class MetalForward:
 
 def available() -> bool:
     """Whether MLX would run these kernels: its default device is a GPU and that is Apple's."""
-    return mx.default_device().type == mx.gpu and mx.metal.is_available()
+    return bool(mx.default_device().type == mx.gpu and mx.metal.is_available())

@@ -327,10 +327,11 @@ void retire_threadgroup() {
   threadgroup_bytes = 0;
 }
 
-char* map_stack() {
-  void* memory = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+/// Memory of `count` stacks, in one mapping: a process has few of those and may hold many programs.
+char* map_stacks(std::size_t count) {
+  void* memory =
+      mmap(nullptr, count * stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) std::abort();
-  mprotect(memory, 4096, PROT_NONE);
   return static_cast<char*>(memory);
 }
 
@@ -339,7 +340,7 @@ void run_grid() {
     for (unsigned y = 0; y < launch->threadgroups[1] && !failed; y++)
       for (unsigned x = 0; x < launch->threadgroups[0] && !failed; x++) {
 #ifdef EMULATOR_THREAD  // a stack used again by unordered lanes would look like a race
-        for (std::size_t i = 0; i < fibers.size(); i++) munmap(stacks[i], stack_bytes), stacks[i] = map_stack();
+        for (std::size_t i = 0; i < fibers.size(); i++) munmap(stacks[i], stack_bytes), stacks[i] = map_stacks(1);
 #endif
         run_threadgroup(x, y, z);
         retire_threadgroup();
@@ -455,7 +456,11 @@ int emulator_run(const char* name, const Launch* to_launch, Counters* to_count, 
   scheduler_stack = nullptr;
   random_state = launch->schedule * 0x9E3779B97F4A7C15ull + 88172645463325252ull;
   const unsigned threads = launch->threadgroup_size[0] * launch->threadgroup_size[1] * launch->threadgroup_size[2];
-  while (stacks.size() < threads) stacks.push_back(map_stack());
+  if (stacks.size() < threads) {
+    const std::size_t missing = threads - stacks.size();
+    char* memory = map_stacks(missing);
+    for (std::size_t i = 0; i < missing; i++) stacks.push_back(memory + i * stack_bytes);
+  }
   fibers.assign(threads, Fiber{});
   simdgroups.assign(threads / simdgroup_width, Simdgroup{});
   current = &scheduler;
