@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "packaging"), str(ROOT / "packaging" / "macos")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "packaging"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "packaging" / "macos"))
 import inspect_wheel
 import mach_o
 import mlx_wheel
 import zig
 
+ROOT = Path(__file__).parents[1]
 FULL = bool(os.environ.get("SPECFAST_FULL"))
 
 
@@ -34,7 +35,9 @@ def extension(tmp_path, monkeypatch):
     def build(body: str) -> Path:
         source, built = tmp_path / "f.c", tmp_path / "_core.cpython-311-darwin.so"
         source.write_text(f"void *PyInit__core(void) {{ {body} }}\n")
-        arguments = zig.arguments("macos", "cc", ["-bundle", "-o", str(built), "-Wl,-x", "-framework", "Metal", str(source)])
+        arguments = zig.arguments(
+            "macos", "cc", ["-bundle", "-o", str(built), "-Wl,-x", "-framework", "Metal", str(source)]
+        )
         subprocess.run([sys.executable, "-m", "ziglang", *arguments], check=True)
         return built
 
@@ -79,6 +82,8 @@ def test_how_flags_reach_zig():
 def test_wheels_are_built_and_pass(target):
     if target == "wheel-aarch64" and not (shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")):
         pytest.skip("needs qemu-user-static (apt)")
-    done = subprocess.run(["make", target, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", target, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "every symbol is resolved" in done.stdout or "identical" in done.stdout
