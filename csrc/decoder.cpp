@@ -13,11 +13,12 @@
 
 namespace specfast {
 
-Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
+Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity, const std::vector<Window>& windows,
+                   int64_t undo)
     : model_(std::move(model)),
-      cache_(model_->kv_shape(), model_->windows(), capacity),
+      cache_(model_->kv_shape(), windows, capacity, undo),
       work_(*model_),
-      small_(model_->pass_bytes() < (size_t{16} << 20)) {}
+      small_(model_->is_small()) {}
 
 int64_t EarlyRows::known(int64_t first, const int32_t* wanted, int64_t count) const {
   if (layers == 0 || first != position) return 0;
@@ -30,11 +31,7 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   ThreadPool& pool = ThreadPool::instance();
   const size_t partial = Attention::partial_floats(cache_, model.heads, tile.M, tile.position);
   if (work_.partial.size() < partial) work_.partial.resize(partial);
-  const auto prepare = [&](int threads) {
-    const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
-    work_.scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
-    work_.best.resize(static_cast<size_t>(threads) * kTileRows);
-  };
+  const auto prepare = [&](int threads) { work_.reserve(model, threads); };
   pool.run(alone(), prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
     rope_angles(pass);
@@ -88,11 +85,14 @@ void Sequence::require_tokens(const int32_t* tokens, int64_t count) const {
   }
 }
 
+void Sequence::throw_full(int64_t count) const {
+  throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens; " +
+                         std::to_string(cache_.length() + cache_.provisional()) + " are in it and " +
+                         std::to_string(count) + " more were asked for");
+}
+
 void Sequence::append(int64_t count) {
-  const int64_t first = cache_.length() + cache_.provisional();
-  if (!cache_.append(count))
-    throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens; " +
-                           std::to_string(first) + " are in it and " + std::to_string(count) + " more were asked for");
+  if (!cache_.append(count)) throw_full(count);
 }
 
 void Sequence::reserve_logits(int32_t rows, bool elsewhere) {
@@ -156,21 +156,28 @@ Verdict Sequence::verify_range(float* x, int64_t count, const Proposal& proposal
   return judge(proposal, before, position, law, lenience, seed, round, rule, nullptr);
 }
 
-void Sequence::assign(int64_t rows, const float* const* k, const float* const* v) {
+void Sequence::assign(int64_t length, const std::vector<int64_t>& rows, const float* const* k, const float* const* v) {
   const KvShape& shape = cache_.shape();
+  std::vector<int64_t> held(rows.size());
+  for (size_t layer = 0; layer < rows.size(); layer++) {
+    if (const int64_t left_out = length - rows[layer])
+      held[layer] = left_out + cache_.window(static_cast<int>(layer)).sinks;
+  }
   early_.layers = 0;
-  cache_.truncate(0);
-  append(rows);
+  if (!cache_.restart(length, held)) throw_full(length);
   for (int32_t layer = 0; layer < shape.layers; layer++) {
+    const size_t l = static_cast<size_t>(layer);
+    const int64_t sinks = cache_.window(layer).sinks;
     for (int32_t head = 0; head < shape.kv_heads; head++) {
-      for (int64_t i = 0; i < rows; i++) {
-        const size_t at = static_cast<size_t>(head * rows + i) * static_cast<size_t>(shape.head_dim);
-        model_->kernels->append_head(cache_.page(i / kPagePositions, layer, head), k[layer] + at, v[layer] + at,
-                                     shape.head_dim, shape.padded_dim(), static_cast<int>(i % kPagePositions));
+      for (int64_t i = 0; i < rows[l]; i++) {
+        const int64_t position = i < sinks ? i : length - rows[l] + i;
+        if (position >= sinks && position < cache_.first_held(layer)) continue;  // another layer has less
+        const size_t at = static_cast<size_t>(head * rows[l] + i) * static_cast<size_t>(shape.head_dim);
+        model_->kernels->append_head(cache_.page(position / kPagePositions, layer, head), k[l] + at, v[l] + at,
+                                     shape.head_dim, shape.padded_dim(), static_cast<int>(position % kPagePositions));
       }
     }
   }
-  cache_.commit(rows);
 }
 
 void Sequence::require_finite(int32_t rows) const {

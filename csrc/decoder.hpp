@@ -46,7 +46,9 @@ struct Stretch {
 /// The KV cache and buffers of one sequence of one model. Calls on one sequence must not overlap.
 class Sequence {
  public:
-  Sequence(std::shared_ptr<const Model> model, int64_t capacity);
+  /// `windows` (layers,) replace the model's own; see KvCache for `undo`.
+  Sequence(std::shared_ptr<const Model> model, int64_t capacity, const std::vector<Window>& windows, int64_t undo = 0);
+  Sequence(const std::shared_ptr<const Model>& model, int64_t capacity) : Sequence(model, capacity, model->windows()) {}
 
   const Model& model() const { return *model_; }
   KvCache& cache() { return cache_; }
@@ -68,10 +70,10 @@ class Sequence {
   Verdict verify_range(float* x, int64_t count, const Proposal& proposal, const Law& law, double lenience,
                        uint64_t seed, uint64_t round, Rule rule = Rule::token);
 
-  /// Replaces what the cache holds by `rows` positions, committed. k[layer] and v[layer] are (kv_heads, rows,
-  /// head_dim); the cache rounds them to its format. No layer may have a window. Throws ContextFullError or
-  /// std::bad_alloc with the cache emptied.
-  void assign(int64_t rows, const float* const* k, const float* const* v);
+  /// Replaces what the cache holds by `length` positions, committed. k[layer] and v[layer] are (kv_heads, rows[layer],
+  /// head_dim): all positions or, of a layer with a window, its sinks and the last ones, down to what the next row
+  /// sees. The cache rounds them to its format. Throws ContextFullError or std::bad_alloc with the cache emptied.
+  void assign(int64_t length, const std::vector<int64_t>& rows, const float* const* k, const float* const* v);
 
   /// Appends and commits `pending`, then drafts gamma tokens; gamma - 1 of them stay provisional. Under the coupled
   /// rule they are chosen by the noise of their positions, and no laws are kept. `adjustments`, of the text that ends
@@ -112,6 +114,7 @@ class Sequence {
   void require_whole() const;
   /// Appends rows that start from tokens, or from x where that is null, and runs them through all layers.
   void pass(const int32_t* tokens, float* x, int64_t count, int32_t logits_rows, int32_t limit);
+  [[noreturn]] void throw_full(int64_t count) const;
   /// Takes room for `count` rows in the cache.
   void append(int64_t count);
   /// Makes room for the maxima of some rows of logits, and unless `elsewhere` for the logits.
@@ -148,7 +151,7 @@ class Sequence {
   std::vector<RowMax> best_;
   EarlyRows early_;
   int64_t layer_rows_ = 0;
-  bool small_;  // a pass is over before a second thread would have helped much
+  bool small_;
 };
 
 }  // namespace specfast

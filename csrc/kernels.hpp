@@ -62,9 +62,13 @@ struct KernelTable {
   uint64_t (*peak_dot)(Activation activation, uint64_t iterations);
 };
 
-/// Floats of scratch a matmul needs: a panel's scales and biases, transposed, and two panels of results.
+/// Floats of a panel's scales and biases, transposed.
+constexpr size_t panel_scale_floats(int K) {
+  return 2 * (static_cast<size_t>(K) / 32 + 2) * kPanel;
+}
+/// Floats of scratch a matmul needs: scales and biases, two panels of results, and a panel of unpacked blocks.
 constexpr size_t matmul_scratch_floats(int K) {
-  return 2 * (static_cast<size_t>(K) / 32 + 2) * kPanel + 2 * kTileRows * kPanel;
+  return panel_scale_floats(K) + 2 * kTileRows * kPanel + static_cast<size_t>(K) * kPanel;
 }
 
 const KernelTable& scalar_kernels();

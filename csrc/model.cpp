@@ -63,9 +63,9 @@ float Model::attention_scale() const {
   return 1.0f / std::sqrt(static_cast<float>(head_dim));
 }
 
-std::vector<int64_t> Model::windows() const {
-  std::vector<int64_t> of_layers;
-  for (const LayerWeights& layer : layers) of_layers.push_back(layer.window);
+std::vector<Window> Model::windows() const {
+  std::vector<Window> of_layers;
+  for (const LayerWeights& layer : layers) of_layers.push_back({layer.window, 0});
   return of_layers;
 }
 
@@ -90,7 +90,9 @@ void Model::pack(bool mapped) {
   const auto size = [this](const Matrix& w) {  // whole cache lines; 0 if the rows stay in place
     const Activation form = activation_of(w, precision);
     const bool packs =
-        form == Activation::int8 || (form == Activation::bf16 && w.format == Format::bf16 && w.K % 2 == 0);
+        w.blocks != BlockType::none
+            ? false
+            : form == Activation::int8 || (form == Activation::bf16 && w.format == Format::bf16 && w.K % 2 == 0);
     return packs ? (w.panels() * w.panel_bytes() + 63) / 64 * 64 : 0;
   };
   size_t total = 0;

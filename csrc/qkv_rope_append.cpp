@@ -1,4 +1,5 @@
 // Norm, QKV projection, bias or QK-norm, RoPE, and the provisional append to the KV cache.
+#include <algorithm>
 #include <cmath>
 
 #include "regions.hpp"
@@ -11,6 +12,16 @@ void norm_head(const KernelTable& kernels, const std::vector<float>& weight, flo
   const int n = static_cast<int>(weight.size());
   const float inv = 1.0f / std::sqrt(kernels.sum_squares(head, n) / static_cast<float>(n) + eps);
   kernels.scale_row(head, weight.data(), inv, head, n);
+}
+
+/// Puts the even elements of a head before its odd ones, where rope_head finds the pairs. Scores do not depend on it.
+void split_pairs(float* head, int n) {
+  float odd[kMaxHeadDim / 2];
+  for (int i = 0; i < n / 2; i++) {
+    odd[i] = head[2 * i + 1];
+    head[i] = head[2 * i];
+  }
+  std::copy_n(odd, n / 2, head + n / 2);
 }
 
 }  // namespace
@@ -34,7 +45,7 @@ void qkv_rope_append(const Pass& pass, int layer) {
   const KernelTable& kernels = pass.kernels();
   const Needs needs = needs_of({&w.q, &w.k, &w.v}, model.precision);
   const Rows rows = pass.work.normed.view(pass.tile.M);
-  normalise_rows(pass.team, kernels, pass.work.x.data(), model.hidden, w.input_norm.data(), model.rms_eps, rows, needs);
+  normalise_rows(pass.team, kernels, pass.x(), model.hidden, w.input_norm.data(), model.rms_eps, rows, needs);
   pass.team.barrier();
 
   float* qkv = pass.work.qkv.data();
@@ -59,6 +70,7 @@ void qkv_rope_append(const Pass& pass, int layer) {
     const int64_t position = pass.tile.position + m;
     float* row = qkv + static_cast<size_t>(m) * columns;
     float* x = row + head * model.head_dim;
+    if (model.rope_pairs) split_pairs(x, model.head_dim);
     norm_head(kernels, head < model.heads ? w.q_norm : w.k_norm, model.rms_eps, x);
     const float* cosines = pass.work.angles.data() + m * model.head_dim;
     kernels.rope_head(x, cosines, cosines + model.head_dim / 2, model.head_dim);

@@ -27,11 +27,44 @@ constexpr bool is_quantised(Format f) {
   return f == Format::q4 || f == Format::q8;
 }
 
+/// GGUF's quantised blocks: a row is a run of them, each with its own scales.
+enum class BlockType : uint8_t { none, q4_0, q4_1, q8_0, q4_k, q5_k, q6_k };
+
+/// How many inputs a block holds, and in how many bytes.
+struct BlockSize {
+  size_t inputs, bytes;
+};
+constexpr BlockSize block_size(BlockType blocks) {
+  switch (blocks) {
+    case BlockType::q4_0: return {32, 18};
+    case BlockType::q4_1: return {32, 20};
+    case BlockType::q8_0: return {32, 34};
+    case BlockType::q4_k: return {256, 144};
+    case BlockType::q5_k: return {256, 176};
+    case BlockType::q6_k: return {256, 210};
+    default: return {1, 0};
+  }
+}
+/// What a panel of blocks is unpacked to: q4 or q8 in groups of 32, or f32.
+constexpr Format unpacked_format(BlockType blocks) {
+  switch (blocks) {
+    case BlockType::q4_0:
+    case BlockType::q4_1:
+    case BlockType::q4_k: return Format::q4;
+    case BlockType::q8_0:
+    case BlockType::q5_k: return Format::q8;
+    default: return Format::f32;
+  }
+}
+
 /// One weight matrix (N, K), row major, owned by somebody else and used in place.
 ///
 /// Quantised formats follow MLX's affine layout: packed little-endian uint32 words, lowest bits first, and
-/// w = scale * q + bias with one scale and bias per row and group of `group` inputs.
+/// w = scale * q + bias with one scale and bias per row and group of `group` inputs. Rows of GGUF blocks are read where
+/// they lie, too: a kernel unpacks the 16 rows of a panel into its scratch, weight for weight the same values, in the
+/// layout that `format` and `group` name; scales and biases are then null.
 struct Matrix {
+  BlockType blocks = BlockType::none;
   Format format = Format::f32;
   Format scale_format = Format::f32;  // bf16, f16 or f32
   int32_t N = 0;
@@ -53,13 +86,21 @@ struct Matrix {
       default: return static_cast<size_t>(K) * 2;
     }
   }
+  /// Bytes between rows at `weight`.
+  size_t stored_row_bytes() const {
+    const BlockSize size = block_size(blocks);
+    return blocks == BlockType::none ? row_bytes() : static_cast<size_t>(K) / size.inputs * size.bytes;
+  }
   size_t scale_bytes() const { return scale_format == Format::f32 ? 4 : 2; }
   size_t groups() const { return group ? static_cast<size_t>(K) / static_cast<size_t>(group) : 0; }
   /// Bytes of one packed panel of 16 rows.
   size_t panel_bytes() const { return kPanel * (row_bytes() + 2 * groups() * scale_bytes()); }
   size_t panels() const { return (static_cast<size_t>(N) + kPanel - 1) / kPanel; }
   /// Bytes streamed from memory in one pass.
-  size_t bytes() const { return static_cast<size_t>(N) * (row_bytes() + 2 * groups() * scale_bytes()); }
+  size_t bytes() const {
+    if (blocks != BlockType::none) return static_cast<size_t>(N) * stored_row_bytes();
+    return static_cast<size_t>(N) * (row_bytes() + 2 * groups() * scale_bytes());
+  }
 };
 
 /// The activation form a matrix is multiplied with.
@@ -124,6 +165,21 @@ struct KvShape {
   }
 };
 
+/// What a row attends to: `size` positions up to its own, 0 for all, and `sinks` first positions that never leave (Xiao
+/// et al. 2023, Sec. 3.2, arXiv:2309.17453).
+struct Window {
+  int64_t size = 0;
+  int64_t sinks = 0;
+
+  bool operator==(const Window&) const = default;
+  /// First position that the row at `position` attends to. Where it is not 0 it lies behind the sinks, which count
+  /// besides.
+  int64_t first(int64_t position) const {
+    const int64_t start = position - size + 1;
+    return size && start > sinks ? start : 0;
+  }
+};
+
 /// Keys and values of one kv head in one page, in the order in which they are read. K lies in tiles of 64 positions and
 /// there by dimension; V in slices of 64 dimensions (the last may be narrower) and there by position. In bf16 and int8
 /// both are in pairs, as a dot takes them: K two dimensions of a position side by side, V two positions of a dimension.
@@ -144,13 +200,16 @@ struct AttendPage {
   int64_t q_stride = 0;
   float* partial = nullptr;  // row m, head g at partial + m * partial_stride + g * (padded_dim + 2): max, sum, acc
   int64_t partial_stride = 0;
-  bool first_page = true;  // of its span: `partial` holds nothing yet (nor where the window of a row begins)
+  bool first_page = true;  // of its span: `partial` holds nothing yet
   int32_t M = 0;
   int32_t group = 0;
   int32_t head_dim = 0;
   int32_t padded_dim = 0;
   int32_t first_valid = 0;  // row 0 sees keys of this page below it, if any; row m below first_valid + m
   int32_t window = 0;       // and not those `window` and more positions before that bound; 0: all
+  int32_t sinks = 0;        // unless these begin at key `sinks` of this page (which may lie before it) or earlier
+  bool sinks_done = false;  // `partial` holds those of the sinks where a row's window begins; otherwise nothing yet
+  int32_t last_valid = kPagePositions;  // no row sees keys from it on
   float scale = 0;
 };
 

@@ -1,6 +1,7 @@
 // What one forward pass writes besides the KV cache: buffers of up to 16 rows, owned by a sequence.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "model.hpp"
@@ -24,6 +25,13 @@ struct Workspace {
     if (model.last()) normed.reserve(needs_of({&model.head}, model.precision));
   }
 
+  /// Makes room for the threads of one call.
+  void reserve(const Model& model, int threads) {
+    const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
+    scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
+    best.resize(static_cast<size_t>(threads) * kTileRows);
+  }
+
   static size_t rows_of(int32_t columns) { return static_cast<size_t>(kTileRows) * static_cast<size_t>(columns); }
 
   std::vector<float> x;        // (16, hidden): the residual stream
@@ -41,11 +49,12 @@ struct Workspace {
 
 /// One tile's place in a forward pass, shared by all its regions.
 struct Tile {
-  const int32_t* tokens = nullptr;  // (M,); null where work.x holds the rows already
+  const int32_t* tokens = nullptr;  // (M,); null where x holds the rows already
   int32_t M = 0;
   int64_t position = 0;  // of row 0
   int32_t first_layer = 0;
   int32_t last_layer = 0;  // the first that is not run
+  float* x = nullptr;      // (M, hidden): the residual stream, where it is not the workspace's
 };
 
 }  // namespace specfast

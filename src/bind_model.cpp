@@ -1,7 +1,10 @@
 // Models and caches: construction from Python dictionaries, forward, draft and verify.
+#include <nanobind/stl/vector.h>
+
 #include "bindings.hpp"
 
 #include "dispatch.hpp"
+#include "graph_handle.hpp"
 
 using namespace specfast;
 
@@ -49,8 +52,8 @@ Matrix matrix_of(const nb::dict& layer, const char* key, std::vector<BoundMatrix
 void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_heads, int32_t head_dim,
                 int32_t intermediate, int32_t vocab, float rms_eps, const Floats& rope_inv_freq, int64_t max_context,
                 std::optional<const BoundMatrix*> embed, std::optional<const BoundMatrix*> head,
-                const std::optional<Floats>& norm, const nb::list& layers, const std::string& precision, const std::optional<std::string>& isa, bool pack,
-                bool mapped, int32_t kv_bits) {
+                const std::optional<Floats>& norm, const nb::list& layers, const std::string& precision,
+                const std::optional<std::string>& isa, bool pack, bool mapped, int32_t kv_bits, bool rope_pairs) {
   auto model = std::make_shared<Model>();
   std::vector<BoundMatrix> owners;
   model->hidden = hidden;
@@ -61,6 +64,7 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   model->vocab = vocab;
   model->rms_eps = rms_eps;
   model->max_context = max_context;
+  model->rope_pairs = rope_pairs;
   model->rope_inv_freq = floats_of(rope_inv_freq);
   if (embed && *embed) {
     owners.push_back(**embed);
@@ -113,11 +117,37 @@ void init_model(BoundModel* self, int32_t hidden, int32_t heads, int32_t kv_head
   new (self) BoundModel{std::move(model), std::move(owners)};
 }
 
-void init_cache(BoundCache* self, const BoundModel& model, int64_t capacity) {
+/// The windows of a cache's layers where they are not the model's.
+std::vector<Window> windows_of(const Model& model, const std::vector<int64_t>& sizes,
+                               const std::vector<int64_t>& sinks) {
+  if (sizes.size() != model.layers.size() || sinks.size() != sizes.size())
+    throw ShapeError("windows and sinks of " + std::to_string(model.layers.size()) + " layers are needed, got " +
+                     std::to_string(sizes.size()) + " and " + std::to_string(sinks.size()));
+  constexpr int64_t most = int64_t{1} << 30;
+  std::vector<Window> windows;
+  for (size_t i = 0; i < sizes.size(); i++) {
+    for (const int64_t n : {sizes[i], sinks[i]}) {
+      if (n < 0 || n > most)
+        throw ShapeError("a layer's window or sinks are " + std::to_string(n) + ", outside 0 to " +
+                         std::to_string(most));
+    }
+    windows.push_back({sizes[i], sizes[i] ? sinks[i] : 0});
+  }
+  return windows;
+}
+
+void init_cache(BoundCache* self, const BoundModel& model, int64_t capacity,
+                const std::optional<std::vector<int64_t>>& windows, const std::optional<std::vector<int64_t>>& sinks,
+                int64_t undo) {
   if (capacity < 0 || capacity > model.model->max_context)
     throw ShapeError("capacity " + std::to_string(capacity) + " is outside 1 to the model's context of " +
                      std::to_string(model.model->max_context));
-  auto sequence = std::make_unique<Sequence>(model.model, capacity ? capacity : model.model->max_context);
+  if (undo < 0) throw ShapeError("undo is " + std::to_string(undo) + ", but must not be negative");
+  if (sinks && !windows) throw ShapeError("sinks are those of windows, which are not given");
+  const std::vector<Window> own =
+      windows ? windows_of(*model.model, *windows, sinks.value_or(std::vector<int64_t>(windows->size())))
+              : model.model->windows();
+  auto sequence = std::make_unique<Sequence>(model.model, capacity ? capacity : model.model->max_context, own, undo);
   new (self) BoundCache();
   self->sequence = std::move(sequence);
 }
@@ -162,26 +192,37 @@ void forward_into(const BoundModel& self, BoundCache& cache, const Tokens& token
 }
 
 void require_plain_rows(const KvCache& cache) {
-  bool windows = false;
-  for (int layer = 0; layer < cache.shape().layers; layer++) windows = windows || cache.window(layer) > 0;
-  if (windows || cache.shape().format == KvFormat::int8)
-    throw ShapeError("keys and values can be read and replaced in bf16 and f32, in layers without a sliding window");
+  if (cache.shape().format == KvFormat::int8)
+    throw ShapeError("keys and values can be read and replaced in bf16 and f32");
 }
 
-/// Keys or values of a layer's committed positions in the cache's own elements.
-nb::object stored_rows(BoundCache& self, int layer, bool keys) {
+/// Keys or values of a layer's committed positions in the cache's own elements: all or, of a layer with a window, its
+/// sinks and the last `window`.
+nb::object stored_rows(BoundCache& self, int layer, std::optional<int64_t> given_length, bool keys) {
   const KvCache& cache = self.sequence->cache();
   const KvShape& shape = cache.shape();
   require_plain_rows(cache);
   if (layer < 0 || layer >= shape.layers)
     throw ShapeError("layer " + std::to_string(layer) + " is outside 0 to the model's " + std::to_string(shape.layers));
   CacheUse use(self);
-  const size_t rows = static_cast<size_t>(cache.length()), heads = static_cast<size_t>(shape.kv_heads),
+  const Window& window = cache.window(layer);
+  const int64_t length = given_length.value_or(cache.length()), first = window.first(length - 1);
+  if (length < 0 || length > cache.length())
+    throw ShapeError("cannot read " + std::to_string(length) + " positions: the cache holds " +
+                     std::to_string(cache.length()));
+  if (first < cache.first_held(layer))
+    throw ShapeError("position " + std::to_string(first) + " has left layer " + std::to_string(layer) +
+                     ": a cache that is read needs an undo of 1 or more");
+  const int64_t head_rows = first ? window.sinks : 0;
+  const size_t rows = static_cast<size_t>(head_rows + length - first), heads = static_cast<size_t>(shape.kv_heads),
                dim = static_cast<size_t>(shape.head_dim);
   const auto read = [&](auto* data, auto out) {
     {
       WithoutGil released;
-      cache.read(layer, cache.length(), keys ? data : nullptr, keys ? nullptr : data);
+      auto *k = keys ? data : nullptr, *v = keys ? nullptr : data;
+      const int64_t total = static_cast<int64_t>(rows);
+      cache.read(layer, 0, head_rows, 0, total, k, v);
+      cache.read(layer, first, length - first, head_rows, total, k, v);
     }
     return nb::cast(std::move(out));
   };
@@ -195,9 +236,10 @@ nb::object stored_rows(BoundCache& self, int layer, bool keys) {
   return read(data, std::move(out));
 }
 
-void assign(BoundCache& self, const nb::list& keys, const nb::list& values) {
-  const KvShape& shape = self.sequence->cache().shape();
-  require_plain_rows(self.sequence->cache());
+void assign(BoundCache& self, const nb::list& keys, const nb::list& values, std::optional<int64_t> given_length) {
+  const KvCache& cache = self.sequence->cache();
+  const KvShape& shape = cache.shape();
+  require_plain_rows(cache);
   if (nb::len(keys) != static_cast<size_t>(shape.layers) || nb::len(values) != nb::len(keys))
     throw ShapeError("keys and values of " + std::to_string(shape.layers) + " layers are needed, got " +
                      std::to_string(nb::len(keys)) + " and " + std::to_string(nb::len(values)));
@@ -208,16 +250,29 @@ void assign(BoundCache& self, const nb::list& keys, const nb::list& values) {
       owners.emplace_back();
       Floats& rows = owners.back();
       if (!nb::try_cast<Floats>(item, rows)) throw ShapeError("keys and values are not all float32 arrays");
-      if (rows.ndim() != 3 || rows.shape(0) != static_cast<size_t>(shape.kv_heads) ||
-          rows.shape(1) != owners.front().shape(1) || rows.shape(2) != static_cast<size_t>(shape.head_dim))
+      const size_t layer = pointers->size();
+      const bool fits = rows.ndim() == 3 && rows.shape(0) == static_cast<size_t>(shape.kv_heads) &&
+                        rows.shape(1) == owners[layer].shape(1) && rows.shape(2) == static_cast<size_t>(shape.head_dim);
+      if (!fits)
         throw ShapeError("keys and values must be (" + std::to_string(shape.kv_heads) + ", rows, " +
-                         std::to_string(shape.head_dim) + ") with the same rows in all layers");
+                         std::to_string(shape.head_dim) + ") with the same rows in both");
       pointers->push_back(rows.data());
     }
   }
+  std::vector<int64_t> rows;
+  for (size_t layer = 0; layer < k.size(); layer++) rows.push_back(static_cast<int64_t>(owners[layer].shape(1)));
+  const int64_t length = given_length.value_or(rows.front());
+  for (size_t layer = 0; layer < rows.size(); layer++) {
+    const Window& window = cache.window(static_cast<int>(layer));
+    const int64_t first = window.first(length), least = first ? window.sinks + length - first : length;
+    if (rows[layer] < least || rows[layer] > length)
+      throw ShapeError("layer " + std::to_string(layer) + " is given " + std::to_string(rows[layer]) + " rows; " +
+                       std::to_string(length) + " positions need " + std::to_string(least) + " to " +
+                       std::to_string(length));
+  }
   CacheUse use(self);
   WithoutGil released;
-  self.sequence->assign(static_cast<int64_t>(owners.front().shape(1)), k.data(), v.data());
+  self.sequence->assign(length, rows, k.data(), v.data());
 }
 
 nb::ndarray<nb::numpy, float> forward_range(const BoundModel& self, BoundCache& cache, const nb::object& rows) {
@@ -252,8 +307,8 @@ Verdict verify_range(const BoundModel& self, BoundCache& cache, const Floats& ro
   std::vector<float> x(rows.data(), rows.data() + rows.size());
   WithoutGil released;
   sequence.cache().drop_to(0);
-  return sequence.verify_range(x.data(), static_cast<int64_t>(rows.shape(0) - drafted), proposal, law, 1.0, seed,
-                               round, named);
+  return sequence.verify_range(x.data(), static_cast<int64_t>(rows.shape(0) - drafted), proposal, law, 1.0, seed, round,
+                               named);
 }
 
 void prefill(const BoundModel& self, BoundCache& cache, const Tokens& tokens) {
@@ -327,11 +382,14 @@ nb::ndarray<nb::numpy, uint8_t> kv_bytes(BoundCache& self, int layer) {
   if (layer < 0 || layer >= shape.layers)
     throw ShapeError("layer " + std::to_string(layer) + " is outside 0 to " + std::to_string(shape.layers - 1));
   CacheUse use(self);
-  const int64_t pages = (kv.length() + kv.provisional() + kPagePositions - 1) / kPagePositions;
+  std::vector<int64_t> pages;
+  for (int64_t page = 0; page * kPagePositions < kv.length() + kv.provisional(); page++) {
+    if (kv.has_page(page, layer)) pages.push_back(page);
+  }
   uint8_t* out;
-  auto array = make_array(&out, {static_cast<size_t>(pages) * static_cast<size_t>(shape.kv_heads),
-                                 shape.k_page_bytes() + shape.v_page_bytes()});
-  for (int64_t page = 0; page < pages; page++) {
+  auto array = make_array(
+      &out, {pages.size() * static_cast<size_t>(shape.kv_heads), shape.k_page_bytes() + shape.v_page_bytes()});
+  for (const int64_t page : pages) {
     for (int head = 0; head < shape.kv_heads; head++) {
       const KvPage kv_page = kv.page(page, layer, head);
       out = std::copy_n(static_cast<const uint8_t*>(kv_page.k), shape.k_page_bytes(), out);
@@ -362,6 +420,11 @@ Verdict verify(const BoundModel& self, BoundCache& cache, const Tokens& pending,
                          named, adjustments.value_or(nullptr));
 }
 
+nb::capsule graph_handle(const BoundModel& self) {
+  auto* handle = new GraphHandle(make_model_regions(self.model));
+  return nb::capsule(handle, kGraphHandleName, [](void* p) noexcept { delete static_cast<GraphHandle*>(p); });
+}
+
 }  // namespace
 
 void bind_model(nb::module_& m) {
@@ -375,15 +438,14 @@ void bind_model(nb::module_& m) {
       "number of rows and threads, packed or not. A layer's \"window\" is how many positions up to its own a row "
       "attends "
       "to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as "
-      "float32\nwhen the precision is f32.\n\n"
+      "float32\nwhen the precision is f32. rope_pairs says that RoPE turns neighbours (2 i, 2 i + 1) of a head.\n\n"
       "A range of a model's layers has no embed where layers come before it, and neither norm nor head where layers "
       "follow; it\nruns by forward_range and verify_range. A head that is None with a norm is the embed.")
       .def("__init__", &init_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("intermediate"), nb::arg("vocab"), nb::arg("rms_eps"), nb::arg("rope_inv_freq"),
            nb::arg("max_context"), nb::arg("embed").none(), nb::arg("head").none(), nb::arg("norm").none(),
-           nb::arg("layers"),
-           nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
-           nb::arg("mapped") = false, nb::arg("kv_bits") = 16)
+           nb::arg("layers"), nb::arg("precision") = "int8", nb::arg("isa") = nb::none(), nb::arg("pack") = true,
+           nb::arg("mapped") = false, nb::arg("kv_bits") = 16, nb::arg("rope_pairs") = false)
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens"), nb::arg("logits_rows") = 1,
            "Appends tokens (M,) int32 provisionally; returns the logits (logits_rows, vocab) float32 of the last "
            "rows.\n\n"
@@ -398,10 +460,11 @@ void bind_model(nb::module_& m) {
            "Appends rows provisionally to a range of layers that is not the last: token ids (M,) int32 for the first, "
            "else what\nthe range before returned. Returns (M, hidden) float32, what the next range takes; ranges give "
            "the bits of the whole.\n\nRaises ContextFullError or ShapeError with the cache unchanged.")
-      .def("verify_range", &verify_range, nb::arg("cache"), nb::arg("rows"), nb::arg("proposal"), nb::arg("law"),
-           nb::arg("seed"), nb::arg("round"), nb::arg("rule") = "token",
-           "verify, at lenience 1, by the last range of layers: rows (M, hidden) float32 of the pending and the drafted "
-           "tokens, as\nthe range before returned them. Raises what verify raises, with the cache unchanged.")
+      .def(
+          "verify_range", &verify_range, nb::arg("cache"), nb::arg("rows"), nb::arg("proposal"), nb::arg("law"),
+          nb::arg("seed"), nb::arg("round"), nb::arg("rule") = "token",
+          "verify, at lenience 1, by the last range of layers: rows (M, hidden) float32 of the pending and the drafted "
+          "tokens, as\nthe range before returned them. Raises what verify raises, with the cache unchanged.")
       .def("prefill", &prefill, nb::arg("cache"), nb::arg("tokens"),
            "Appends and commits tokens (M,) int32 without logits.")
       .def("draft", &draft, nb::arg("cache"), nb::arg("pending"), nb::arg("gamma"), nb::arg("law"), nb::arg("seed"),
@@ -429,6 +492,8 @@ void bind_model(nb::module_& m) {
            "Appends pending and the drafted tokens provisionally in one pass and applies a rule, or greedy.\n\n"
            "rule: token (with a lenience), block (which is token where the proposal has no laws), or coupled.\n"
            "Raises NumericalError on logits that are not finite, with the cache unchanged.")
+      .def("graph_handle", &graph_handle, nb::sig("def graph_handle(self) -> object"),
+           "The model's regions for specfast._mlx. The weights' memory must be kept by whoever holds it.")
       .def_prop_ro("hidden", [](const BoundModel& self) { return self.model->hidden; })
       .def_prop_ro("heads", [](const BoundModel& self) { return self.model->heads; })
       .def_prop_ro("kv_heads", [](const BoundModel& self) { return self.model->kv_heads; })
@@ -436,6 +501,14 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("intermediate", [](const BoundModel& self) { return self.model->intermediate; })
       .def_prop_ro("vocab", [](const BoundModel& self) { return self.model->vocab; })
       .def_prop_ro("layers", [](const BoundModel& self) { return self.model->layers.size(); })
+      .def_prop_ro(
+          "windows",
+          [](const BoundModel& self) {
+            std::vector<int64_t> sizes;
+            for (const Window& window : self.model->windows()) sizes.push_back(window.size);
+            return sizes;
+          },
+          "For each layer, how many positions up to its own a row attends to; 0: all.")
       .def_prop_ro("max_context", [](const BoundModel& self) { return self.model->max_context; })
       .def_prop_ro("precision", [](const BoundModel& self) { return precision_name(self.model->precision); })
       .def_prop_ro("isa", [](const BoundModel& self) { return self.model->kernels->isa; })
@@ -461,12 +534,17 @@ void bind_model(nb::module_& m) {
           "macs_per_row", [](const BoundModel& self) { return self.model->row_macs(); },
           "Multiply-adds of one row's matmuls.");
 
-  nb::class_<BoundCache>(m, "Cache",
-                         "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
-                         "committed or dropped.\n\n"
-                         "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
-                         "layers with a\nwindow need no more of them than the window and the provisional rows.")
-      .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::keep_alive<1, 2>())
+  nb::class_<BoundCache>(
+      m, "Cache",
+      "Keys and values of one sequence, as a transaction: rows are appended provisionally, then "
+      "committed or dropped.\n\n"
+      "capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; "
+      "layers with a\nwindow need no more of them than the window and the provisional rows.\n\n"
+      "windows (layers,) replace the model's, 0 for none; a row then sees as many positions up to its "
+      "own and the layer's\nsinks (layers,), which are first positions that never leave. The last "
+      "undo committed positions can be dropped again.")
+      .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::arg("windows") = nb::none(),
+           nb::arg("sinks") = nb::none(), nb::arg("undo") = 0, nb::keep_alive<1, 2>())
       .def_prop_ro(
           "length", [](const BoundCache& self) { return self.sequence->cache().length(); }, "Committed positions.")
       .def_prop_ro(
@@ -478,9 +556,8 @@ void bind_model(nb::module_& m) {
           "layer_rows", [](const BoundCache& self) { return self.sequence->layer_rows(); },
           "Layers run so far, each counted once for every row.")
       .def("kv_bytes", &kv_bytes, nb::arg("layer"),
-           "A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8. Positions "
-           "after the "
-           "last hold anything.")
+           "A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8: of the pages "
+           "that a window has\nnot given up. Positions after the last hold anything.")
       .def(
           "commit",
           [](BoundCache& self, int64_t n) {
@@ -500,19 +577,36 @@ void bind_model(nb::module_& m) {
           },
           "Drops every provisional row.")
       .def(
-          "keys", [](BoundCache& self, int layer) { return stored_rows(self, layer, true); }, nb::arg("layer"),
-          nb::sig("def keys(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]"),
-          "A copy of a layer's committed keys, rotated: (kv_heads, length, head_dim), float32 or the bits of bf16.")
+          "keys",
+          [](BoundCache& self, int layer, std::optional<int64_t> length) {
+            return stored_rows(self, layer, length, true);
+          },
+          nb::arg("layer"), nb::arg("length") = nb::none(),
+          nb::sig("def keys(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | "
+                  "NDArray[numpy.uint16]"),
+          "A copy of a layer's committed keys, rotated: (kv_heads, rows, head_dim), float32 or the bits of bf16.\n\n"
+          "Rows are all positions or, of a layer with a window, its sinks and the last of the window's size. length "
+          "reads as if\nthe cache had been truncated to it.")
       .def(
-          "values", [](BoundCache& self, int layer) { return stored_rows(self, layer, false); }, nb::arg("layer"),
-          nb::sig("def values(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]"),
-          "A copy of a layer's committed values: (kv_heads, length, head_dim), float32 or the bits of bf16.")
-      .def("assign", &assign, nb::arg("keys"), nb::arg("values"),
-           nb::sig("def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]]) -> "
-                   "None"),
-           "Replaces what the cache holds by rows per layer, rotated keys and values (kv_heads, rows, head_dim) "
-           "float32,\n"
-           "rounded to bf16 unless the precision is f32, and commits them. Raises ContextFullError, or ShapeError.")
+          "values",
+          [](BoundCache& self, int layer, std::optional<int64_t> length) {
+            return stored_rows(self, layer, length, false);
+          },
+          nb::arg("layer"), nb::arg("length") = nb::none(),
+          nb::sig("def values(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | "
+                  "NDArray[numpy.uint16]"),
+          "A copy of a layer's committed values: (kv_heads, rows, head_dim), as for keys.")
+      .def(
+          "assign", &assign, nb::arg("keys"), nb::arg("values"), nb::arg("length") = nb::none(),
+          nb::sig("def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]], length: "
+                  "int | None = None) -> None"),
+          "Replaces what the cache holds by length positions, committed: rotated keys and values (kv_heads, rows, "
+          "head_dim)\nfloat32 per layer, rounded to bf16 unless the precision is f32. Rows are all positions or, of a "
+          "layer with a window,\nits sinks and the last ones, down to what the next row sees. Raises ContextFullError, "
+          "or ShapeError.")
+      .def_prop_ro(
+          "least_length", [](const BoundCache& self) { return self.sequence->cache().least_length(); },
+          "The least length, besides 0, that truncate allows.")
       .def(
           "truncate",
           [](BoundCache& self, int64_t length) {

@@ -43,7 +43,7 @@ nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bo
 }
 
 nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k, const Floats& v, int32_t kv_bits,
-                                                const std::optional<std::string>& isa, int64_t window) {
+                                                const std::optional<std::string>& isa, int64_t window, int64_t sinks) {
   if (q.ndim() != 3 || k.ndim() != 3 || v.ndim() != 3)
     throw ShapeError("q must be (M, heads, head_dim), k and v (S, kv_heads, head_dim)");
   const size_t M = q.shape(0), heads = q.shape(1), dim = q.shape(2), S = k.shape(0), kv_heads = k.shape(1);
@@ -63,8 +63,10 @@ nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k
                      std::to_string(kMaxHeadDim));
   if (kv_bits != 8 && kv_bits != 16 && kv_bits != 32)
     throw ShapeError("keys and values of " + std::to_string(kv_bits) + " bits are not supported; supported: 8, 16, 32");
-  if (window < 0 || window > kMaxRows)
-    throw ShapeError("window " + std::to_string(window) + " is outside 0 to " + std::to_string(kMaxRows));
+  for (const auto& [name, n] : {std::pair{"window ", window}, std::pair{"sinks ", sinks}}) {
+    if (n < 0 || n > kMaxRows)
+      throw ShapeError(name + std::to_string(n) + " is outside 0 to " + std::to_string(kMaxRows));
+  }
   const KernelTable& kernels = kernels_named(isa);
   float* out_data;
   auto out = make_array(&out_data, {M, heads, dim});
@@ -72,7 +74,7 @@ nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k
                       kv_bits == 8    ? KvFormat::int8
                       : kv_bits == 16 ? KvFormat::bf16
                                       : KvFormat::f32};
-  KvCache cache(shape, {window}, static_cast<int64_t>(S));
+  KvCache cache(shape, {{window, sinks}}, static_cast<int64_t>(S));
   cache.append(static_cast<int64_t>(S));
   for (size_t i = 0; i < S; i++) {
     for (size_t h = 0; h < kv_heads; h++)
@@ -100,10 +102,10 @@ void bind_ops(nb::module_& m) {
   m.def("matmul_rows", &matmul_rows, nb::arg("x"), nb::arg("matrix"), nb::arg("precision") = "int8",
         nb::arg("isa") = nb::none(), "x (M, K) float32 times matrix (N, K) transposed: (M, N) float32.");
   m.def("attend_rows", &bound_attend_rows, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("kv_bits") = 16,
-        nb::arg("isa") = nb::none(), nb::arg("window") = 0,
+        nb::arg("isa") = nb::none(), nb::arg("window") = 0, nb::arg("sinks") = 0,
         "Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all "
         "float32.\n\n"
         "kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A "
         "row sees itself and the "
-        "window - 1 positions before it; window 0 is all.");
+        "window - 1 positions before it, and the first of all, sinks many; window 0 is all.");
 }

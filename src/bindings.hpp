@@ -120,3 +120,4 @@ void bind_law(nb::module_& m);
 void bind_machine(nb::module_& m);
 void bind_ops(nb::module_& m);
 void bind_drafters(nb::module_& m);
+void bind_graph(nb::module_& m);

@@ -16,4 +16,5 @@ NB_MODULE(_core, m) {
   bind_machine(m);
   bind_ops(m);
   bind_drafters(m);
+  bind_graph(m);
 }

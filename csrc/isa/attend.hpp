@@ -220,10 +220,11 @@ void attend_batch(const AttendPage& args, int first_query, int queries, Ahead& a
     b.scales[i] = args.scale * Kv::round_query(from, b.q + i * args.head_dim, args.head_dim);
     b.stats[i] = args.partial + m * args.partial_stride + static_cast<int64_t>(g) * (args.padded_dim + 2);
     b.acc[i] = b.stats[i] + 2;
-    const int end = args.first_valid + m, start = args.window ? end - args.window : -1;
-    b.first_page[i] = args.first_page || start >= 0;
-    b.begin[i] = start > 0 ? start : 0;
-    b.valid[i] = smaller(end, kPagePositions);
+    const int end = args.first_valid + m, start = end - args.window;
+    const bool begins = args.window && start >= 0 && start > args.sinks;  // its window does, in this page or later
+    b.first_page[i] = begins ? !args.sinks_done : args.first_page;
+    b.begin[i] = begins ? start : 0;
+    b.valid[i] = smaller(end, args.last_valid);
     if (b.begin[i] >= b.valid[i]) b.begin[i] = b.valid[i] = 0;
     if (b.valid[i] > longest) longest = b.valid[i];
     if (b.valid[i] > 0) earliest = smaller(earliest, b.begin[i]);

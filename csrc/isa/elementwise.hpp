@@ -153,7 +153,10 @@ inline float scale_at(const void* scales, Format format, size_t i) {
   }
 }
 
+void unpack_floats(const Matrix& w, int row, float* out);
+
 void embed_row(const Matrix& w, int row, float* out) {
+  if (w.blocks != BlockType::none) return unpack_floats(w, row, out);
   const uint8_t* data = static_cast<const uint8_t*>(w.weight) + static_cast<size_t>(row) * w.row_bytes();
   if (is_quantised(w.format)) {
     const size_t groups = w.groups();

@@ -188,14 +188,24 @@ void float_panel_of(const Matrix& w, const X* x, int64_t x_stride, int M, int n,
   }
 }
 
+inline float* tile_of(const Matrix& w, float* scratch) {
+  return scratch + panel_scale_floats(w.K);
+}
+
 /// The results of 16 outputs from n on, for all rows, into tile (M, 16).
-void panel(const Matrix& w, const Rows& x, Activation activation, int n, float* scratch, float* tile) {
+void panel(const Matrix& stored, const Rows& x, Activation activation, int n, float* scratch, float* tile) {
   float* scales = scratch;
-  float* biases = scratch + (static_cast<size_t>(w.K) / 32 + 2) * kPanel;
-  if (is_quantised(w.format) && !(w.packed && activation == Activation::int8)) {
-    transpose_scales(w, w.scales, n, scales);
-    transpose_scales(w, w.biases, n, biases);
+  float* biases = scratch + panel_scale_floats(stored.K) / 2;
+  Matrix unpacked;
+  if (stored.blocks != BlockType::none) {
+    float* room = tile_of(stored, scratch) + 2 * kTileRows * kPanel;
+    unpacked = unpack_panel(stored, n, reinterpret_cast<uint8_t*>(room), scales, biases);
+    n = 0;
+  } else if (is_quantised(stored.format) && !(stored.packed && activation == Activation::int8)) {
+    transpose_scales(stored, stored.scales, n, scales);
+    transpose_scales(stored, stored.biases, n, biases);
   }
+  const Matrix& w = stored.blocks != BlockType::none ? unpacked : stored;
 #if defined(SPECFAST_BF16_DOT)
   if (activation == Activation::bf16 && w.format == Format::bf16) return bf16_panels(w, n, w, n, x, tile, tile);
 #endif
@@ -219,10 +229,6 @@ void panels(const Matrix& a, int na, Activation a_activation, const Matrix& b, i
 #endif
   panel(a, x, a_activation, na, scratch, tile_a);
   panel(b, x, b_activation, nb, scratch, tile_b);
-}
-
-inline float* tile_of(const Matrix& w, float* scratch) {
-  return scratch + 2 * (static_cast<size_t>(w.K) / 32 + 2) * kPanel;
 }
 
 void store_tile(const float* tile, int M, int columns, int n, float* y, int64_t ldy, const Epilogue& epilogue) {

@@ -4,6 +4,7 @@
 #include "simd_avx2.hpp"
 // clang-format off: each header uses what the ones before it define
 #include "elementwise.hpp"
+#include "blocks.hpp"
 #include "law_loops.hpp"
 #include "kv_formats.hpp"
 #include "attend.hpp"

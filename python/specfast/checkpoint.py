@@ -16,12 +16,14 @@ import numpy.typing as npt
 from . import _core
 from .architecture import ModelConfig, read_config, read_json
 from .errors import ConfigurationError, ModelFormatError, ShapeError, UnsupportedModelError
+from .gguf_blocks import BITS
 from .gguf_file import is_gguf, open_gguf
-from .gguf_model import gguf_config, gguf_weights
+from .gguf_model import gguf_config, gguf_weights, turns_pairs
 from .mapped_file import MappedFile
 from .safetensors_file import TensorView, open_safetensors
 
 FLOAT_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+BLOCK_FORMATS = (*BITS, "Q6_K")
 PRECISIONS = ("int8", "bf16", "f32")
 KV_BITS = (8, 16)
 _SAMPLE_BYTES = 1 << 16
@@ -189,6 +191,8 @@ class _Weights:
     def matrix(self, module: str, N: int, K: int) -> _core.Matrix:
         if f"{module}.scales" not in self.tensors:
             tensor = self.expect_shape(f"{module}.weight", (N, K))
+            if tensor.dtype in BLOCK_FORMATS:
+                return _core.Matrix(tensor.dtype, N, K, tensor.data)
             if tensor.dtype not in FLOAT_FORMATS:
                 raise UnsupportedModelError(
                     f"{self.source}: tensor '{module}.weight' is {tensor.dtype}; supported: F32, F16, BF16, or MLX affine quantisation"
@@ -305,6 +309,7 @@ def build_model(
     mapped: bool = False,
     kv_bits: int | None = None,
     layers: range | None = None,
+    rope_pairs: bool = False,
 ) -> _core.Model:
     """A native model of tensors under the names of a checkpoint; matrices are used where they lie, and kept alive.
 
@@ -312,6 +317,7 @@ def build_model(
         source: what messages call the tensors' origin.
         precision, isa, max_context, pack, kv_bits, layers: as for `load_model`.
         mapped: all tensors lie in read-only mappings of files, whose memory may be given back once packed.
+        rope_pairs: RoPE turns neighbours (2 i, 2 i + 1) of a head.
 
     Raises:
         ModelFormatError, UnsupportedModelError: a tensor is missing, does not fit the config, or is of a kind not supported.
@@ -349,6 +355,7 @@ def build_model(
             pack=pack,
             mapped=mapped,
             kv_bits=kv_bits or 16,
+            rope_pairs=rope_pairs,
         )
     except ShapeError as error:
         raise ModelFormatError(f"{source}: {error}") from None
@@ -363,8 +370,11 @@ def model_config(path: Path) -> ModelConfig:
     return gguf_config(open_gguf(path)) if is_gguf(path) else read_config(path)
 
 
-def _open(path: Path, layers: range | None) -> tuple[ModelConfig, dict[str, TensorView], tuple[MappedFile, ...]]:
-    """Configuration and tensors of a model or some of its layers, and the files they lie in."""
+def _open(
+    path: Path, layers: range | None, *, in_place: bool = False
+) -> tuple[ModelConfig, dict[str, TensorView], tuple[MappedFile, ...]]:
+    """Configuration and tensors of a model or some of its layers, and the files they lie in; those of a GGUF file
+    converted unless in_place."""
     if not is_gguf(path):
         config = read_config(path)
         if layers is not None and not 0 <= layers.start < layers.stop <= config.layers:
@@ -377,7 +387,7 @@ def _open(path: Path, layers: range | None) -> tuple[ModelConfig, dict[str, Tens
         raise UnsupportedModelError(f"{path}: a GGUF file is loaded whole, not by ranges of layers")
     file = open_gguf(path)
     config = gguf_config(file)
-    return config, gguf_weights(file, config), _files(file.tensors)
+    return config, gguf_weights(file, config, in_place=in_place), _files(file.tensors)
 
 
 def weight_bytes(path: Path, layers: range | None = None) -> int:
@@ -404,7 +414,7 @@ def load_model(
 
     Args:
         directory: config.json, *.safetensors and generation_config.json if any; or a *.gguf file, whose quantised
-            matrices are converted into new memory with the same values.
+            matrices are converted into new memory with the same values, or without pack unpacked as they are read.
         precision: of the activations: "int8", "bf16" or "f32"; None chooses by the weights.
         isa: kernel table to use; None is the best.
         max_context: bounds the context below the model's own.
@@ -421,13 +431,14 @@ def load_model(
     if kv_bits is not None and (not isinstance(kv_bits, int) or kv_bits not in KV_BITS):
         raise ConfigurationError(f"kv_bits is {kv_bits!r}, but must be 8 or 16")
     check_isa(isa)
-    config, tensors, files = _open(directory, layers)
+    config, tensors, files = _open(directory, layers, in_place=not pack)
     whole = isinstance(max_context, int) and not isinstance(max_context, bool)
     if max_context is not None and not (whole and 1 <= max_context <= config.max_context):
         raise ConfigurationError(f"a context of {max_context!r} is outside 1 to the model's {config.max_context}")
     model = build_model(
         directory, config, tensors, precision=precision, isa=isa, max_context=max_context, pack=pack,
         mapped=all(tensor.file for tensor in tensors.values()), kv_bits=kv_bits, layers=layers,
+        rope_pairs=not pack and is_gguf(directory) and turns_pairs(config),
     )  # fmt: skip
     said = f"{model.precision}, kv 8 bit" if kv_bits == 8 else model.precision
     return LoadedModel(model, config, directory, said, files)

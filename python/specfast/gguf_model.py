@@ -150,8 +150,8 @@ def _in_halves(tensor: TensorView, heads: int) -> TensorView:
     return TensorView(tensor.dtype, tensor.shape, np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1))
 
 
-def _in_order(file: GgufFile, name: str, config: ModelConfig) -> TensorView:
-    """A tensor with its rows in the order of a checkpoint directory."""
+def _in_order(file: GgufFile, name: str, config: ModelConfig, *, in_place: bool) -> TensorView:
+    """A tensor, unless in_place with its rows in the order of a checkpoint directory."""
     tensor, layer = file.tensors[name], _LAYER.fullmatch(name)
     matrix = len(tensor.shape) == 2 and name.endswith(".weight")
     if (tensor.dtype in BITS or tensor.dtype == "Q6_K") and not matrix:
@@ -159,7 +159,7 @@ def _in_order(file: GgufFile, name: str, config: ModelConfig) -> TensorView:
             f"{file.path}: tensor {name!r} is {tensor.dtype} of shape {tensor.shape}, but only matrices may be quantised; "
             "download or convert the model again"
         )
-    if config.model_type != "llama" or not matrix or layer is None or layer[2] not in ("attn_q", "attn_k"):
+    if not turns_pairs(config) or not matrix or layer is None or layer[2] not in ("attn_q", "attn_k"):
         return tensor
     heads = config.heads if layer[2] == "attn_q" else config.kv_heads
     if tensor.shape[0] != heads * config.head_dim:
@@ -167,14 +167,23 @@ def _in_order(file: GgufFile, name: str, config: ModelConfig) -> TensorView:
             f"{file.path}: tensor {name!r} has {tensor.shape[0]} rows, but {heads} heads of {config.head_dim} need "
             f"{heads * config.head_dim}; the file is damaged, download or convert it again"
         )
-    return _in_halves(tensor, heads)
+    return tensor if in_place else _in_halves(tensor, heads)
 
 
-def gguf_weights(file: GgufFile, config: ModelConfig) -> dict[str, TensorView]:
-    """All tensors under the names of a checkpoint directory in MLX's layout.
+def turns_pairs(config: ModelConfig) -> bool:
+    """Whether a file's rows of Q and K are in an order in which RoPE turns neighbours (2 i, 2 i + 1)."""
+    return config.model_type == "llama"
+
+
+def gguf_weights(file: GgufFile, config: ModelConfig, *, in_place: bool = False) -> dict[str, TensorView]:
+    """All tensors under the names of a checkpoint directory, in MLX's layout unless in_place.
 
     Float tensors are views of the file; quantised ones are new memory with the same values (see gguf_blocks), and so are
     Q and K of llama files, whose rows are in another order.
+
+    Args:
+        in_place: all tensors are views of the file, quantised ones as its blocks; RoPE must then turn as `turns_pairs`
+            says.
 
     Raises:
         ModelFormatError: a tensor without a place in the model, or a shape that is not the metadata's.
@@ -190,11 +199,14 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> dict[str, TensorView]:
                 f"{file.path}: tensor {name!r} has no place in a {config.model_type} decoder as specfast knows it; download or "
                 "convert the model again, or take one of its safetensors versions"
             )
-        tensor = _in_order(file, name, config)
-        if tensor.dtype in BITS:
+        tensor = _in_order(file, name, config, in_place=in_place)
+        if in_place:
+            weights[f"{module}.{name.rpartition('.')[2]}"] = tensor
+        elif tensor.dtype in BITS:
             weights |= {f"{module}.{part}": values for part, values in affine(tensor).items()}
         else:
             part = name.rpartition(".")[2]
             weights[f"{module}.{part}"] = q6_k_as_f32(tensor) if tensor.dtype == "Q6_K" else tensor
-    file.give_back()
+    if not in_place:
+        file.give_back()
     return weights

@@ -219,7 +219,7 @@ void round_vector(float* x, int n) {
 }
 
 /// Attention of M rows at the end of S positions against float64 on what the cache rounds to.
-void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S, int M, int64_t window) {
+void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S, int M, Window window) {
   const int heads = 6, kv_heads = 2;
   KvCache cache({1, kv_heads, dim, format}, {window}, S);
   cache.append(S);
@@ -256,13 +256,14 @@ void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S
   }
   double worst = 0;
   for (int m = 0; m < M; m++) {
-    const int end = S - M + m + 1, begin = window ? std::max(0, end - static_cast<int>(window)) : 0;
+    const int end = S - M + m + 1, begin = window.size ? std::max(0, end - static_cast<int>(window.size)) : 0;
     for (int head = 0; head < heads; head++) {
       const float* query = &q[static_cast<size_t>((m * heads + head) * dim)];
       const size_t kv_head = static_cast<size_t>(head / (heads / kv_heads) * dim);
       std::vector<double> exact(static_cast<size_t>(dim));
       double total = 0;
-      for (int i = begin; i < end; i++) {
+      for (int i = 0; i < end; i++) {
+        if (i >= window.sinks && i < begin) continue;
         const size_t at = static_cast<size_t>(i * kv_heads * dim) + kv_head;
         double score = 0;
         for (int d = 0; d < dim; d++) score += static_cast<double>(query[d]) * k[at + static_cast<size_t>(d)];
@@ -280,7 +281,8 @@ void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S
                                              : 4e-4),
          kernels.isa,
          "attention of head " + std::to_string(dim) + ", " + std::to_string(S) + " positions, window " +
-             std::to_string(window) + ": error " + std::to_string(worst));
+             std::to_string(window.size) + ", sinks " + std::to_string(window.sinks) + ": error " +
+             std::to_string(worst));
 }
 
 void check_attentions(const KernelTable& kernels) {
@@ -288,7 +290,8 @@ void check_attentions(const KernelTable& kernels) {
     for (const int dim : {6, 16, 80, 128}) {
       for (const auto& [S, M] : {std::pair{3, 3}, std::pair{270, 16}, std::pair{1300, 6}}) {
         if (!full && S == 1300 && dim != 16) continue;
-        for (const int64_t window : {0, 1, 5, 258, 700}) check_attention(kernels, format, dim, S, M, window);
+        for (const Window window : {Window{0}, {1}, {5}, {258}, {700}, {1, 4}, {5, 1}, {258, 4}, {700, 300}})
+          check_attention(kernels, format, dim, S, M, window);
       }
     }
   }

@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 class Layer:
     """Weights (outputs, inputs); biases only in Qwen2, q_norm and k_norm (head_dim,) only in Qwen3.
 
-    window: positions up to its own that a row attends to; None is all.
+    window: positions up to its own that a row attends to, and `sinks` first ones besides; None is all.
     """
 
     input_norm: Array
@@ -30,6 +30,7 @@ class Layer:
     q_norm: Array | None = None
     k_norm: Array | None = None
     window: int | None = None
+    sinks: int = 0
 
 
 @dataclass
@@ -65,17 +66,20 @@ def rotate(x: Array, inv_freq: Array) -> Array:
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
 
-def attend(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
+def attend(q: Array, k: Array, v: Array, window: int | None = None, sinks: int = 0) -> Array:
     """Causal attention. q: (M, heads, d); k, v: (M, kv_heads, d), each shared by heads / kv_heads neighbours.
 
-    Row i sees key j if j <= i and, with a window, i - j < window (Jiang et al. 2023, Sec. 2, arXiv:2310.06825).
+    Row i sees key j if j <= i and, with a window, i - j < window (Jiang et al. 2023, Sec. 2, arXiv:2310.06825) or
+    j < sinks (Xiao et al. 2023, Sec. 3.2, arXiv:2309.17453).
     """
     share = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, share, 1), np.repeat(v, share, 1)
     scores = np.einsum("mhd,nhd->hmn", q, k) / np.sqrt(q.shape[-1])
     scores += np.triu(np.full(scores.shape[1:], -np.inf), 1)
     if window is not None:
-        scores += np.tril(np.full(scores.shape[1:], -np.inf), -window)
+        left = np.tril(np.full(scores.shape[1:], -np.inf), -window)
+        left[:, :sinks] = 0
+        scores += left
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hmn,nhd->mhd", weights / weights.sum(-1, keepdims=True), v)
 
@@ -121,7 +125,7 @@ def forward(model: Decoder, tokens: ArrayLike) -> Array:
         q, k = rotate(q, model.inv_freq), rotate(k, model.inv_freq)
         if model.int8_kv:
             k, v = round_vectors(k), round_vectors(v)
-        attended = attend(q, k, v, w.window)
+        attended = attend(q, k, v, w.window, w.sinks)
         x = x + project(attended.reshape(M, -1), w.o, "o")
         h = rmsnorm(x, w.post_norm, model.rms_eps)
         gate = project(h, w.gate, "gate")

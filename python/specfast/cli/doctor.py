@@ -15,7 +15,6 @@ from .. import _core, build_info, embedded
 from ..exo.detection import find_exo, packaged_apps
 
 _NATIVE_READS_THE_SAME = "this version runs every model natively, from the same checkpoints"
-_MLX_PATH = "specfast.mlx.accelerate runs a forward pass as one native call on the CPU; there are no Metal kernels yet"
 
 
 def add_parser(commands: Any) -> None:
@@ -79,13 +78,16 @@ def _look_for(module: str, distribution: str, why: str) -> dict[str, Any]:
 
 
 def _look_for_mlx() -> dict[str, dict[str, Any]]:
-    hosts = {"mlx": _look_for("mlx", "mlx", _MLX_PATH), "mlx_lm": _look_for("mlx_lm", "mlx-lm", _MLX_PATH)}
+    hosts = {"mlx": _look_for("mlx", "mlx", ""), "mlx_lm": _look_for("mlx_lm", "mlx-lm", "")}
     if any(host["found"] for host in hosts.values()):
         try:
-            importlib.import_module("specfast.mlx")
+            primitives = importlib.import_module("specfast.mlx.primitives")
         except ImportError as error:
             return {name: host | {"why": str(error)} if host["found"] else host for name, host in hosts.items()}
-        return {name: host | {"used": True} for name, host in hosts.items()}
+        why_not = primitives.why_not()
+        path = f"as one native call ({why_not})" if why_not else "as primitives of MLX's graph"
+        why = f"specfast.mlx.accelerate runs a forward pass on the CPU {path}; there are no Metal kernels yet"
+        return {name: host | {"used": True, "why": why} for name, host in hosts.items()}
     return hosts
 
 
