@@ -15,10 +15,7 @@ namespace specfast {
 
 Sequence::Sequence(std::shared_ptr<const Model> model, const KvShape& shape, const std::vector<Window>& windows,
                    int64_t capacity, int64_t undo)
-    : model_(std::move(model)),
-      cache_(shape, windows, capacity, undo),
-      work_(*model_),
-      small_(model_->is_small()) {}
+    : model_(std::move(model)), cache_(shape, windows, capacity, undo), work_(*model_), small_(model_->is_small()) {}
 
 int64_t EarlyRows::known(int64_t first, const int32_t* wanted, int64_t count) const {
   if (layers == 0 || first != position) return 0;
@@ -33,20 +30,22 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   if (work_.partial.size() < partial) work_.partial.resize(partial);
   const KvShape& shape = cache_.shape();
   const size_t floats = shape.format == KvFormat::affine ? shape.wide_page_floats() : 0;
-  pool.run(alone(), [&](int threads) { work_.reserve(model, threads, floats); }, [&](const Team& team) {
-    const Pass pass{team, model, work_, cache_, tile};
-    rope_angles(pass);
-    if (tile.tokens) embed_rows(pass);
-    for (int layer = tile.first_layer; layer < tile.last_layer; layer++) {
-      const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
-      qkv_rope_append(pass, layer);
-      attend_rows(pass, layer);
-      project_rows(pass, w.o, work_.attended);
-      swiglu_rows(pass, layer);
-      project_rows(pass, w.down, work_.activated);
-    }
-    if (first_logits_row < tile.M) logits_rows(pass, first_logits_row, limit, logits, best);
-  });
+  pool.run(
+      alone(), [&](int threads) { work_.reserve(model, threads, floats); },
+      [&](const Team& team) {
+        const Pass pass{team, model, work_, cache_, tile};
+        rope_angles(pass);
+        if (tile.tokens) embed_rows(pass);
+        for (int layer = tile.first_layer; layer < tile.last_layer; layer++) {
+          const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
+          qkv_rope_append(pass, layer);
+          attend_rows(pass, layer);
+          project_rows(pass, w.o, work_.attended);
+          swiglu_rows(pass, layer);
+          project_rows(pass, w.down, work_.activated);
+        }
+        if (first_logits_row < tile.M) logits_rows(pass, first_logits_row, limit, logits, best);
+      });
   layer_rows_ += int64_t{tile.M} * (tile.last_layer - tile.first_layer);
 }
 

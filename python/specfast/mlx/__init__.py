@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from .accelerate import Report, accelerate, report, restore
-from .cache import KVCache, RotatingKVCache
+from .cache import KVCache, QuantizedKVCache, RotatingKVCache
 from .generate import GenerationResponse, stream_generate
 from .graph import GraphKVCache
 
@@ -25,6 +25,7 @@ __all__ = [
     "GenerationResponse",
     "GraphKVCache",
     "KVCache",
+    "QuantizedKVCache",
     "Report",
     "RotatingKVCache",
     "accelerate",
