@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc src python -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pth' 2>/dev/null) CMakeLists.txt pyproject.toml
 CPP := $(shell find csrc src tests/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
-APT_PACKAGES := g++-aarch64-linux-gnu qemu-user-static
+APT_PACKAGES := g++-aarch64-linux-gnu qemu-user-static clang
 
 .PHONY: help demo test test-full lint format stubs bench bench-compare wheel driver clean
 
@@ -27,13 +27,14 @@ $(VENV)/installed: $(BIN)/pip $(SOURCES)
 $(VENV)/tools: $(BIN)/pip pyproject.toml
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'], sep='\n')" > $(VENV)/dev.txt
 	$(BIN)/pip install --quiet -r $(VENV)/dev.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/tinygrad-0.10.2 tinygrad==0.10.2
 	@touch $@
 
 $(VENV)/system: | $(BIN)/pip
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  (apt-get install -y --no-install-recommends $(APT_PACKAGES) || (apt-get update && apt-get install -y --no-install-recommends $(APT_PACKAGES))) >/dev/null 2>&1 \
-	    || echo "note: $(APT_PACKAGES) could not be installed; the NEON tests are skipped"; \
-	else echo "note: without root, $(APT_PACKAGES) are not installed; if they are missing, the NEON tests are skipped"; fi
+	    || echo "note: $(APT_PACKAGES) could not be installed; the NEON and tinygrad tests are skipped"; \
+	else echo "note: without root, $(APT_PACKAGES) are not installed; if they are missing, the NEON and tinygrad tests are skipped"; fi
 	@touch $@
 
 demo: $(VENV)/installed ## set up, then generate with the embedded pair, and measure the 1B shape

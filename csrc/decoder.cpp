@@ -30,22 +30,21 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   if (work_.partial.size() < partial) work_.partial.resize(partial);
   const KvShape& shape = cache_.shape();
   const size_t floats = shape.format == KvFormat::affine ? shape.wide_page_floats() : 0;
-  pool.run(
-      alone(), [&](int threads) { work_.reserve(model, threads, floats); },
-      [&](const Team& team) {
-        const Pass pass{team, model, work_, cache_, tile};
-        rope_angles(pass);
-        if (tile.tokens) embed_rows(pass);
-        for (int layer = tile.first_layer; layer < tile.last_layer; layer++) {
-          const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
-          qkv_rope_append(pass, layer);
-          attend_rows(pass, layer);
-          project_rows(pass, w.o, work_.attended);
-          swiglu_rows(pass, layer);
-          project_rows(pass, w.down, work_.activated);
-        }
-        if (first_logits_row < tile.M) logits_rows(pass, first_logits_row, limit, logits, best);
-      });
+  const auto prepare = [&](int threads) { work_.reserve(model, threads, floats); };
+  pool.run(alone(), prepare, [&](const Team& team) {
+    const Pass pass{team, model, work_, cache_, tile};
+    rope_angles(pass);
+    if (tile.tokens) embed_rows(pass);
+    for (int layer = tile.first_layer; layer < tile.last_layer; layer++) {
+      const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
+      qkv_rope_append(pass, layer);
+      attend_rows(pass, layer);
+      project_rows(pass, w.o, work_.attended);
+      swiglu_rows(pass, layer);
+      project_rows(pass, w.down, work_.activated);
+    }
+    if (first_logits_row < tile.M) logits_rows(pass, first_logits_row, limit, logits, best);
+  });
   layer_rows_ += int64_t{tile.M} * (tile.last_layer - tile.first_layer);
 }
 

@@ -40,8 +40,8 @@ class Regions final : public ModelRegions {
     const size_t columns = static_cast<size_t>(model_->q_columns());
     const auto run = [&](Workspace& work) {
       KvCache cache = borrow(kv);
-      for_each_tile(count, position, [&](const Tile& tile, int64_t first) {
-        std::copy_n(x + first * model_->hidden, tile.M * model_->hidden, work.x.data());
+      for_each_tile(count, position, [&](Tile& tile, int64_t first) {
+        tile.x = const_cast<float*>(x) + first * model_->hidden;  // read only
         in_team(work, [&](const Team& team) {
           const Pass pass{team, *model_, work, cache, tile};
           rope_angles(pass);
@@ -58,7 +58,7 @@ class Regions final : public ModelRegions {
                    float* out) noexcept override {
     const auto run = [&](Workspace& work) {
       const KvCache cache = borrow(kv);
-      for_each_tile(count, position, [&](const Tile& tile, int64_t first) {
+      for_each_tile(count, position, [&](Tile& tile, int64_t first) {
         const size_t partial = Attention::partial_floats(cache, model_->heads, tile.M, tile.position);
         if (work.partial.size() < partial) work.partial.resize(partial);
         Attention a;
@@ -83,14 +83,14 @@ class Regions final : public ModelRegions {
     const Matrix& matrix = projection == Projection::o ? w.o : w.down;
     const auto run = [&](Workspace& work) {
       RowsBuffer& buffer = projection == Projection::o ? work.attended : work.activated;
-      for_each_tile(count, 0, [&](const Tile& tile, int64_t first) {
-        std::copy_n(x + first * model_->hidden, tile.M * model_->hidden, work.x.data());
+      for_each_tile(count, 0, [&](Tile& tile, int64_t first) {
+        tile.x = out + first * model_->hidden;
+        if (out != x) std::copy_n(x + first * model_->hidden, tile.M * model_->hidden, tile.x);
         in_team(work, [&](const Team& team) {
           copy_columns(team, rows + first * matrix.K, matrix.K, buffer.view(tile.M).f32, buffer.view(0).stride,
                        matrix.K, tile.M);
           project_rows({team, *model_, work, nothing_, tile}, matrix, buffer);
         });
-        std::copy_n(work.x.data(), tile.M * model_->hidden, out + first * model_->hidden);
       });
     };
     if (!with_workspace(run)) poison(out, count, model_->hidden);
@@ -99,8 +99,8 @@ class Regions final : public ModelRegions {
   void swiglu_rows(int layer, const float* x, int64_t count, float* out) noexcept override {
     const int32_t columns = model_->intermediate;
     const auto run = [&](Workspace& work) {
-      for_each_tile(count, 0, [&](const Tile& tile, int64_t first) {
-        std::copy_n(x + first * model_->hidden, tile.M * model_->hidden, work.x.data());
+      for_each_tile(count, 0, [&](Tile& tile, int64_t first) {
+        tile.x = const_cast<float*>(x) + first * model_->hidden;  // read only
         in_team(work, [&](const Team& team) {
           specfast::swiglu_rows({team, *model_, work, nothing_, tile}, layer);
           const Rows rows = work.activated.view(tile.M);
@@ -113,8 +113,8 @@ class Regions final : public ModelRegions {
 
   void logits_rows(const float* x, int64_t count, float* logits) noexcept override {
     const auto run = [&](Workspace& work) {
-      for_each_tile(count, 0, [&](const Tile& tile, int64_t first) {
-        std::copy_n(x + first * model_->hidden, tile.M * model_->hidden, work.x.data());
+      for_each_tile(count, 0, [&](Tile& tile, int64_t first) {
+        tile.x = const_cast<float*>(x) + first * model_->hidden;  // read only
         RowMax best[kTileRows];
         in_team(work, [&](const Team& team) {
           specfast::logits_rows({team, *model_, work, nothing_, tile}, 0, model_->vocab, logits + first * model_->vocab,
@@ -153,9 +153,11 @@ class Regions final : public ModelRegions {
     }
   }
 
-  Verdict verify_tokens(const float* p, int32_t V, const float* q, int32_t Vq, const int32_t* tokens, int32_t gamma,
-                        const double* u, double lenience) noexcept override {
-    return specfast::verify_tokens(model_->kernels->law, p, V, q, Vq, tokens, gamma, u, lenience);
+  Verdict verify_tokens(Rule rule, const float* p, int32_t V, const float* q, int32_t Vq, const int32_t* tokens,
+                        int32_t gamma, const double* u, double lenience) noexcept override {
+    const LawLoops& loops = model_->kernels->law;
+    if (rule == Rule::block && q) return verify_block(loops, p, V, q, Vq, tokens, gamma, u);
+    return specfast::verify_tokens(loops, p, V, q, Vq, tokens, gamma, u, lenience);
   }
 
  private:

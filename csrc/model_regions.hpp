@@ -51,8 +51,8 @@ class ModelRegions {
                           int64_t position) noexcept = 0;
   /// Copies the first `count` positions, in the cache's own elements, to keys and values (kv_heads, count, head_dim).
   virtual void read_rows(KvPages kv, int64_t count, void* keys, void* values) noexcept = 0;
-  /// specfast::verify_tokens with the model's kernels.
-  virtual Verdict verify_tokens(const float* p, int32_t V, const float* q, int32_t Vq, const int32_t* tokens,
+  /// specfast::verify_tokens or, by the block rule, specfast::verify_block with the model's kernels.
+  virtual Verdict verify_tokens(Rule rule, const float* p, int32_t V, const float* q, int32_t Vq, const int32_t* tokens,
                                 int32_t gamma, const double* u, double lenience) noexcept = 0;
 };
 

@@ -50,11 +50,12 @@ struct Workspace {
 
 /// One tile's place in a forward pass, shared by all its regions.
 struct Tile {
-  const int32_t* tokens = nullptr;  // (M,); null where work.x holds the rows already
+  const int32_t* tokens = nullptr;  // (M,); null where x holds the rows already
   int32_t M = 0;
   int64_t position = 0;  // of row 0
   int32_t first_layer = 0;
   int32_t last_layer = 0;  // the first that is not run
+  float* x = nullptr;      // (M, hidden): the residual stream, where it is not the workspace's
 };
 
 }  // namespace specfast

@@ -1,6 +1,9 @@
 // A forward pass as a plain C function, for hosts whose compiled graphs jump to it.
 #include <cmath>
 #include <limits>
+#include <map>
+#include <mutex>
+#include <shared_mutex>
 
 #include "bindings.hpp"
 
@@ -8,12 +11,58 @@ using namespace specfast;
 
 namespace {
 
+struct GraphForward;
+
+/// The GraphForwards there are, by number: a captured graph may outlive the one that it calls.
+class Registry {
+ public:
+  int64_t add(GraphForward* forward) {
+    std::unique_lock lock(mutex_);
+    forwards_[++last_] = forward;
+    return last_;
+  }
+  void remove(int64_t number) {
+    std::unique_lock lock(mutex_);
+    forwards_.erase(number);
+  }
+  /// Calls use(forward) unless it is gone, and keeps it until that returns. Returns whether it was there.
+  template <class Use>
+  bool with(int64_t number, const Use& use) {
+    std::shared_lock lock(mutex_);
+    const auto found = forwards_.find(number);
+    if (found == forwards_.end()) return false;
+    use(*found->second);
+    return true;
+  }
+  static Registry& instance() {
+    static Registry& registry = *new Registry;  // a host may let go of models when the process ends
+    return registry;
+  }
+
+ private:
+  std::shared_mutex mutex_;
+  std::map<int64_t, GraphForward*> forwards_;
+  int64_t last_ = 0;
+};
+
 /// One sequence of one model as a graph calls it, and what came of the calls.
 struct GraphForward {
   nb::object model_owner, cache_owner;
   BoundCache* cache;
+  int64_t number;
   std::string problem;
   int64_t calls = 0;
+
+  GraphForward(nb::object model, nb::object cache_object)
+      : model_owner(std::move(model)), cache_owner(std::move(cache_object)) {
+    cache = &nb::cast<BoundCache&>(cache_owner);
+    if (&cache->sequence->model() != nb::cast<BoundModel&>(model_owner).model.get())
+      throw ShapeError("this cache belongs to another model");
+    number = Registry::instance().add(this);
+  }
+  ~GraphForward() { Registry::instance().remove(number); }
+  GraphForward(const GraphForward&) = delete;
+  GraphForward& operator=(const GraphForward&) = delete;
 
   void run(float* logits, const int32_t* tokens, int64_t start, int64_t M, int64_t rows) {
     CacheUse use(*cache);
@@ -33,22 +82,26 @@ struct GraphForward {
   }
 };
 
-/// A graph's call: `logits` (rows, vocab) float32, `state` (1,) int64, `tokens` (M,) int32, `call` (3,) int64: a
-/// GraphForward, the rows wanted (0: all M), and M where it is fixed (0: the argument says). Logits that cannot be had
-/// are NaN, and GraphForward::problem tells why: nothing may be thrown through the host.
-extern "C" void specfast_graph_forward(float* logits, int64_t* state, const int32_t* tokens, const int64_t* call,
-                                       int64_t start, int64_t variable_rows) noexcept {
-  GraphForward& self = *reinterpret_cast<GraphForward*>(static_cast<intptr_t>(call[0]));
-  const int64_t M = call[2] ? call[2] : variable_rows, rows = call[1] ? call[1] : M;
-  self.calls++;
-  *state = start + M;
-  try {
-    self.run(logits, tokens, start, M, rows);
-    self.problem.clear();
-  } catch (const std::exception& error) {
-    std::fill_n(logits, rows * self.cache->sequence->model().vocab, std::numeric_limits<float>::quiet_NaN());
-    self.problem = error.what();
-  }
+/// A graph's call: `logits` (rows, vocab) float32, what the call before wrote (not read here: an order), `tokens` (M,)
+/// int32, `call` (5,) int64: the number of a GraphForward, the vocabulary, the rows wanted (0: all M), M and the start
+/// position; of these two, -1 means the next of the two last arguments. Logits that cannot be had are NaN, and
+/// GraphForward::problem tells why: nothing may be thrown through the host.
+extern "C" void specfast_graph_forward(float* logits, const void*, const int32_t* tokens, const int64_t* call,
+                                       int64_t first, int64_t second) noexcept {
+  const int64_t start = call[4] >= 0 ? call[4] : first, M = call[3] >= 0 ? call[3] : call[4] >= 0 ? first : second;
+  const int64_t rows = call[2] ? call[2] : M;
+  bool done = false;
+  Registry::instance().with(call[0], [&](GraphForward& self) {
+    self.calls++;
+    try {
+      self.run(logits, tokens, start, M, rows);
+      self.problem.clear();
+      done = true;
+    } catch (const std::exception& error) {
+      self.problem = error.what();
+    }
+  });
+  if (!done) std::fill_n(logits, rows * call[1], std::numeric_limits<float>::quiet_NaN());
 }
 
 /// What a host checks its way of calling with: out[0] = in[0] + by, and out[1] counts the calls.
@@ -68,20 +121,14 @@ void bind_graph(nb::module_& m) {
   nb::class_<GraphForward>(
       m, "GraphForward",
       "A model's forward pass on a cache as a C function that a host's compiled graph calls.\n\n"
-      "void f(float* logits, int64* state, const int32* tokens, const int64* call, int64 start, int64 M): truncates the "
+      "void f(float* logits, const void* before, const int32* tokens, const int64* call, int64 a, int64 b): truncates "
+      "the "
       "cache\nto `start`, appends the tokens (M,), commits them, and writes the logits (rows, vocab) of the last rows. "
-      "call is\n(address, rows or 0 for all, M or 0 where the argument says). It raises nothing: logits are NaN then, "
-      "and `problem`\ntells why.")
-      .def(
-          "__init__",
-          [](GraphForward* self, nb::object model, nb::object cache) {
-            BoundCache& bound = nb::cast<BoundCache&>(cache);
-            if (&bound.sequence->model() != nb::cast<BoundModel&>(model).model.get())
-              throw ShapeError("this cache belongs to another model");
-            new (self) GraphForward{std::move(model), std::move(cache), &bound, {}, 0};
-          },
-          nb::arg("model"), nb::arg("cache"), nb::sig("def __init__(self, model: Model, cache: Cache) -> None"))
-      .def_prop_ro("address", [](GraphForward& self) { return address_of(&self); })
+      "call is\n(number, vocab, rows or 0 for all, M, start), where -1 for M or start means the next of the last "
+      "arguments. It\nraises nothing: logits are NaN then, and `problem` tells why; so are those of one that is gone.")
+      .def(nb::init<nb::object, nb::object>(), nb::arg("model"), nb::arg("cache"),
+           nb::sig("def __init__(self, model: Model, cache: Cache) -> None"))
+      .def_ro("number", &GraphForward::number)
       .def_prop_ro_static("function", [](nb::handle) { return address_of(&specfast_graph_forward); })
       .def_prop_ro_static(
           "probe", [](nb::handle) { return address_of(&specfast_graph_probe); },

@@ -9,14 +9,15 @@ Format format_named(const std::string& name) {
   if (name == "bf16") return Format::bf16;
   if (name == "f16") return Format::f16;
   if (name == "f32") return Format::f32;
-  throw ShapeError("unknown format '" + name + "'; supported: q4, q8, bf16, f16, f32, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K");
+  throw ShapeError("unknown format '" + name +
+                   "'; supported: q4, q8, bf16, f16, f32, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K");
 }
 
 namespace {
 
 constexpr std::pair<const char*, BlockType> kBlocks[] = {{"Q4_0", BlockType::q4_0}, {"Q4_1", BlockType::q4_1},
-                                                      {"Q8_0", BlockType::q8_0}, {"Q4_K", BlockType::q4_k},
-                                                      {"Q5_K", BlockType::q5_k}, {"Q6_K", BlockType::q6_k}};
+                                                         {"Q8_0", BlockType::q8_0}, {"Q4_K", BlockType::q4_k},
+                                                         {"Q5_K", BlockType::q5_k}, {"Q6_K", BlockType::q6_k}};
 
 BlockType blocks_named(const std::string& name) {
   for (const auto& [known, blocks] : kBlocks) {
@@ -89,7 +90,8 @@ void bind_matrix(nb::module_& m) {
       m, "Matrix",
       "One weight matrix (N, K), row major, used in place; keeps the arrays that own its memory alive.\n\n"
       "weight, scales and biases are C-contiguous uint8 views. q4 and q8 are MLX's affine layout: packed\n"
-      "little-endian words, scales and biases (N, K / group) in scale_format. Q4_0, Q4_1, Q8_0, Q4_K, Q5_K and Q6_K are\n"
+      "little-endian words, scales and biases (N, K / group) in scale_format. Q4_0, Q4_1, Q8_0, Q4_K, Q5_K and Q6_K "
+      "are\n"
       "GGUF's blocks, row after row; format then says what they are unpacked to as they are read. Raises ShapeError.")
       .def("__init__", &init_matrix, nb::arg("format"), nb::arg("N"), nb::arg("K"), nb::arg("weight").noconvert(),
            nb::kw_only(), nb::arg("group") = 0, nb::arg("scales").noconvert() = nb::none(),

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <typeinfo>
 #include <utility>
 #include <vector>
 
@@ -30,7 +32,8 @@ struct Graph {
 };
 using GraphPtr = std::shared_ptr<const Graph>;
 
-/// A region of one model, and of one layer where it has several.
+/// A region of one model, and of one layer where it has several. On a GPU a model's graph is made of launches instead
+/// (mlx_launch.hpp), whose kernels are not the native regions.
 class Region : public mx::Primitive {
  public:
   Region(mx::Stream stream, GraphPtr graph, int layer)
@@ -41,8 +44,11 @@ class Region : public mx::Primitive {
     return graph_ == region.graph_ && layer_ == region.layer_;
   }
 
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::runtime_error(std::string(name()) + " runs on the CPU; give it a stream of mx.cpu");
+  }
+
  protected:
-  specfast::ModelRegions& regions() const { return *graph_->regions; }
   const specfast::Model& model() const { return graph_->model(); }
 
   const GraphPtr graph_;
@@ -78,8 +84,8 @@ mx::array write_rows(const GraphPtr& graph, const mx::array& kv, const mx::array
 /// The first n positions of kv -> keys and values (kv_heads, n, head_dim), bfloat16 or float32.
 std::pair<mx::array, mx::array> read_rows(const GraphPtr& graph, const mx::array& kv, int64_t n, mx::Stream stream);
 
-/// p (gamma + 1, V), q (gamma, Vq) float32, tokens (gamma,) int32, u (gamma + 1,) float32 -> tau () and the next token
-/// ().
+/// p (gamma + 1, V), q (gamma, Vq) float32, Vq 0 where the draft was certain, tokens (gamma,) int32, u (gamma + 1,)
+/// float32 -> tau () and the next token () int32, by the token or the block rule.
 std::pair<mx::array, mx::array> verify_tokens(const GraphPtr& graph, const mx::array& p, const mx::array& q,
-                                              const mx::array& tokens, const mx::array& u, double lenience,
-                                              mx::Stream stream);
+                                              const mx::array& tokens, const mx::array& u, specfast::Rule rule,
+                                              double lenience, mx::Stream stream);

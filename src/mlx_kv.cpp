@@ -9,7 +9,6 @@
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx_metal.hpp"
 
 using namespace specfast;
 
@@ -52,7 +51,8 @@ int64_t pages_of(const Model& model, const mx::array& kv) {
 KvPages view(const Model& model, const mx::array& kv) {
   const int64_t pages = pages_of(model, kv);
   if (pages == 0) return {};
-  const int64_t start = header(kv)->start;
+  const bool whole = kv.flags().row_contiguous && kv.data_size() == kv.size();
+  const int64_t start = whole ? header(kv)->start : 0;
   if (start < static_cast<int64_t>(sizeof(Header)) || start > 2 * kAlignment)
     throw std::invalid_argument("kv was not written by specfast; begin with an array of 0 words");
   return {reinterpret_cast<uint8_t*>(header(kv)) + start, pages};
@@ -110,7 +110,6 @@ class WriteRows final : public Region {
           graph->regions->write_rows(append.to, k, v, n, *offset);
         });
   }
-  void eval_gpu(const Arrays&, Arrays&) override { metal::unavailable(name()); }
 
  private:
   const int64_t pages_;
@@ -134,7 +133,6 @@ class ReadRows final : public Region {
           graph->regions->read_rows(pages, n, k, v);
         });
   }
-  void eval_gpu(const Arrays&, Arrays&) override { metal::unavailable(name()); }
 
  private:
   const int64_t n_;

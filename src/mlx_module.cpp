@@ -1,5 +1,6 @@
 // The module specfast._mlx: a model's regions as primitives of MLX's graphs. Built against one version of mlx.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
@@ -7,6 +8,7 @@
 
 #include "mlx/ops.h"
 #include "mlx_kv.hpp"
+#include "mlx_launch.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -88,14 +90,15 @@ NB_MODULE(_mlx, m) {
   const auto stream = nb::arg("stream") = nb::none();
   using Where = const mx::StreamOrDevice&;
 
-  nb::class_<BoundGraph>(m, "Graph",
-                         "A model's regions. Made of specfast._core.Model.graph_handle() and of the arrays its weights "
-                         "lie in:\nembed [matrix], layers [[qkv], [o], [swiglu], [down]] each, head [norm, matrix].\n\n"
-                         "Rows are (M, columns) float32 with any M. kv is an array (words,) uint32 of pages of 256 "
-                         "positions, of no words\nat first; what a function returns of it may be the same memory, with "
-                         "all positions that were counted as they were.\noffset is the position of the first row, an "
-                         "array () int32 that need not be known yet. Rows of tokens outside the\nvocabulary, and rows "
-                         "beyond the pages, are NaN.")
+  nb::class_<BoundGraph>(
+      m, "Graph",
+      "A model's regions. Made of specfast._core.Model.graph_handle() and of the arrays its weights "
+      "lie in:\nembed [matrix], layers [[qkv], [o], [swiglu], [down]] each, head [norm, matrix].\n\n"
+      "Rows are (M, columns) float32 with any M. kv, pages of 256 positions in an array (words,) uint32, is what "
+      "these functions\nreturned, or at first of no words; a new kv may be the old one's memory, with all "
+      "positions that were counted as they were.\noffset is the position of the first row, an "
+      "array () int32 that need not be known yet. Rows of tokens outside the\nvocabulary, and rows "
+      "beyond the pages, are NaN.")
       .def("__init__", &init_graph, "handle"_a, "embed"_a, "layers"_a, "head"_a)
       .def(
           "pages", [](const BoundGraph& self, const mx::array& kv) { return kv::pages_of(self.graph->model(), kv); },
@@ -193,18 +196,40 @@ NB_MODULE(_mlx, m) {
       .def(
           "verify_tokens",
           [](const BoundGraph& self, const mx::array& p, const mx::array& q, const mx::array& tokens,
-             const mx::array& u, double lenience, Where where) {
+             const mx::array& u, const std::string& rule, double lenience, Where where) {
             const mx::Stream s = mx::to_stream(where);
             require(p.ndim() == 2 && q.ndim() == 2 && tokens.ndim() == 1 && u.ndim() == 1, "p and q must be matrices");
             const int gamma = tokens.shape(0);
             require(p.shape(0) == gamma + 1 && q.shape(0) == gamma && u.shape(0) == gamma + 1,
                     "p, q, tokens and u must be (gamma + 1, V), (gamma, Vq), (gamma,) and (gamma + 1,)");
+            require(rule == "token" || rule == "block", "the rules are 'token' and 'block'");
             require(lenience > 0, "lenience must be positive");
+            require(rule == "token" || lenience == 1, "the block rule takes lenience 1");
+            const specfast::Rule named = rule == "block" ? specfast::Rule::block : specfast::Rule::token;
             return verify_tokens(self.graph, as(p, mx::float32, s), as(q, mx::float32, s), as(tokens, mx::int32, s),
-                                 as(u, mx::float32, s), lenience, s);
+                                 as(u, mx::float32, s), named, lenience, s);
           },
-          "p"_a, "q"_a, "tokens"_a, "u"_a, "lenience"_a = 1.0, nb::kw_only(), stream,
-          "The token rule: p (gamma + 1, V), q (gamma, Vq), tokens (gamma,), u (gamma + 1,) float32 -> tau () and the "
-          "next token ().\n\nA cache keeps the rows of offset + 1 + tau positions: kv stays, the offset says what "
-          "counts.");
+          "p"_a, "q"_a, "tokens"_a, "u"_a, nb::kw_only(), "rule"_a = "block", "lenience"_a = 1.0, stream,
+          "p (gamma + 1, V), q (gamma, Vq), tokens (gamma,), u (gamma + 1,) float32 in [0, 1) -> tau () and the next "
+          "token "
+          "() int32,\nby specfast.ops.verify_tokens. A cache then counts offset + 1 + tau positions; kv stays as it "
+          "is.");
+
+  m.def(
+      "launch",
+      [](const std::string& library, const std::string& source, const std::string& function, std::array<size_t, 3> grid,
+         std::array<size_t, 3> threadgroup, const std::vector<int32_t>& dims, const Arrays& inputs,
+         const std::vector<std::vector<int>>& shapes, const std::vector<mx::Dtype>& dtypes, const Arrays& updated,
+         bool shared, Where where) {
+        std::vector<mx::Shape> extents;
+        for (const auto& shape : shapes) extents.emplace_back(shape.begin(), shape.end());
+        return launch({library, source, function, grid, threadgroup, dims}, inputs, std::move(extents), dtypes, updated,
+                      shared, mx::to_stream(where));
+      },
+      "library"_a, "source"_a, "function"_a, "grid"_a, "threadgroup"_a, "dims"_a, "inputs"_a, "shapes"_a, "dtypes"_a,
+      "updated"_a = Arrays{}, nb::kw_only(), "shared"_a = false, stream,
+      "One Metal kernel: buffers are inputs, new outputs of shapes and dtypes, updated, dims. Returns the new outputs "
+      "and "
+      "the\nupdated arrays, written in place, or in a copy where somebody else has them and shared is False.");
+  m.def("accepts", [](const mx::array&) {}, "array"_a, "Raises TypeError where mlx.core has another nanobind's types.");
 }

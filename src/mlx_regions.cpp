@@ -1,8 +1,8 @@
 // One MLX primitive per region of the decoder: on the CPU the native regions, on the thread of the stream.
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx_donation.hpp"
 #include "mlx_kv.hpp"
-#include "mlx_metal.hpp"
 
 using namespace specfast;
 
@@ -35,7 +35,6 @@ class EmbedRows final : public Region {
           graph->regions->embed_rows(tokens, M, x);
         });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::embed_rows(stream(), *graph_, in, out); }
 };
 
 class QkvRopeAppend final : public Region {
@@ -50,6 +49,7 @@ class QkvRopeAppend final : public Region {
     return {{rows_of(in[0]), model().q_columns()}, {static_cast<int>(kv::words(model(), pages_))}};
   }
   void eval_cpu(const Arrays& in, Arrays& out) override {
+    release_siblings(in, out);
     const int M = rows_of(in[0]);
     const kv::Append append = kv::append(model(), in[1], out[1], kv::known(in[2]), M);
     mx::cpu::get_command_encoder(stream()).dispatch([graph = graph_, layer = layer_, M, append, x = in[0].data<float>(),
@@ -58,7 +58,6 @@ class QkvRopeAppend final : public Region {
       graph->regions->qkv_rope_append(layer, x, M, *offset, append.to, q);
     });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::qkv_rope_append(stream(), *graph_, layer_, in, out); }
 
  private:
   const int64_t pages_;
@@ -75,7 +74,6 @@ class AttendRows final : public Region {
          offset = in[2].data<int32_t>(),
          attended = allocate(out[0])] { graph->regions->attend_rows(layer, q, M, *offset, pages, attended); });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::attend_rows(stream(), *graph_, layer_, in, out); }
 };
 
 class MatmulRows final : public Region {
@@ -99,9 +97,6 @@ class MatmulRows final : public Region {
          x = in[1].data<float>(),
          y = out[0].data<float>()] { graph->regions->matmul_rows(layer, projection, rows, x, M, y); });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override {
-    metal::matmul_rows(stream(), *graph_, layer_, projection_, in, out);
-  }
 
  private:
   const Projection projection_;
@@ -118,7 +113,6 @@ class SwigluRows final : public Region {
           graph->regions->swiglu_rows(layer, x, M, h);
         });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::swiglu_rows(stream(), *graph_, layer_, in, out); }
 };
 
 class LogitsRows final : public Region {
@@ -132,16 +126,17 @@ class LogitsRows final : public Region {
           graph->regions->logits_rows(x, M, logits);
         });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::logits_rows(stream(), *graph_, in, out); }
 };
 
 class VerifyTokens final : public Region {
  public:
-  VerifyTokens(mx::Stream stream, GraphPtr graph, double lenience)
-      : Region(stream, std::move(graph), kNoLayer), lenience_(lenience) {}
+  VerifyTokens(mx::Stream stream, GraphPtr graph, Rule rule, double lenience)
+      : Region(stream, std::move(graph), kNoLayer), rule_(rule), lenience_(lenience) {}
   const char* name() const override { return "SpecfastVerifyTokens"; }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return Region::is_equivalent(other) && lenience_ == static_cast<const VerifyTokens&>(other).lenience_;
+    if (!Region::is_equivalent(other)) return false;
+    const VerifyTokens& verify = static_cast<const VerifyTokens&>(other);
+    return rule_ == verify.rule_ && lenience_ == verify.lenience_;
   }
   std::vector<mx::Shape> output_shapes(const Arrays&) override { return {{}, {}}; }
   void eval_cpu(const Arrays& in, Arrays& out) override {
@@ -149,17 +144,18 @@ class VerifyTokens final : public Region {
     const mx::array &p = in[0], &q = in[1];
     mx::cpu::get_command_encoder(stream()).dispatch(
         [graph = graph_, p = p.data<float>(), V = p.shape(1), q = q.data<float>(), Vq = q.shape(1), gamma = q.shape(0),
-         tokens = in[2].data<int32_t>(), u = in[3].data<float>(), lenience = lenience_, tau = out[0].data<int32_t>(),
-         next = out[1].data<int32_t>()] {
+         tokens = in[2].data<int32_t>(), u = in[3].data<float>(), rule = rule_, lenience = lenience_,
+         tau = out[0].data<int32_t>(), next = out[1].data<int32_t>()] {
           const std::vector<double> draws(u, u + gamma + 1);
-          const Verdict verdict = graph->regions->verify_tokens(p, V, q, Vq, tokens, gamma, draws.data(), lenience);
+          const Verdict verdict =
+              graph->regions->verify_tokens(rule, p, V, Vq ? q : nullptr, Vq, tokens, gamma, draws.data(), lenience);
           *tau = verdict.tau;
           *next = verdict.next_token;
         });
   }
-  void eval_gpu(const Arrays& in, Arrays& out) override { metal::verify_tokens(stream(), lenience_, in, out); }
 
  private:
+  const Rule rule_;
   const double lenience_;
 };
 
@@ -221,9 +217,10 @@ std::pair<mx::array, Arrays> forward(const GraphPtr& graph, const mx::array& tok
 }
 
 std::pair<mx::array, mx::array> verify_tokens(const GraphPtr& graph, const mx::array& p, const mx::array& q,
-                                              const mx::array& tokens, const mx::array& u, double lenience,
+                                              const mx::array& tokens, const mx::array& u, Rule rule, double lenience,
                                               mx::Stream stream) {
-  const Arrays out = mx::array::make_arrays({{}, {}}, {mx::int32, mx::int32},
-                                            std::make_shared<VerifyTokens>(stream, graph, lenience), {p, q, tokens, u});
+  const Arrays out =
+      mx::array::make_arrays({{}, {}}, {mx::int32, mx::int32},
+                             std::make_shared<VerifyTokens>(stream, graph, rule, lenience), {p, q, tokens, u});
   return {out[0], out[1]};
 }

@@ -166,6 +166,11 @@ def noise(seed: int, position: int, token: int) -> float:
     least noise / p is chosen.
     """
 
+def noise_row(seed: int, position: int, count: int) -> NDArray[numpy.float32]:
+    """
+    noise of the tokens below count, (count,) float32: for drafts that a host draws in its own graph.
+    """
+
 def sample_token(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: float, isa: str | None = None) -> int:
     """
     Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.
@@ -511,16 +516,16 @@ class GraphForward:
     """
     A model's forward pass on a cache as a C function that a host's compiled graph calls.
 
-    void f(float* logits, int64* state, const int32* tokens, const int64* call, int64 start, int64 M): truncates the cache
+    void f(float* logits, const void* before, const int32* tokens, const int64* call, int64 a, int64 b): truncates the cache
     to `start`, appends the tokens (M,), commits them, and writes the logits (rows, vocab) of the last rows. call is
-    (address, rows or 0 for all, M or 0 where the argument says). It raises nothing: logits are NaN then, and `problem`
-    tells why.
+    (number, vocab, rows or 0 for all, M, start), where -1 for M or start means the next of the last arguments. It
+    raises nothing: logits are NaN then, and `problem` tells why; so are those of one that is gone.
     """
 
     def __init__(self, model: Model, cache: Cache) -> None: ...
 
     @property
-    def address(self) -> int: ...
+    def number(self) -> int: ...
 
     function: Final[int] = ...
     """(arg: object, /) -> int"""

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import UnsupportedModelError
-from .mapped_file import damaged, map_file
+from .mapped_file import MappedFile, damaged, map_file
 from .safetensors_file import TensorView
 
 Scalar = bool | int | float | str
@@ -57,21 +58,24 @@ SUPPORTED_TYPES = ", ".join(kind.name for kind in TYPES.values())
 
 @dataclass(frozen=True)
 class GgufFile:
-    """One GGUF file, mapped.
+    """One GGUF file, mapped, or in memory.
 
     Attributes:
         metadata: the key-value pairs.
         tensors: by name; dtype is one of TYPES' names, shape is (rows, inputs) or (size,), data are the raw blocks.
+        mapping: of the file; None if it is in memory.
+        start: the address of its first byte.
     """
 
     path: Path
     metadata: dict[str, Value]
     tensors: dict[str, TensorView]
-    mapping: mmap.mmap
+    mapping: mmap.mmap | None
+    start: int
 
     def give_back(self) -> None:
         """Lets the system take the mapped pages out of the process's memory; reading them maps them again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
@@ -215,8 +219,16 @@ def open_gguf(path: Path) -> GgufFile:
         UnsupportedModelError: a sound file of another version, in several parts, or with a type of tensor not read here.
     """
     mapped, mapping = map_file(path)
-    view = memoryview(mapping)
-    cursor = _Cursor(path, view)
+    return _parse(path, np.frombuffer(mapping, dtype=np.uint8), mapped, mapping)
+
+
+def parse_gguf(path: Path, data: npt.NDArray[np.uint8]) -> GgufFile:
+    """The same for a file's bytes in memory, of which all tensors are views. Raises what open_gguf raises, naming `path`."""
+    return _parse(path, data, None, None)
+
+
+def _parse(path: Path, whole: npt.NDArray[np.uint8], mapped: MappedFile | None, mapping: mmap.mmap | None) -> GgufFile:
+    cursor = _Cursor(path, memoryview(whole))
     metadata, infos = _read_start(cursor)
     parts = metadata.get("split.count", 1)
     if parts not in (0, 1):
@@ -226,7 +238,7 @@ def open_gguf(path: Path) -> GgufFile:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise damaged(path, f"'general.alignment' is {alignment!r}, but must be a power of 2 up to {MAX_ALIGNMENT}")
-    data = np.frombuffer(view, dtype=np.uint8)[-(-cursor.at // alignment) * alignment :]
+    data = whole[-(-cursor.at // alignment) * alignment :]
     tensors: dict[str, TensorView] = {}
     end = 0
     for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
@@ -241,4 +253,4 @@ def open_gguf(path: Path) -> GgufFile:
             raise damaged(path, f"tensor {name!r} starts at {info.offset}, but the one before it ends at {end}")
         end = last
         tensors[name] = TensorView(info.kind.name, info.shape, data[info.offset : last], mapped)
-    return GgufFile(path, metadata, tensors, mapping)
+    return GgufFile(path, metadata, tensors, mapping, whole.ctypes.data)

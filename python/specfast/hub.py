@@ -24,13 +24,14 @@ def repository(name: str) -> str | None:
     return repository_of(name)
 
 
-def resolve(name: str | Path, *, metadata_only: bool = False) -> Path:
+def resolve(name: str | Path, *, metadata_only: bool = False, also: Sequence[str] = ()) -> Path:
     """The local directory or GGUF file of a model, downloaded when it is not there yet.
 
     Args:
         name: a directory, a *.gguf file, a short name such as llama-3.2-1b, a repo id such as org/model, or a GGUF file of a
             repository, as org/model/file.gguf or by how its name ends, as org/model:Q4_K_M.
         metadata_only: fetch configuration and tokenizer but no weights, which are in one file for GGUF.
+        also: patterns of further files to fetch, such as those of another loader's tokenizers.
 
     Raises:
         ModelFormatError: nothing of this name exists.
@@ -52,7 +53,7 @@ def resolve(name: str | Path, *, metadata_only: bool = False) -> Path:
             "org/name/file.gguf or org/name:Q4_K_M), nor a known short name "
             f"({', '.join(sorted(REPOSITORIES)[:4])}, ...); `specfast suggest` lists families"
         )
-    directory = _download(repo, (*METADATA, *(() if metadata_only else WEIGHTS)))
+    directory = _download(repo, (*METADATA, *also, *(() if metadata_only else WEIGHTS)))
     if not metadata_only and not any(directory.glob(WEIGHTS[0])):
         raise DownloadError(
             f"{repo}: no *.safetensors file arrived. Either it has none, but GGUF files: name one, as {repo}/file.gguf or "

@@ -85,17 +85,23 @@ def differences(module: ModuleType, name: str | None = None) -> list[str]:
         name: what it is called, if not by its own name.
     """
     name = name or module.__name__
+    found = compare(module, name, SIGNATURES.get(name, {}))
+    for path, names in ATTRIBUTES.get(name, {}).items():
+        function = _find(module, path) if path else None
+        known = vars(module) if not path else getattr(getattr(function, "__code__", None), "co_names", ())
+        found += [f"{name}{path and '.' + path} has no {needed}" for needed in names if needed not in known]
+    return found
+
+
+def compare(module: ModuleType, name: str, signatures: Mapping[str, str]) -> list[str]:
+    """How a module's functions depart from signatures."""
     found: list[str] = []
-    for path, expected in SIGNATURES.get(name, {}).items():
+    for path, expected in signatures.items():
         function = _find(module, path)
         if function is None:
             found.append(f"{name}.{path} is missing")
         elif (got := " ".join(inspect.signature(function).parameters)) != expected:
             found.append(f"{name}.{path} takes ({got}), not ({expected})")
-    for path, names in ATTRIBUTES.get(name, {}).items():
-        function = _find(module, path) if path else None
-        known = vars(module) if not path else getattr(getattr(function, "__code__", None), "co_names", ())
-        found += [f"{name}{path and '.' + path} has no {needed}" for needed in names if needed not in known]
     return found
 
 

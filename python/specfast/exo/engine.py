@@ -256,7 +256,11 @@ class SpeculativeEngine:
         resolved, make_target = self.resolved, None
         leads = self.ring is not None and self.emits_many and shard.is_first_layer() and not is_whole(shard)
         if leads and self.ring and (plan := await self.ring.join(shard)):
-            resolved, make_target = self.ring.settings(resolved, plan), self.ring.make_target(shard)
+            try:
+                resolved, make_target = self.ring.settings(resolved, plan), self.ring.make_target(shard)
+            except ConfigurationError as error:
+                (CALLER.get() or Caller()).error = error
+                raise
         in_use = {request.model for request in self._requests.all()}
         served = await self._models.serve(shard, resolved, in_use, make_target)
         self.shard, self.tokenizer = shard, served.tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ async def _continue(node: Any, engine: SpeculativeEngine, request_id: str) -> No
             print(f"specfast: request {request_id} failed and ends here: {error}", file=sys.stderr, flush=True)
             if not isinstance(error, RingError):
                 traceback.print_exception(error, limit=-3, file=sys.stderr)
+            caller.error = caller.error or error
             tokens = [] if caller.watched else [int(engine.tokenizer.eos_token_id)]
         finished = _emit(node, request_id, tokens, not engine.owns(request_id))
 
@@ -159,6 +161,7 @@ async def _await_answer(
         return
     text = details_of(error)
     refused = "ConfigurationError" in text or "ContextFullError" in text
+    text = re.sub(r"^Unexpected <class '[^']*'>: ", "", text)  # as gRPC puts another process's exception
     caller.error = ConfigurationError(text) if refused else RingError(f"the ring's first node: {text}")
     print(f"specfast: request {request_id} failed and ends here: {caller.error}", file=sys.stderr, flush=True)
     if not caller.watched:

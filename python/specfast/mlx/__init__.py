@@ -18,17 +18,21 @@ except ImportError as error:
 
 from .accelerate import Report, accelerate, report, restore
 from .cache import KVCache, QuantizedKVCache, RotatingKVCache
-from .generate import GenerationResponse, stream_generate
-from .graph import GraphKVCache
+from .difference import Difference, compare
+from .stream import GenerationResponse, Stream, generate, generate_step, stream_generate
 
 __all__ = [
+    "Difference",
     "GenerationResponse",
-    "GraphKVCache",
     "KVCache",
     "QuantizedKVCache",
     "Report",
     "RotatingKVCache",
+    "Stream",
     "accelerate",
+    "compare",
+    "generate",
+    "generate_step",
     "report",
     "restore",
     "stream_generate",

@@ -17,12 +17,13 @@ from mlx import nn
 from .. import _core
 from ..checkpoint import check_precision
 from ..errors import ConfigurationError, SpecfastError
-from . import primitives
+from . import metal, primitives
 from .cache import adopt
-from .graph import GraphForward, GraphKVCache
-from .weights import Watch, native_model
+from .graph import GraphForward
+from .graph import KVCache as GraphKVCache
+from .weights import Watch, config_of, native_model
 
-_Name = Literal["native", "primitives"]
+_Name = Literal["native", "primitives", "metal"]
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,26 @@ class Report:
 
     Attributes:
         path: "native" (one call into specfast's kernels for the whole forward pass), "primitives" (the same kernels as
-            primitives of MLX's graph, a few per layer) or "stock" (mlx-lm's own layers).
+            primitives of MLX's graph, a few per layer), "metal" (Metal kernels in MLX's graph) or "stock" (mlx-lm's own
+            layers).
         reason: why the path is "stock"; "" if it is not.
         precision: of the activations on specfast's paths.
-        isa: the instruction set of its kernels.
+        isa: the instruction set of its kernels; "metal" on a GPU.
         weight_bytes: bytes of weights a pass reads, in MLX's own memory.
         graph_calls: calls that became primitives.
         native_calls: calls that ran as one native call.
+        metal_calls: calls that became Metal kernels.
         stock_calls: calls that ran mlx-lm's layers, by reason.
     """
 
-    path: Literal["native", "primitives", "stock"]
+    path: Literal["native", "primitives", "metal", "stock"]
     reason: str = ""
     precision: str | None = None
     isa: str | None = None
     weight_bytes: int = 0
     graph_calls: int = 0
     native_calls: int = 0
+    metal_calls: int = 0
     stock_calls: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -63,8 +67,12 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
 
     That is the path of every installation. Where `specfast._mlx` was built for the mlx in use, the forward pass is
     primitives of MLX's graph instead, with the same bits: lazy, on the stream of the call, inside `mx.compile`. The caches
-    then become `specfast.mlx.GraphKVCache`; tokens outside the vocabulary give NaN, as no value is looked at before it is
+    then become `specfast.mlx.graph.KVCache`; tokens outside the vocabulary give NaN, as no value is looked at before it is
     computed. Calls with other caches take the native path.
+
+    Where MLX's default device is an Apple GPU, the forward pass is specfast's Metal kernels in MLX's graph, through
+    `mx.fast.metal_kernel`, in the weights' own type and on mlx-lm's caches; a row's logits have the same bits whatever M is.
+    More than 27 rows run mlx-lm's layers.
 
     A model that is not supported is left alone: `report` says why.
 
@@ -88,15 +96,19 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
     restore(model)
     stock: Any = type(model)
     try:
-        native = native_model(model, precision)
-        whole = path == "native" or any(native.windows)  # the primitives attend to all positions
-        graph = None if whole else primitives.graph_of(model, native)
-        forward = GraphForward(graph, native) if graph else None
-        fused = _FusedPath(native, forward, Watch(model), inspect.signature(stock.__call__))
+        watch, signature = Watch(model), inspect.signature(stock.__call__)
+        made: _FusedPath | _MetalPath
+        if metal.available() and path is None:
+            made = _MetalPath(metal.MetalForward(model, config_of(model)), watch, signature)
+        else:
+            native = native_model(model, precision)
+            whole = path == "native" or any(native.windows)  # the primitives attend to all positions
+            graph = None if whole else primitives.graph_of(model, native)
+            made = _FusedPath(native, GraphForward(graph, native) if graph else None, watch, signature)
     except SpecfastError as error:
         object.__setattr__(model, "_specfast", _Accelerator(None, str(error)))
     else:
-        object.__setattr__(model, "_specfast", _Accelerator(fused))  # not in the dict of parameters
+        object.__setattr__(model, "_specfast", _Accelerator(made))  # not in the dict of parameters
         model.__class__ = _accelerated(stock)
     return model
 
@@ -120,7 +132,7 @@ def native_model_of(model: nn.Module) -> _core.Model | None:
     """The native model behind an accelerated one; None where mlx-lm's layers would run."""
     accelerator = vars(model).get("_specfast")
     path = accelerator.path if accelerator else None
-    return path.native if path and path.watch.unchanged(model) else None
+    return path.native if isinstance(path, _FusedPath) and path.watch.unchanged(model) else None
 
 
 class _Accelerated:
@@ -150,15 +162,15 @@ class _FusedPath:
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Name, mx.array] | str:
         """The path taken and the logits (1, M, vocab), or why mlx-lm's layers must run."""
-        given = {k: v for k, v in self.signature.bind(model, *args, **kwargs).arguments.items() if v is not None}
-        extra = set(given) - {"self", "inputs", "cache"}
-        if extra:
-            return f"called with {', '.join(sorted(extra))}"
-        inputs, caches = given["inputs"], given.get("cache")
-        if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] < 1:
-            return f"inputs of shape {tuple(inputs.shape)}; supported: (1, M)"
+        given = _rows_and_caches(self.signature, model, args, kwargs)
+        if isinstance(given, str):
+            return given
+        inputs, caches = given
         if self.graph and mx.default_device() == mx.cpu and self.graph.takes(caches):
             return "primitives", self.graph(inputs, caches)
+        return self._natively(inputs, caches)
+
+    def _natively(self, inputs: mx.array, caches: Any) -> tuple[_Name, mx.array] | str:
         try:
             mx.eval(inputs)
         except ValueError:  # a placeholder has no values
@@ -178,6 +190,13 @@ class _FusedPath:
             cache.offset += len(tokens)
         return "native", logits
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says of this path."""
+        native = self.native
+        shared = {"precision": native.precision, "isa": native.isa, "weight_bytes": native.weight_bytes}
+        return {"path": "primitives" if self.graph else "native", **shared}
+
     def _logits(self, cache: _core.Cache, tokens: npt.NDArray[np.int32]) -> mx.array:
         logits = mx.zeros((1, len(tokens), self.native.vocab), mx.float32)
         mx.eval(logits)  # now it has memory, which is ours alone until it is returned
@@ -185,10 +204,49 @@ class _FusedPath:
         return logits
 
 
+@dataclass(frozen=True)
+class _MetalPath:
+    """A model's weights as the Metal kernels take them, for as long as these are the model's."""
+
+    forward: metal.MetalForward
+    watch: Watch
+    signature: inspect.Signature
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Name, mx.array] | str:
+        """The path taken and the logits (1, M, vocab), or why mlx-lm's layers must run."""
+        given = _rows_and_caches(self.signature, model, args, kwargs)
+        if isinstance(given, str):
+            return given
+        inputs, caches = given
+        caches = self.forward.new_caches() if caches is None else caches
+        reason = self.forward.why_not(inputs, caches)
+        return reason or ("metal", self.forward(inputs, caches))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says of this path."""
+        forward = self.forward
+        return {"path": "metal", "precision": forward.activations, "isa": "metal", "weight_bytes": forward.weight_bytes}
+
+
+def _rows_and_caches(
+    signature: inspect.Signature, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[mx.array, Any] | str:
+    """The inputs (1, M) and the caches or None of a call, or why neither of specfast's paths takes it."""
+    given = {k: v for k, v in signature.bind(model, *args, **kwargs).arguments.items() if v is not None}
+    extra = set(given) - {"self", "inputs", "cache"}
+    if extra:
+        return f"called with {', '.join(sorted(extra))}"
+    inputs = given["inputs"]
+    if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] < 1:
+        return f"inputs of shape {tuple(inputs.shape)}; supported: (1, M)"
+    return inputs, given.get("cache")
+
+
 class _Accelerator:
     """What an accelerated model carries: its native path or the reason why there is none, and counters."""
 
-    def __init__(self, path: _FusedPath | None, reason: str = "") -> None:
+    def __init__(self, path: _FusedPath | _MetalPath | None, reason: str = "") -> None:
         self.path, self._reason = path, reason
         self._calls: Counter[_Name] = Counter()
         self._stock_calls: Counter[str] = Counter()
@@ -203,13 +261,10 @@ class _Accelerator:
             self._reason,
             graph_calls=self._calls["primitives"],
             native_calls=self._calls["native"],
+            metal_calls=self._calls["metal"],
             stock_calls=dict(self._stock_calls),
         )
-        if self.path is None:
-            return counted
-        native = self.path.native
-        name: _Name = "primitives" if self.path.graph else "native"
-        return replace(counted, path=name, precision=native.precision, isa=native.isa, weight_bytes=native.weight_bytes)
+        return replace(counted, **self.path.facts) if self.path else counted
 
     def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | None:
         """The logits, or None where mlx-lm's layers must run."""

@@ -9,13 +9,14 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .. import _core
-from .cache import KVCache
+from ..errors import ShapeError
+from . import cache as pages
 
 _Stock: Any = mlx_lm_cache.KVCache
 _PAGE = 256  # positions
 
 
-class GraphKVCache(_Stock):  # type: ignore[misc]
+class KVCache(_Stock):  # type: ignore[misc]
     """A layer's cache whose keys and values are an MLX array in the order the kernels read. Made by an accelerated model.
 
     It is mlx-lm's cache in every respect: `offset` is how many positions count, `trim` and a smaller `offset` drop the
@@ -24,6 +25,7 @@ class GraphKVCache(_Stock):  # type: ignore[misc]
     """
 
     _graph: Any
+    _held: int  # positions kv has rows of
     kv: mx.array
     offset: int
 
@@ -61,7 +63,7 @@ class GraphKVCache(_Stock):  # type: ignore[misc]
         """Turns this into mlx-lm's own cache with the same contents."""
         keys, values = self.keys, self.values
         self.__class__ = _Stock
-        del self._graph, self.kv
+        del self._graph, self._held, self.kv
         self.keys, self.values = keys, values
 
     def __reduce__(self) -> Any:
@@ -90,7 +92,7 @@ class GraphForward:
         """Whether these caches can be worked with: one of mlx-lm's KVCache for each layer, all of the same length."""
         if caches is None:
             return True
-        if len(caches) != self._native.layers or {type(c) for c in caches} - {_Stock, KVCache, GraphKVCache}:
+        if len(caches) != self._native.layers or {type(c) for c in caches} - {_Stock, pages.KVCache, KVCache}:
             return False
         shape, offset = (1, self._native.kv_heads, self._native.head_dim), caches[0].offset
         for cache in caches:
@@ -103,7 +105,11 @@ class GraphForward:
         return True
 
     def __call__(self, inputs: mx.array, caches: Sequence[Any] | None) -> mx.array:
-        """The logits (1, M, vocab) of inputs (1, M), not computed yet; caches that `takes` allows then hold its rows."""
+        """The logits (1, M, vocab) of inputs (1, M), not computed yet; caches that `takes` allows then hold its rows.
+
+        Raises:
+            ShapeError: the caches' offset is beyond what they hold.
+        """
         M = inputs.shape[1]
         if caches is None:
             nothing = [mx.zeros((0,), mx.uint32)] * self._native.layers
@@ -115,15 +121,19 @@ class GraphForward:
         logits, kv = self._graph.forward(inputs[0], [cache.kv for cache in caches], mx.array(offset), pages)
         for cache, appended in zip(caches, kv, strict=True):
             cache.kv = appended
-            cache.offset = offset + M
+            cache.offset = cache._held = offset + M
         return logits[None]
 
     def _adopt(self, cache: Any) -> None:
-        if type(cache) is GraphKVCache:
+        if type(cache) is KVCache:
+            if cache.offset > cache._held:
+                raise ShapeError(
+                    f"the caches' offset is {cache.offset}, but they hold {cache._held} positions; only lower it"
+                )
             if cache._graph is self._graph:
                 return
             cache.become_stock()
-        elif type(cache) is KVCache:
+        elif type(cache) is pages.KVCache:
             cache.become_stock()
         kv, offset = mx.zeros((0,), mx.uint32), cache.offset
         if offset:
@@ -131,8 +141,8 @@ class GraphForward:
             kv = self._graph.write_rows(kv, keys, values, mx.array(0), _pages(offset, 0))
         vars(cache).pop("keys", None)
         vars(cache).pop("values", None)
-        cache.__class__ = GraphKVCache
-        cache._graph, cache.kv = self._graph, kv
+        cache.__class__ = KVCache
+        cache._graph, cache._held, cache.kv = self._graph, offset, kv
 
 
 def _pages(positions: int, there: int) -> int:

@@ -20,9 +20,16 @@ def _load() -> tuple[Any, str]:
     if importlib.util.find_spec("specfast._mlx") is None:
         return None, "specfast._mlx was not built (SPECFAST_MLX=1 pip install specfast builds it)"
     try:
-        return importlib.import_module("specfast._mlx"), ""
+        module = importlib.import_module("specfast._mlx")
+        module.accepts(mx.zeros((0,)))
     except ImportError as error:  # its own check of the version, or a symbol that this mlx does not have
-        return None, f"specfast._mlx was not built for mlx {mx.__version__}: {error}"
+        return None, f"specfast._mlx does not fit mlx {mx.__version__}: {error}"
+    except TypeError:
+        return (
+            None,
+            f"specfast._mlx does not fit mlx {mx.__version__}: they were built with nanobinds of different ABIs",
+        )
+    return module, ""
 
 
 def why_not() -> str:

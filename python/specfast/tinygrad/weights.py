@@ -1,0 +1,313 @@
+"""A tinygrad model's weights as a native model: its layers' names, its sizes, and its memory, used in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tinygrad import Tensor, dtypes
+
+from .. import _core
+from ..architecture import ModelConfig
+from ..checkpoint import build_model
+from ..errors import ModelFormatError, UnsupportedModelError
+from ..gguf_file import GgufFile, parse_gguf
+from ..safetensors_file import TensorView
+from . import private
+
+SUPPORTED_MODELS = (
+    "tinygrad.llm's Transformer (Llama, Mistral, Qwen2, Qwen3; dense), and classes with exo's first-generation layers"
+)
+_LLM = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_EXO = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+}
+_DTYPES = {dtypes.float32: "F32", dtypes.float16: "F16", dtypes.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter: where a checkpoint has it, what the model calls it, and who holds it."""
+
+    name: str
+    own_name: str
+    holder: Any
+    key: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as it is now."""
+        found: Tensor = getattr(self.holder, self.key)
+        return found
+
+
+@dataclass(frozen=True)
+class Seams:
+    """What of a model of either family the native one needs. `rope_pairs`: its own rows of Q and K turn as neighbours."""
+
+    kind: str
+    config: ModelConfig
+    weights: tuple[Weight, ...]
+    rope_pairs: bool
+
+
+@dataclass(frozen=True)
+class NativeWeights:
+    """A native model over a host's weights, and how they are held: how many as "file blocks", "in place", "realised" (made
+    memory of by tinygrad, then in place) or "copied"."""
+
+    model: _core.Model
+    held: Counter[str]
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _unsupported(source: str, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{source} has {what}; supported: {SUPPORTED_MODELS}")
+
+
+def _parameters(prefix: str, own: str, module: Any, names: dict[str, str]) -> Iterator[Weight]:
+    for path, name in names.items():
+        try:
+            linear = _at(module, path)
+        except AttributeError:
+            continue
+        for part in ("weight", "bias"):
+            if getattr(linear, part, None) is not None:
+                yield Weight(f"{prefix}{name}.{part}", f"{own}{path}.{part}", linear, part)
+
+
+def read_seams(model: Any) -> Seams:
+    """Finds the parts of a model by their names.
+
+    Raises:
+        UnsupportedModelError: a model of another build, or with a part that the native decoder does not have.
+    """
+    source = f"{type(model).__module__}.{type(model).__name__}"
+    if all(hasattr(model, name) for name in ("blk", "token_embd", "output_norm", "output")):
+        return _llm_seams(source, model)
+    if all(hasattr(model, name) for name in ("layers", "tok_embeddings", "norm", "output", "freqs_cis")):
+        return _exo_seams(source, model)
+    raise _unsupported(source, "no layers known here")
+
+
+def _llm_seams(source: str, model: Any) -> Seams:
+    c = model.blk[0].config
+    needed = set(_LLM) - {"attn_q_norm", "attn_k_norm"}
+    for i, block in enumerate(model.blk):
+        own = {name for name, value in vars(block).items() if hasattr(value, "weight")}
+        lacking, more = sorted(needed - own), sorted(own - set(_LLM))
+        if lacking or more:
+            raise _unsupported(source, f"a block {i} {'without ' + lacking[0] if lacking else 'with ' + more[0]}")
+    if c.attn_output_gate or c.ssm is not None or c.kv_lora_rank or c.num_experts:
+        raise _unsupported(source, "gated, recurrent, latent or expert layers")
+    if c.rope_dim != c.head_dim or c.qk_norm not in (0, c.head_dim):
+        raise _unsupported(
+            source, f"RoPE over {c.rope_dim} and QK-norm over {c.qk_norm} of the {c.head_dim} inputs of a head"
+        )
+    if c.qk_norm and c.qkv_bias:
+        raise _unsupported(source, "QK-norm and biases together")
+    inv_freq = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim)
+    weights = [
+        Weight("model.embed_tokens.weight", "token_embd.weight", model.token_embd, "weight"),
+        Weight("model.norm.weight", "output_norm.weight", model.output_norm, "weight"),
+        Weight("lm_head.weight", "output.weight", model.output, "weight"),
+    ]
+    for i, block in enumerate(model.blk):
+        weights += _parameters(f"model.layers.{i}.", f"blk.{i}.", block, _LLM)
+    return Seams(
+        "llm",
+        _config(
+            "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama",
+            len(model.blk), c.n_heads, c.n_kv_heads, c.head_dim, c.norm_eps, model.max_context, inv_freq, model.token_embd,
+            model.blk[0].ffn_gate,
+        ),
+        tuple(weights),
+        rope_pairs=False,
+    )  # fmt: skip
+
+
+def _exo_seams(source: str, model: Any) -> Seams:
+    shard = getattr(model, "shard", None)
+    if shard is not None and (shard.start_layer, shard.end_layer) != (0, len(model.layers) - 1):
+        raise _unsupported(source, f"layers {shard.start_layer} to {shard.end_layer} of {shard.n_layers} only")
+    attention = model.layers[0].attention
+    weights = [
+        Weight("model.embed_tokens.weight", "tok_embeddings.weight", model.tok_embeddings, "weight"),
+        Weight("model.norm.weight", "norm.weight", model.norm, "weight"),
+        Weight("lm_head.weight", "output.weight", model.output, "weight"),
+    ]
+    for i, layer in enumerate(model.layers):
+        weights += _parameters(f"model.layers.{i}.", f"layers.{i}.", layer, _EXO)
+    eps = model.layers[0].attention_norm.eps
+    return Seams(
+        "exo",
+        _config(
+            "llama", len(model.layers), attention.n_heads, attention.n_kv_heads, attention.head_dim, eps, model.max_context,
+            _frequencies(model.freqs_cis), model.tok_embeddings, model.layers[0].feed_forward.w1,
+        ),
+        tuple(weights),
+        rope_pairs=True,
+    )  # fmt: skip
+
+
+def _config(
+    model_type: str, layers: int, heads: int, kv_heads: int, head_dim: int, eps: float, max_context: int,
+    inv_freq: npt.NDArray[np.float64], embedding: Any, gate: Any,
+) -> ModelConfig:  # fmt: skip
+    vocab, hidden = embedding.weight.shape
+    return ModelConfig(
+        model_type=model_type, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        intermediate=gate.weight.shape[0], vocab=vocab, rms_eps=eps, max_context=max_context, tied=False,
+        rope_inv_freq=tuple(inv_freq.tolist()), windows=(0,) * layers, quantisation=None, eos_ids=(),
+    )  # fmt: skip
+
+
+def _frequencies(table: Tensor) -> npt.NDArray[np.float64]:
+    """RoPE's frequencies from a table (1, positions, 1, head_dim / 2, 2) of cosines and sines, in any precision.
+
+    The angle of a position twice as far tells the frequency twice as well, once the turns before it are known.
+    """
+    positions = table.shape[1]
+    found = np.zeros(table.shape[3])
+    at = 1
+    while at < positions:
+        cosine, sine = table[0, at, 0].float().numpy().astype(np.float64).T
+        turns = np.round((at * found - np.arctan2(sine, cosine)) / (2 * np.pi)) if at > 1 else 0
+        found = (np.arctan2(sine, cosine) + 2 * np.pi * turns) / at
+        at *= 2
+    return found
+
+
+def native_weights(model: Any, precision: str | None) -> tuple[NativeWeights, Seams]:
+    """A native model over the memory of a model's tensors, which is kept for as long as the native model lives.
+
+    Tensors that tinygrad would unpack from a GGUF file in every step are read as the file's blocks, where tinygrad holds the
+    file; those it holds are used in place; what it has only as a computation is realised first. Without graphs all are copied.
+
+    Raises:
+        UnsupportedModelError, ModelFormatError, ShapeError: an architecture, a device or a format without a native form.
+    """
+    seams = read_seams(model)
+    source = f"{type(model).__module__}.{type(model).__name__}"
+    devices = {str(weight.tensor.device).split(":")[0] for weight in seams.weights}
+    if not devices <= {"CPU", "CLANG", "LLVM"}:
+        raise UnsupportedModelError(
+            f"{source} is on {', '.join(sorted(devices))}; supported: weights on the CPU (DEV=CPU, or .to('CPU'))"
+        )
+    reader = _Reader(in_place=not private.graph_problem())
+    tensors = {weight.name: reader.read(weight) for weight in seams.weights}
+    pairs = seams.rope_pairs
+    if reader.file is not None:
+        pairs = _file_turns_pairs(reader, seams)
+    native = build_model(
+        source, seams.config, tensors, precision=precision, max_context=seams.config.max_context, rope_pairs=pairs
+    )
+    return NativeWeights(native, reader.held), seams
+
+
+class _Reader:
+    """Takes tensors where they lie."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        self.held: Counter[str] = Counter()
+        self.file: GgufFile | None = None
+        self._in_place = in_place
+        self._buffer: Any = None
+
+    def read(self, weight: Weight) -> TensorView:
+        if not self._in_place:
+            return self._copied(weight)
+        tensor = weight.tensor
+        if not private.is_realized(tensor):
+            found = self._from_file(weight)
+            if found is not None:
+                self.held["file blocks"] += 1
+                return found
+            tensor.replace(tensor.contiguous().clone()).realize()
+            self.held["realised"] += 1
+        else:
+            self.held["in place"] += 1
+        if tensor.dtype not in _DTYPES:
+            raise UnsupportedModelError(f"{weight.own_name} is {tensor.dtype}; supported: float32, float16, bfloat16")
+        return TensorView(_DTYPES[tensor.dtype], tuple(tensor.shape), private.memory_of(tensor))
+
+    def _copied(self, weight: Weight) -> TensorView:
+        self.held["copied"] += 1
+        tensor = weight.tensor
+        kind = "F32" if tensor.dtype == dtypes.bfloat16 else _DTYPES.get(tensor.dtype, "F32")
+        values = (tensor if kind == "F16" else tensor.cast(dtypes.float32)).numpy()
+        return TensorView(kind, tuple(values.shape), np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+
+    def _from_file(self, weight: Weight) -> TensorView | None:
+        part = private.file_part(weight.tensor)
+        if part is None:
+            return None
+        whole, start = part
+        if self.file is None or private.identity(whole) is not self._buffer:
+            data = private.memory_of(whole)
+            if bytes(data[:4]) != b"GGUF":
+                return None
+            try:
+                self.file, self._buffer = parse_gguf(Path("the GGUF file"), data), private.identity(whole)
+            except ModelFormatError:
+                return None
+        tensors = self.file.tensors
+        name = weight.own_name
+        if name == "output.weight" and name not in tensors:
+            name = "token_embd.weight"
+        found = tensors.get(name)
+        begins = found is not None and found.data.ctypes.data - self.file.start == start
+        return found if begins and found is not None and found.shape == tuple(weight.tensor.shape) else None
+
+
+def _file_turns_pairs(reader: _Reader, seams: Seams) -> bool:
+    """Whether the file's rows of Q and K are neighbours where the model's are halves: seen by multiplying with both."""
+    assert reader.file is not None
+    weight = next(w for w in seams.weights if w.name == "model.layers.0.self_attn.q_proj.weight")
+    stored = reader.file.tensors.get(weight.own_name)
+    if stored is None or private.file_part(weight.tensor) is None:
+        return False
+    N, K = stored.shape
+    x = np.random.default_rng(0).standard_normal((1, K)).astype(np.float32)
+    matrix = _core.Matrix(_FORMATS.get(stored.dtype, stored.dtype), N, K, stored.data)
+    rows = _core.matmul_rows(x, matrix, "f32")[0].reshape(seams.config.heads, -1)
+    turned = rows.reshape(len(rows), -1, 2).swapaxes(1, 2).reshape(rows.shape)
+    own = (weight.tensor.cast(dtypes.float32) @ Tensor(x[0])).numpy().reshape(rows.shape)
+    straight, pairs = np.abs(own - rows).max(), np.abs(own - turned).max()
+    limit = 0.02 * np.abs(rows).max()
+    if min(straight, pairs) > limit:
+        raise UnsupportedModelError("the model's Q is not what its GGUF file holds; realise the weights (REALIZE=1)")
+    return bool(pairs < straight)
+
+
+_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}

@@ -1,0 +1,129 @@
+"""The Metal sources as texts: self-contained, linted, compiled by a second compiler, every instantiation of the table."""
+
+import itertools
+import os
+import re
+from pathlib import Path
+
+import pytest
+from metal_launch import program
+from specfast import metal
+from specfast.errors import ConfigurationError
+
+FULL = os.environ.get("SPECFAST_FULL") == "1"
+FOLDER = Path(__file__).parents[1] / "metal"
+STEMS = sorted(path.stem for path in FOLDER.glob("*.metal"))
+TYPES = ("f16", "bf16", "f32")
+WEIGHTS = [metal.Weights(), *(metal.Weights(bits, group) for bits in (4, 8) for group in (32, 64, 128))]
+MANY = range(1, metal.MAX_ROWS + 1) if FULL else (1, 9)
+
+
+def launches(stem):  # noqa: PLR0912
+    """Of all types, weights and head sizes; of all M only at full counts."""
+    pairs = list(itertools.product(WEIGHTS, TYPES))
+    if not FULL:
+        pairs = [pairs[0], pairs[4], pairs[9], pairs[14], pairs[20]]
+    heads = [(dim, T) for dim in metal.HEAD_DIMS for T in TYPES if T != "f32" or dim <= 128]
+    K = {"K": 128}
+    match stem:
+        case "embed_rows":
+            return [metal.embed_rows(w, T, M=1, V=8, **K) for w, T in pairs]
+        case "norm_rows":
+            return [metal.norm_rows(T, M=1, eps=1e-5, **K) for T in TYPES]
+        case "matmul_rows":
+            kinds = ("store", "bias", "residual", "silu_mul")
+            return [
+                metal.matmul_rows(w, T, M=M, N=8, epilogue=e, **K)
+                for (w, T), M, e in itertools.product(pairs, MANY, kinds)
+            ]
+        case "swiglu_rows":
+            return [metal.swiglu_rows(w, T, M=M, N=8, **K) for (w, T), M in itertools.product(pairs, MANY)]
+        case "logits_rows":
+            rows = [metal.logits_rows(w, T, M=M, V=8, limit=8, **K) for (w, T), M in itertools.product(pairs, MANY)]
+            return [*rows, metal.logits_best(M=1, V=8)]
+        case "qkv_rope_append":
+            shape = {"heads": 2, "kv_heads": 1, "capacity": 8, "eps": 1e-5, **K}
+            made = []
+            for (w, T), dim, between in itertools.product(pairs, metal.HEAD_DIMS, ("nothing", "bias", "qk_norm")):
+                made += [metal.qkv_rope_append(w, T, M=M, head_dim=dim, between=between, **shape) for M in MANY[-1:]]
+            return made if FULL else made[::4]
+        case "attend_rows":
+            shape = {"heads": 8, "kv_heads": 1, "capacity": 8, "positions": 8}
+            rows = [
+                metal.attend_rows(T, M=M, head_dim=dim, **shape)
+                for (dim, T), M in itertools.product(heads, (1, 2, 4, 9))
+            ]
+            return rows + [metal.attend_spans(T, M=1, heads=8, head_dim=dim) for dim, T in heads]
+        case "kv_cache":
+            paths = [
+                metal.compact_path("bf16", count=2, kv_heads=1, head_dim=64, capacity=8, to_cache=to)
+                for to in (False, True)
+            ]
+            return [metal.commit_round(), *paths]
+        case "law_rows":
+            return [
+                metal.law_weights(M=1, V=1, limit=1, temperature=1.0),
+                metal.law_scales(M=1, V=1, limit=1),
+                metal.law_rows(M=1, V=1),
+            ]
+        case "verify_tokens":
+            return [metal.verify_scan(), metal.verify_masses(gamma=1, V=1), metal.verify_pick(), metal.verify_greedy()]
+        case "couple_tokens":
+            return [metal.couple_rows(M=1, V=1), metal.couple_pick()]
+    raise AssertionError(f"no launches of {stem} are listed")
+
+
+def kernels(stem):
+    return [launch.kernel for launch in launches(stem)]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_text(stem):
+    text = metal.source(stem)
+    assert text.isascii()
+    assert re.findall(r'#include "', text) == []
+    assert "double" not in re.sub(r"//.*", "", text)
+    assert (FOLDER / f"{stem}.metal").read_text().startswith("// ")
+    for path in FOLDER.glob("*.h"):
+        assert path.read_text().startswith("// ")
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_lint(stem):
+    from metal_emulator import EmulatorUnavailableError, lint
+
+    try:
+        assert lint.lint(metal.program(kernels(stem))) == []
+    except EmulatorUnavailableError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_instantiation_compiles(stem):
+    wanted = kernels(stem)
+    if not FULL and len(wanted) > 12:
+        wanted = wanted[:: len(wanted) // 6]
+    assert {kernel.name for kernel in wanted} <= set(program(wanted).kernels)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_second_compiler_takes_it(stem):
+    from metal_emulator import EmulatorUnavailableError, cuda
+
+    wanted = kernels(stem)
+    try:
+        compiled, cubin = cuda.compile_cubin(metal.program(wanted if FULL else wanted[:4] + wanted[-2:]))
+    except EmulatorUnavailableError as missing:
+        pytest.skip(str(missing))
+    assert cubin
+    assert wanted[0].name in compiled.kernels
+
+
+def test_host_names_are_distinct():
+    names = [launch.kernel for stem in STEMS for launch in launches(stem)]
+    assert len({kernel.name for kernel in names}) == len(set(names))
+
+
+def test_an_unknown_file():
+    with pytest.raises(ConfigurationError, match="no Metal source nothing"):
+        metal.source("nothing")
