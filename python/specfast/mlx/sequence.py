@@ -177,7 +177,7 @@ def _cuts_back(cache: Any) -> bool:
     """Whether `trim` gives exactly what there was before the last rows."""
     if _is_stock(cache, "CacheList"):
         return all(_cuts_back(part) for part in cache.caches)
-    if _is_ours(cache):
+    if _is_ours(cache):  # also once it has wrapped, when mlx-lm would say no
         return True
     kinds = ("KVCache", "QuantizedKVCache", "RotatingKVCache")
     return any(_is_stock(cache, kind) for kind in kinds) and bool(cache.is_trimmable())
