@@ -3,7 +3,7 @@ Native kernels and decoder of specfast: NumPy arrays in and out, weights used in
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import numpy
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ class Matrix:
     One weight matrix (N, K), row major, used in place; keeps the arrays that own its memory alive.
 
     weight, scales and biases are C-contiguous uint8 views. q4 and q8 are MLX's affine layout: packed
-    little-endian words, scales and biases (N, K / group) in scale_format. Raises ShapeError.
+    little-endian words, scales and biases (N, K / group) in scale_format. Q4_0, Q4_1, Q8_0, Q4_K, Q5_K and Q6_K are
+    GGUF's blocks, row after row; format then says what they are unpacked to as they are read. Raises ShapeError.
     """
 
     def __init__(self, format: str, N: int, K: int, weight: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)], *, group: int = 0, scales: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)] | None = None, biases: Annotated[NDArray[numpy.uint8], dict(order='C', device='cpu', writable=False)] | None = None, scale_format: str = 'f32') -> None: ...
@@ -42,6 +43,10 @@ class Matrix:
 
     @property
     def format(self) -> str: ...
+
+    @property
+    def blocks(self) -> str | None:
+        """The type of GGUF's blocks; None for other matrices."""
 
     @property
     def nbytes(self) -> int:
@@ -178,10 +183,10 @@ class Model:
     False reads all weights in place, slower. mapped says that all matrices lie in read-only mappings of files, whose
     memory is given back once packed; other arrays are let go. Results of a row are the same bits for any
     number of rows and threads, packed or not. A layer's "window" is how many positions up to its own a row attends to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as float32
-    when the precision is f32.
+    when the precision is f32. rope_pairs says that RoPE turns neighbours (2 i, 2 i + 1) of a head.
     """
 
-    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False, kv_bits: int = 16) -> None: ...
+    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False, kv_bits: int = 16, rope_pairs: bool = False) -> None: ...
 
     def forward(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_rows: int = 1) -> NDArray[numpy.float32]:
         """
@@ -447,3 +452,34 @@ class PromptLookup:
 
     @property
     def nbytes(self) -> int: ...
+
+class GraphForward:
+    """
+    A model's forward pass on a cache as a C function that a host's compiled graph calls.
+
+    void f(float* logits, const void* before, const int32* tokens, const int64* call, int64 a, int64 b): truncates the cache
+    to `start`, appends the tokens (M,), commits them, and writes the logits (rows, vocab) of the last rows. call is
+    (number, vocab, rows or 0 for all, M, start), where -1 for M or start means the next of the last arguments. It
+    raises nothing: logits are NaN then, and `problem` tells why; so are those of one that is gone.
+    """
+
+    def __init__(self, model: Model, cache: Cache) -> None: ...
+
+    @property
+    def number(self) -> int: ...
+
+    function: Final[int] = ...
+    """(arg: object, /) -> int"""
+
+    probe: Final[int] = ...
+    """
+    void f(int32* out, const int32* in, int64 by): out[0] = in[0] + by, and out[1] counts the calls.
+    """
+
+    @property
+    def problem(self) -> str:
+        """What went wrong in the last call; empty if nothing did."""
+
+    @property
+    def calls(self) -> int:
+        """Calls so far."""
