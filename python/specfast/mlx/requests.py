@@ -322,12 +322,18 @@ def _hosted(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, option
     if plan.drafts:
         assert draft_model is not None
         theirs = [] if given is None else given[len(fresh) :]
-        reading = CacheSequence(draft_model, theirs or make_prompt_cache(draft_model), quantising)
-        host_drafter = HostDrafter(reading, plan.draws, step, plan.vocab)
-        drafter = _combined(plan, host_drafter)
-        if theirs:
-            ends.append(host_drafter.end)
-            sequences.append(reading)
+        law, processors = plan.draws.law, plan.draws.processors
+        if plan.native_draft and law and not processors and not theirs:
+            draws = law, plan.draws.seed, plan.native_draft.max_context, plan.draws.rule
+            model_drafter: Drafter = ModelDrafter(plan.native_draft, *draws)
+            drafter = _combined(plan, model_drafter)
+        else:
+            reading = CacheSequence(draft_model, theirs or make_prompt_cache(draft_model), quantising)
+            host_drafter = HostDrafter(reading, plan.draws, step, plan.vocab)
+            drafter = _combined(plan, host_drafter)
+            if theirs:
+                ends.append(host_drafter.end)
+                sequences.append(reading)
     if given is None:
         return target, BoundedDrafter(drafter, sequence), _leave
 
