@@ -164,8 +164,15 @@ def test_a_model_from_the_hub(tmp_path):
     assert last_object(again.stdout)["token_ids"] == last_object(done.stdout)["token_ids"]
 
 
+LISTENING = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs in the background
+from specfast.mlx.command import main
+sys.exit(main())
+"""
+
+
 def test_ctrl_c_ends_the_text():
-    line = [sys.executable, "-u", "-m", "specfast.mlx.generate", *EMBEDDED, "--max-tokens", "-1", "--json"]
+    line = [sys.executable, "-u", "-c", LISTENING, *EMBEDDED, "--max-tokens", "-1", "--json"]
     with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.read(40).startswith(b"==========")
         process.send_signal(signal.SIGINT)
