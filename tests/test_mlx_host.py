@@ -194,8 +194,10 @@ def test_rejection_sampling_beside_mlx_lm(models):
         mx.array(tokens), target, target, max_tokens=200, num_draft_tokens=4, sampler=make_sampler(temp=1.0)
     )
     tested, kept = 0, 0
-    for *_, from_draft in theirs:
-        tested, kept = tested + 1, kept + from_draft
+    for _, _, *from_draft in theirs:
+        if not from_draft:
+            pytest.skip("this mlx-lm does not say what was drafted")
+        tested, kept = tested + 1, kept + from_draft[0]
     rounds = tested - kept
     assert kept / (4 * rounds) < 0.1
 
