@@ -14,7 +14,7 @@ CROSS_PACKAGES := nanobind==3.1.0 ninja scikit-build-core>=0.11 wheel ziglang==0
 .PHONY: help demo test test-full lint format stubs bench bench-compare wheel wheel-macos wheel-aarch64 apt-packages driver clean
 
 help: ## list the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
