@@ -15,10 +15,7 @@ namespace specfast {
 
 Sequence::Sequence(std::shared_ptr<const Model> model, const KvShape& shape, const std::vector<Window>& windows,
                    int64_t capacity, int64_t undo)
-    : model_(std::move(model)),
-      cache_(shape, windows, capacity, undo),
-      work_(*model_),
-      small_(model_->is_small()) {}
+    : model_(std::move(model)), cache_(shape, windows, capacity, undo), work_(*model_), small_(model_->is_small()) {}
 
 int64_t EarlyRows::known(int64_t first, const int32_t* wanted, int64_t count) const {
   if (layers == 0 || first != position) return 0;

@@ -201,7 +201,8 @@ void KvCache::visit_codes(int layer, int64_t rows, bool keys, const F& f, const 
       f(keys ? here.key_code(shape_.head_dim, position, d) : here.value_code(shape_.head_dim, position, d),
         row * shape_.head_dim + d);
     for (int group = 0; group < groups; group++) {
-      float* scale = keys ? here.k_scales + group * kPagePositions + position : here.v_scales + position * groups + group;
+      float* scale =
+          keys ? here.k_scales + group * kPagePositions + position : here.v_scales + position * groups + group;
       g(scale, scale + biases, row * groups + group);
     }
   }
@@ -233,8 +234,7 @@ KvPage KvCache::page(int64_t page, int layer, int kv_head) const {
                head * shape_.head_page_bytes();
   uint8_t* v = k + shape_.k_page_bytes();
   float* scales = reinterpret_cast<float*>(v + shape_.v_page_bytes());  // where there are any
-  return {k,           v,           scales,           scales + shape_.page_scales(), shape_.format,
-          shape_.bits, shape_.group, shape_.bf16_scales};
+  return {k, v, scales, scales + shape_.page_scales(), shape_.format, shape_.bits, shape_.group, shape_.bf16_scales};
 }
 
 }  // namespace specfast

@@ -54,7 +54,8 @@ class KvCache {
   /// capacity does not allow it. Throws std::bad_alloc, again empty.
   bool restart(int64_t length, const std::vector<int64_t>& held);
 
-  /// What an affine format keeps of the first `rows` positions of a layer without a window, of the keys or of the values.
+  /// What an affine format keeps of the first `rows` positions of a layer without a window, of the keys or of the
+  /// values.
   struct Codes {
     uint8_t* codes;  // (kv_heads, rows, head_dim)
     float* scales;   // (kv_heads, rows, groups)

@@ -145,8 +145,8 @@ struct Epilogue {
   bool accumulate = false;      // y += instead of y =
 };
 
-/// What keys and values are stored as; int8 has one scale for each vector of head_dim, affine MLX's 4 or 8 bit codes with
-/// a scale and a bias for each group.
+/// What keys and values are stored as; int8 has one scale for each vector of head_dim, affine MLX's 4 or 8 bit codes
+/// with a scale and a bias for each group.
 enum class KvFormat : uint8_t { bf16, f32, int8, affine };
 
 /// Shape of what one position stores.
@@ -200,8 +200,8 @@ struct Window {
 /// Keys and values of one kv head in one page, in the order in which they are read. K lies in tiles of 64 positions and
 /// there by dimension; V in slices of 64 dimensions (the last may be narrower) and there by position. In bf16 and int8
 /// both are in pairs, as a dot takes them: K two dimensions of a position side by side, V two positions of a dimension.
-/// Affine codes lie as float32 does; of 4 bits, a byte of K has dimension d low and d + 1 high, and a byte of V dimension
-/// d of its slice low and the one half a slice after it high.
+/// Affine codes lie as float32 does; of 4 bits, a byte of K has dimension d low and d + 1 high, and a byte of V
+/// dimension d of its slice low and the one half a slice after it high.
 struct KvPage {
   void* k = nullptr;
   void* v = nullptr;

@@ -391,9 +391,9 @@ void assign_codes(BoundCache& self, const std::vector<CodedRows>& keys, const st
     for (const bool of_keys : {true, false}) {
       const auto& [codes, scales, biases] = (of_keys ? keys : values)[static_cast<size_t>(layer)];
       // read only
-      cache.write_codes(layer, static_cast<int64_t>(rows), of_keys,
-                        {const_cast<uint8_t*>(codes.data()), const_cast<float*>(scales.data()),
-                         const_cast<float*>(biases.data())});
+      cache.write_codes(
+          layer, static_cast<int64_t>(rows), of_keys,
+          {const_cast<uint8_t*>(codes.data()), const_cast<float*>(scales.data()), const_cast<float*>(biases.data())});
     }
   }
 }

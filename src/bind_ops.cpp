@@ -90,7 +90,8 @@ nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k
   a.M = static_cast<int32_t>(M);
   a.position = static_cast<int64_t>(S - M);
   a.scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  std::vector<float> partial(Attention::partial_floats(cache, a.heads, a.M, a.position)), wide(shape.wide_page_floats());
+  std::vector<float> partial(Attention::partial_floats(cache, a.heads, a.M, a.position)),
+      wide(shape.wide_page_floats());
   a.wide = wide.data();
   a.q = q.data();
   a.q_stride = a.out_stride = static_cast<int64_t>(heads * dim);

@@ -4,6 +4,8 @@ import importlib.util
 import itertools
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -154,3 +156,13 @@ def test_the_predictions_in_the_document_are_the_model_s():
 def test_an_unknown_file():
     with pytest.raises(ConfigurationError, match="no Metal source nothing"):
         metal.source("nothing")
+
+
+@pytest.mark.skipif(shutil.which("xcrun") is None, reason="not run: Apple's compiler is on Macs only")
+@pytest.mark.parametrize("stem", STEMS)
+def test_apples_compiler_takes_it(stem, tmp_path):
+    file = tmp_path / f"{stem}.metal"
+    file.write_text(metal.program(kernels(stem)))
+    command = ["xcrun", "-sdk", "macosx", "metal", "-std=metal3.1", "-c", file, "-o", tmp_path / "kernels.air"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
