@@ -124,6 +124,20 @@ def test_the_second_generation_is_named_and_left_alone(tmp_path):
     assert "second generation" in run(sys.executable, "-c", told, PYTHONPATH=str(tmp_path))
 
 
+def test_what_is_not_supported_is_named(tmp_path, monkeypatch, capsys):
+    app = tmp_path / "EXO.app"
+    app.mkdir()
+    monkeypatch.setattr(detection, "APPS", (app, tmp_path / "other.app"))
+    doctor.run(argparse.Namespace(json=False))
+    assert f"{app}: not supported" in capsys.readouterr().out
+    hooked = detection.FoundExo("second generation", tmp_path, "0.3", True)
+    assert "SPECFAST_EXO=1" in hooked.explain()
+    assert "several nodes are not supported" in hooked.explain()
+    assert "start-up hook" in dataclasses.replace(hooked, hooked=False).explain()
+    assert hooked.usable
+    assert not dataclasses.replace(hooked, hooked=False).usable
+
+
 def test_no_exo():
     assert "not installed" in run(sys.executable, "-c", "from specfast.exo.detection import find_exo; print(find_exo().explain())")  # fmt: skip
     assert "not installed" in run(sys.executable, "-m", "specfast.exo", code=2)
