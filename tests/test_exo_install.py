@@ -1,5 +1,7 @@
 """Installing: what exo's environment sees of specfast, what start-up costs, and what uninstalling leaves."""
 
+import argparse
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +12,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from specfast.cli import doctor
+from specfast.exo import detection
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(sysconfig.get_paths()["purelib"])
