@@ -73,6 +73,7 @@ void attend_rows(const Team& team, const KernelTable& kernels, const KvCache& ca
     args.padded_dim = shape.padded_dim();
     args.window = static_cast<int32_t>(window.size);
     args.scale = a.scale;
+    args.wide = a.wide;
     if (window.sinks) {
       args.next = cache.page(first, a.layer, kv_head).k;
       attend_sinks(kernels, cache, a, first_span + span, kv_head, args);
@@ -110,6 +111,7 @@ void attend_rows(const Pass& pass, int layer) {
   a.position = pass.tile.position;
   a.scale = model.attention_scale();
   a.q = pass.work.qkv.data();
+  a.wide = pass.scratch();
   a.q_stride = model.qkv_columns();
   a.partial = pass.work.partial.data();
   a.out = out.f32;

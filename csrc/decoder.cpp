@@ -13,12 +13,9 @@
 
 namespace specfast {
 
-Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity, const std::vector<Window>& windows,
-                   int64_t undo)
-    : model_(std::move(model)),
-      cache_(model_->kv_shape(), windows, capacity, undo),
-      work_(*model_),
-      small_(model_->is_small()) {}
+Sequence::Sequence(std::shared_ptr<const Model> model, const KvShape& shape, const std::vector<Window>& windows,
+                   int64_t capacity, int64_t undo)
+    : model_(std::move(model)), cache_(shape, windows, capacity, undo), work_(*model_), small_(model_->is_small()) {}
 
 int64_t EarlyRows::known(int64_t first, const int32_t* wanted, int64_t count) const {
   if (layers == 0 || first != position) return 0;
@@ -31,7 +28,9 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   ThreadPool& pool = ThreadPool::instance();
   const size_t partial = Attention::partial_floats(cache_, model.heads, tile.M, tile.position);
   if (work_.partial.size() < partial) work_.partial.resize(partial);
-  const auto prepare = [&](int threads) { work_.reserve(model, threads); };
+  const KvShape& shape = cache_.shape();
+  const size_t floats = shape.format == KvFormat::affine ? shape.wide_page_floats() : 0;
+  const auto prepare = [&](int threads) { work_.reserve(model, threads, floats); };
   pool.run(alone(), prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
     rope_angles(pass);
@@ -156,6 +155,11 @@ Verdict Sequence::verify_range(float* x, int64_t count, const Proposal& proposal
   return judge(proposal, before, position, law, lenience, seed, round, rule, nullptr);
 }
 
+void Sequence::restart(int64_t length, const std::vector<int64_t>& held) {
+  early_.layers = 0;
+  if (!cache_.restart(length, held)) throw_full(length);
+}
+
 void Sequence::assign(int64_t length, const std::vector<int64_t>& rows, const float* const* k, const float* const* v) {
   const KvShape& shape = cache_.shape();
   std::vector<int64_t> held(rows.size());
@@ -163,8 +167,7 @@ void Sequence::assign(int64_t length, const std::vector<int64_t>& rows, const fl
     if (const int64_t left_out = length - rows[layer])
       held[layer] = left_out + cache_.window(static_cast<int>(layer)).sinks;
   }
-  early_.layers = 0;
-  if (!cache_.restart(length, held)) throw_full(length);
+  restart(length, held);
   for (int32_t layer = 0; layer < shape.layers; layer++) {
     const size_t l = static_cast<size_t>(layer);
     const int64_t sinks = cache_.window(layer).sinks;

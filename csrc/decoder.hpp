@@ -46,9 +46,11 @@ struct Stretch {
 /// The KV cache and buffers of one sequence of one model. Calls on one sequence must not overlap.
 class Sequence {
  public:
-  /// `windows` (layers,) replace the model's own; see KvCache for `undo`.
-  Sequence(std::shared_ptr<const Model> model, int64_t capacity, const std::vector<Window>& windows, int64_t undo = 0);
-  Sequence(const std::shared_ptr<const Model>& model, int64_t capacity) : Sequence(model, capacity, model->windows()) {}
+  /// See KvCache; `shape` and `windows` are the model's or take their place.
+  Sequence(std::shared_ptr<const Model> model, const KvShape& shape, const std::vector<Window>& windows,
+           int64_t capacity, int64_t undo = 0);
+  Sequence(const std::shared_ptr<const Model>& model, int64_t capacity)
+      : Sequence(model, model->kv_shape(), model->windows(), capacity) {}
 
   const Model& model() const { return *model_; }
   KvCache& cache() { return cache_; }
@@ -70,6 +72,10 @@ class Sequence {
   Verdict verify_range(float* x, int64_t count, const Proposal& proposal, const Law& law, double lenience,
                        uint64_t seed, uint64_t round, Rule rule = Rule::token);
 
+  /// Forgets everything and counts `length` positions as committed, whose rows the caller then writes to the cache.
+  /// Throws ContextFullError or std::bad_alloc with the cache emptied.
+  void restart(int64_t length, const std::vector<int64_t>& held);
+  void restart(int64_t length) { restart(length, std::vector<int64_t>(model_->layers.size())); }
   /// Replaces what the cache holds by `length` positions, committed. k[layer] and v[layer] are (kv_heads, rows[layer],
   /// head_dim): all positions or, of a layer with a window, its sinks and the last ones, down to what the next row
   /// sees. The cache rounds them to its format. Throws ContextFullError or std::bad_alloc with the cache emptied.

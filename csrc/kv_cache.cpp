@@ -190,6 +190,42 @@ void KvCache::read(int layer, int64_t first, int64_t rows, int64_t at, int64_t t
   }
 }
 
+template <class F, class G>
+void KvCache::visit_codes(int layer, int64_t rows, bool keys, const F& f, const G& g) const {
+  const int groups = shape_.groups(), biases = groups * kPagePositions;
+  for (int64_t row = 0; row < shape_.kv_heads * rows; row++) {
+    const int64_t i = row % rows;
+    const int position = static_cast<int>(i % kPagePositions);
+    const KvPage here = page(i / kPagePositions, layer, static_cast<int>(row / rows));
+    for (int d = 0; d < shape_.head_dim; d++)
+      f(keys ? here.key_code(shape_.head_dim, position, d) : here.value_code(shape_.head_dim, position, d),
+        row * shape_.head_dim + d);
+    for (int group = 0; group < groups; group++) {
+      float* scale =
+          keys ? here.k_scales + group * kPagePositions + position : here.v_scales + position * groups + group;
+      g(scale, scale + biases, row * groups + group);
+    }
+  }
+}
+
+void KvCache::read_codes(int layer, int64_t rows, bool keys, const Codes& to) const {
+  const int mask = (1 << shape_.bits) - 1;
+  visit_codes(
+      layer, rows, keys,
+      [&](KvPage::Place at, int64_t i) { to.codes[i] = static_cast<uint8_t>(*at.byte >> at.shift & mask); },
+      [&](const float* scale, const float* bias, int64_t i) { to.scales[i] = *scale, to.biases[i] = *bias; });
+}
+
+void KvCache::write_codes(int layer, int64_t rows, bool keys, const Codes& from) {
+  const int mask = (1 << shape_.bits) - 1;
+  visit_codes(
+      layer, rows, keys,
+      [&](KvPage::Place at, int64_t i) {
+        *at.byte = static_cast<uint8_t>((*at.byte & ~(mask << at.shift)) | from.codes[i] << at.shift);
+      },
+      [&](float* scale, float* bias, int64_t i) { *scale = from.scales[i], *bias = from.biases[i]; });
+}
+
 KvPage KvCache::page(int64_t page, int layer, int kv_head) const {
   const Place& place = places_[static_cast<size_t>(layer)];
   const size_t head =
@@ -197,9 +233,8 @@ KvPage KvCache::page(int64_t page, int layer, int kv_head) const {
   uint8_t* k = stores_[static_cast<size_t>(place.store)].pages[static_cast<size_t>(page)].get() +
                head * shape_.head_page_bytes();
   uint8_t* v = k + shape_.k_page_bytes();
-  if (shape_.format != KvFormat::int8) return {k, v, nullptr, nullptr, shape_.format};
-  float* scales = reinterpret_cast<float*>(v + shape_.v_page_bytes());
-  return {k, v, scales, scales + kPagePositions, shape_.format};
+  float* scales = reinterpret_cast<float*>(v + shape_.v_page_bytes());  // where there are any
+  return {k, v, scales, scales + shape_.page_scales(), shape_.format, shape_.bits, shape_.group, shape_.bf16_scales};
 }
 
 }  // namespace specfast

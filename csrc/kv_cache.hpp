@@ -54,8 +54,17 @@ class KvCache {
   /// capacity does not allow it. Throws std::bad_alloc, again empty.
   bool restart(int64_t length, const std::vector<int64_t>& held);
 
+  /// What an affine format keeps of the first `rows` positions of a layer without a window, of the keys or of the
+  /// values.
+  struct Codes {
+    uint8_t* codes;  // (kv_heads, rows, head_dim)
+    float* scales;   // (kv_heads, rows, groups)
+    float* biases;   // alike
+  };
+  void read_codes(int layer, int64_t rows, bool keys, const Codes& to) const;
+  void write_codes(int layer, int64_t rows, bool keys, const Codes& from);
   /// Copies the stored elements of the positions first .. first + rows - 1 of a layer to rows of k and v, which are
-  /// (kv_heads, total, head_dim), from `at` on; either may be null. Not for int8.
+  /// (kv_heads, total, head_dim), from `at` on; either may be null. For bf16 and f32.
   void read(int layer, int64_t first, int64_t rows, int64_t at, int64_t total, void* k, void* v) const;
 
   /// Whether a page is there: those between a window's sinks and what it holds are not.
@@ -85,6 +94,9 @@ class KvCache {
   const Store& store_of(int layer) const {
     return stores_[static_cast<size_t>(places_[static_cast<size_t>(layer)].store)];
   }
+  /// Calls f(place of a code, its index) and g(scale, bias, index) for all that read_codes reads.
+  template <class F, class G>
+  void visit_codes(int layer, int64_t rows, bool keys, const F& f, const G& g) const;
   size_t page_bytes(const Store& store) const;
   Page take_page(Store& store) const;
   /// Takes the pages [first, last) that are not there.

@@ -25,10 +25,11 @@ struct Workspace {
     if (model.last()) normed.reserve(needs_of({&model.head}, model.precision));
   }
 
-  /// Makes room for the threads of one call.
-  void reserve(const Model& model, int threads) {
+  /// Makes room for the threads of one call, with at least `floats` of scratch each.
+  void reserve(const Model& model, int threads, size_t floats = 0) {
     const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
-    scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
+    floats = std::max(floats, matmul_scratch_floats(widest));
+    scratch.resize(static_cast<size_t>(threads) * ((floats + 15) / 16 * 16 + 16));
     best.resize(static_cast<size_t>(threads) * kTileRows);
   }
 
@@ -41,7 +42,7 @@ struct Workspace {
   std::vector<float> partial;  // (spans, M, heads, padded_dim + 2)
   RowsBuffer attended;         // input of o
   RowsBuffer activated;        // input of down
-  std::vector<float> scratch;  // per thread, for matmuls
+  std::vector<float> scratch;  // per thread, for matmuls and pages of affine codes
   std::vector<float> logits;   // (rows, vocab)
   std::vector<RowMax> best;    // (threads, 16), then reduced into the first row
   VerifyScratch verify;

@@ -1,4 +1,6 @@
 // Models and caches: construction from Python dictionaries, forward, draft and verify.
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings.hpp"
@@ -17,6 +19,18 @@ Precision precision_named(const std::string& name) {
 
 const char* precision_name(Precision precision) {
   return precision == Precision::int8 ? "int8" : precision == Precision::bf16 ? "bf16" : "f32";
+}
+
+KvShape affine_shape(KvShape shape, int32_t bits, int32_t group) {
+  const bool known = (bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128);
+  if (!known || shape.head_dim % group)
+    throw ShapeError("keys and values of head_dim " + std::to_string(shape.head_dim) + " in " + std::to_string(bits) +
+                     " bits and groups of " + std::to_string(group) +
+                     " are not supported; supported: 4 or 8 bits in groups of 32, 64 or 128 that divide it");
+  shape.format = KvFormat::affine;
+  shape.bits = bits;
+  shape.group = group;
+  return shape;
 }
 
 const KernelTable& kernels_named(const std::optional<std::string>& isa) {
@@ -138,7 +152,7 @@ std::vector<Window> windows_of(const Model& model, const std::vector<int64_t>& s
 
 void init_cache(BoundCache* self, const BoundModel& model, int64_t capacity,
                 const std::optional<std::vector<int64_t>>& windows, const std::optional<std::vector<int64_t>>& sinks,
-                int64_t undo) {
+                int64_t undo, const std::optional<std::pair<int32_t, int32_t>>& kv_codes) {
   if (capacity < 0 || capacity > model.model->max_context)
     throw ShapeError("capacity " + std::to_string(capacity) + " is outside 1 to the model's context of " +
                      std::to_string(model.model->max_context));
@@ -147,7 +161,16 @@ void init_cache(BoundCache* self, const BoundModel& model, int64_t capacity,
   const std::vector<Window> own =
       windows ? windows_of(*model.model, *windows, sinks.value_or(std::vector<int64_t>(windows->size())))
               : model.model->windows();
-  auto sequence = std::make_unique<Sequence>(model.model, capacity ? capacity : model.model->max_context, own, undo);
+  KvShape shape = model.model->kv_shape();
+  if (kv_codes) {
+    shape = affine_shape(shape, kv_codes->first, kv_codes->second);
+    shape.bf16_scales = model.model->precision != Precision::f32;
+  }
+  for (const Window& window : own) {
+    if (kv_codes && window.size) throw ShapeError("kv_codes are for layers without a sliding window");
+  }
+  auto sequence =
+      std::make_unique<Sequence>(model.model, shape, own, capacity ? capacity : model.model->max_context, undo);
   new (self) BoundCache();
   self->sequence = std::move(sequence);
 }
@@ -192,7 +215,7 @@ void forward_into(const BoundModel& self, BoundCache& cache, const Tokens& token
 }
 
 void require_plain_rows(const KvCache& cache) {
-  if (cache.shape().format == KvFormat::int8)
+  if (cache.shape().format == KvFormat::int8 || cache.shape().format == KvFormat::affine)
     throw ShapeError("keys and values can be read and replaced in bf16 and f32");
 }
 
@@ -309,6 +332,70 @@ Verdict verify_range(const BoundModel& self, BoundCache& cache, const Floats& ro
   sequence.cache().drop_to(0);
   return sequence.verify_range(x.data(), static_cast<int64_t>(rows.shape(0) - drafted), proposal, law, 1.0, seed, round,
                                named);
+}
+
+using Codes = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Groups = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using CodedRows = std::tuple<Codes, Groups, Groups>;
+
+void require_codes(const KvCache& cache) {
+  if (cache.shape().format != KvFormat::affine)
+    throw ShapeError("this cache has no codes; it was not made with kv_codes");
+}
+
+nb::tuple stored_codes(BoundCache& self, int layer, bool keys, std::optional<int64_t> given_length) {
+  const KvCache& cache = self.sequence->cache();
+  const KvShape& shape = cache.shape();
+  require_codes(cache);
+  const int64_t length = given_length.value_or(cache.length());
+  if (layer < 0 || layer >= shape.layers || length < 0 || length > cache.length())
+    throw ShapeError("no layer " + std::to_string(layer) + " of " + std::to_string(length) + " positions: there are " +
+                     std::to_string(shape.layers) + " of " + std::to_string(cache.length()));
+  CacheUse use(self);
+  const size_t heads = static_cast<size_t>(shape.kv_heads), rows = static_cast<size_t>(length);
+  KvCache::Codes to;
+  auto codes = make_array(&to.codes, {heads, rows, static_cast<size_t>(shape.head_dim)});
+  auto scales = make_array(&to.scales, {heads, rows, static_cast<size_t>(shape.groups())});
+  auto biases = make_array(&to.biases, {heads, rows, static_cast<size_t>(shape.groups())});
+  {
+    WithoutGil released;
+    cache.read_codes(layer, length, keys, to);
+  }
+  return nb::make_tuple(codes, scales, biases);
+}
+
+void assign_codes(BoundCache& self, const std::vector<CodedRows>& keys, const std::vector<CodedRows>& values) {
+  KvCache& cache = self.sequence->cache();
+  const KvShape& shape = cache.shape();
+  require_codes(cache);
+  const size_t layers = static_cast<size_t>(shape.layers), heads = static_cast<size_t>(shape.kv_heads);
+  if (keys.size() != layers || values.size() != layers)
+    throw ShapeError("keys and values of " + std::to_string(layers) + " layers are needed, got " +
+                     std::to_string(keys.size()) + " and " + std::to_string(values.size()));
+  const size_t rows = std::get<0>(keys.front()).shape(1);
+  const auto fits = [&](const auto& array, int32_t columns) {
+    return array.shape(0) == heads && array.shape(1) == rows && array.shape(2) == static_cast<size_t>(columns);
+  };
+  for (const auto* list : {&keys, &values}) {
+    for (const auto& [codes, scales, biases] : *list) {
+      if (!fits(codes, shape.head_dim) || !fits(scales, shape.groups()) || !fits(biases, shape.groups()))
+        throw ShapeError("codes must be (" + std::to_string(heads) + ", rows, " + std::to_string(shape.head_dim) +
+                         "), scales and biases (" + std::to_string(heads) + ", rows, " +
+                         std::to_string(shape.groups()) + ") with the same rows in all layers");
+    }
+  }
+  CacheUse use(self);
+  WithoutGil released;
+  self.sequence->restart(static_cast<int64_t>(rows));
+  for (int layer = 0; layer < shape.layers; layer++) {
+    for (const bool of_keys : {true, false}) {
+      const auto& [codes, scales, biases] = (of_keys ? keys : values)[static_cast<size_t>(layer)];
+      // read only
+      cache.write_codes(
+          layer, static_cast<int64_t>(rows), of_keys,
+          {const_cast<uint8_t*>(codes.data()), const_cast<float*>(scales.data()), const_cast<float*>(biases.data())});
+    }
+  }
 }
 
 void prefill(const BoundModel& self, BoundCache& cache, const Tokens& tokens) {
@@ -544,7 +631,7 @@ void bind_model(nb::module_& m) {
       "own and the layer's\nsinks (layers,), which are first positions that never leave. The last "
       "undo committed positions can be dropped again.")
       .def("__init__", &init_cache, nb::arg("model"), nb::arg("capacity") = 0, nb::arg("windows") = nb::none(),
-           nb::arg("sinks") = nb::none(), nb::arg("undo") = 0, nb::keep_alive<1, 2>())
+           nb::arg("sinks") = nb::none(), nb::arg("undo") = 0, nb::arg("kv_codes") = nb::none(), nb::keep_alive<1, 2>())
       .def_prop_ro(
           "length", [](const BoundCache& self) { return self.sequence->cache().length(); }, "Committed positions.")
       .def_prop_ro(
@@ -604,6 +691,17 @@ void bind_model(nb::module_& m) {
           "head_dim)\nfloat32 per layer, rounded to bf16 unless the precision is f32. Rows are all positions or, of a "
           "layer with a window,\nits sinks and the last ones, down to what the next row sees. Raises ContextFullError, "
           "or ShapeError.")
+      .def("codes", &stored_codes, nb::arg("layer"), nb::arg("keys"), nb::arg("length") = nb::none(),
+           nb::sig("def codes(self, layer: int, keys: bool, length: int | None = None) -> tuple[NDArray[numpy.uint8], "
+                   "NDArray[numpy.float32], NDArray[numpy.float32]]"),
+           "A copy of a layer's committed keys, or values, of a cache with kv_codes: codes (kv_heads, rows, head_dim), "
+           "scales\nand biases (kv_heads, rows, groups). Raises ShapeError for other caches.")
+      .def("assign_codes", &assign_codes, nb::arg("keys"), nb::arg("values"),
+           nb::sig("def assign_codes(self, keys: list[tuple[NDArray[numpy.uint8], NDArray[numpy.float32], "
+                   "NDArray[numpy.float32]]], values: list[tuple[NDArray[numpy.uint8], NDArray[numpy.float32], "
+                   "NDArray[numpy.float32]]]) -> None"),
+           "Replaces what a cache with kv_codes holds by rows per layer, as codes gives them, committed. Raises "
+           "ContextFullError,\nor ShapeError.")
       .def_prop_ro(
           "least_length", [](const BoundCache& self) { return self.sequence->cache().least_length(); },
           "The least length, besides 0, that truncate allows.")

@@ -141,6 +141,46 @@ def test_what_a_window_has_left_does_not_count(isa, kv_bits, window):
     assert not np.array_equal(_core.attend_rows(q, k, v, kv_bits, isa, window)[0], before[0])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 32), (8, 64), (8, 128)])
+def test_affine_codes_against_float64(isa, bits, group):
+    from oracle.model import affine_groups
+
+    rng = np.random.default_rng(bits)
+    for S, M, dim in ((1, 1, 128), (9, 3, 128), (515, 9, 128), (1301, 4, 256), (300, 2, 32), (70, 2, 96)):
+        if dim % group:
+            continue
+        q, k, v = random_case(rng, S, M, 4, 2, dim)
+        out = _core.attend_rows(q, k, v, bits, isa, group=group)
+        inputs = q, affine_groups(k, bits, group), affine_groups(v, bits, group)
+        assert np.abs(out - attention(*inputs)).max() < 2e-5 * np.abs(v).max()
+        if bits == 4 and S > 1:
+            assert np.abs(out - attention(q, k, v)).max() > 1e-3
+        for m in range(M):
+            end = S - M + m + 1
+            alone = _core.attend_rows(q[m : m + 1], k[:end], v[:end], bits, isa, group=group)
+            assert np.array_equal(alone[0], out[m])
+        windowed = _core.attend_rows(q, k, v, bits, isa, 33, 3, group)
+        assert np.abs(windowed - attention(*inputs, 33, 3)).max() < 2e-5 * np.abs(v).max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_special_vectors_in_affine_codes(isa):
+    q, k, v = random_case(np.random.default_rng(3), 300, 9, 2, 2, 64)
+    k[7], v[9], k[11] = 0, 0, 3  # groups of one value
+    from oracle.model import affine_groups
+
+    exact = attention(q, affine_groups(k, 8, 32), affine_groups(v, 8, 32))
+    assert np.abs(_core.attend_rows(q, k, v, 8, isa, group=32) - exact).max() < 1e-4
+    for broken in (k, v):
+        kept, broken[295, 0, 2] = broken[295, 0, 2], np.nan
+        out = _core.attend_rows(q, k, v, 8, isa, group=32)
+        assert np.isnan(out[4:, 0]).any()
+        assert np.isfinite(out[:4]).all()
+        assert np.isfinite(out[:, 1]).all()
+        broken[295, 0, 2] = kept
+
+
 def test_a_later_key_would_be_caught():
     q, k, v = random_case(np.random.default_rng(2), 40, 4, 2, 2, 16)
     k[39] *= 3

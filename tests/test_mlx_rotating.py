@@ -13,7 +13,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 import specfast.mlx  # noqa: E402
 from mlx_lm.models import cache as stock  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
-from mlx_models import generate_step, logits_of, random_model, speculative_generate_step  # noqa: E402
+from mlx_models import ARCHITECTURES, generate_step, logits_of, random_model, speculative_generate_step  # noqa: E402
 from specfast import ConfigurationError, ShapeError, _core  # noqa: E402
 from specfast.context import Context  # noqa: E402
 from specfast.controllers import FixedGamma  # noqa: E402
@@ -307,6 +307,29 @@ def test_generation_is_mlx_lms(model, plain):
     assert generated(model, prompt, 40, count=100)[0] == expected
     assert generated(model, prompt, 40, draft=model, gamma=4, count=100)[0] == expected
     assert not report(model).stock_calls
+
+
+@pytest.mark.skipif("qwen3" not in ARCHITECTURES, reason="this mlx-lm has no Qwen3")
+@pytest.mark.parametrize(
+    "options", [{"max_kv_size": 16}, {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 20}]
+)
+def test_options_of_generate_step(options):
+    """As a user gives them: drafted or not, the tokens are the same, and no row runs in mlx-lm's layers."""
+    model, draft, twin = (
+        accelerate(random_model("qwen3", "q8g32", seed=seed), precision)
+        for seed, precision in ((0, "f32"), (1, "f32"), (0, "int8"))
+    )
+
+    def tokens(options=options, **drafting):
+        steps = specfast.mlx.generate_step(mx.array(TOKENS[:30]), model, max_tokens=80, **options, **drafting)
+        return [int(token) for token, *_ in steps]
+
+    expected = tokens()
+    for num_draft_tokens in (1, 4, 20):
+        for draft_model in (draft, twin):
+            assert tokens(draft_model=draft_model, num_draft_tokens=num_draft_tokens) == expected
+    assert not report(model).stock_calls
+    assert tokens({}) != expected  # it matters what the caches are
 
 
 def test_mlx_lms_speculation_fails_or_differs(plain):

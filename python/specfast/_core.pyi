@@ -337,7 +337,7 @@ class Cache:
     sinks (layers,), which are first positions that never leave. The last undo committed positions can be dropped again.
     """
 
-    def __init__(self, model: Model, capacity: int = 0, windows: Sequence[int] | None = None, sinks: Sequence[int] | None = None, undo: int = 0) -> None: ...
+    def __init__(self, model: Model, capacity: int = 0, windows: Sequence[int] | None = None, sinks: Sequence[int] | None = None, undo: int = 0, kv_codes: tuple[int, int] | None = None) -> None: ...
 
     @property
     def length(self) -> int:
@@ -389,6 +389,18 @@ class Cache:
         its sinks and the last ones, down to what the next row sees. Raises ContextFullError, or ShapeError.
         """
 
+    def codes(self, layer: int, keys: bool, length: int | None = None) -> tuple[NDArray[numpy.uint8], NDArray[numpy.float32], NDArray[numpy.float32]]:
+        """
+        A copy of a layer's committed keys, or values, of a cache with kv_codes: codes (kv_heads, rows, head_dim), scales
+        and biases (kv_heads, rows, groups). Raises ShapeError for other caches.
+        """
+
+    def assign_codes(self, keys: list[tuple[NDArray[numpy.uint8], NDArray[numpy.float32], NDArray[numpy.float32]]], values: list[tuple[NDArray[numpy.uint8], NDArray[numpy.float32], NDArray[numpy.float32]]]) -> None:
+        """
+        Replaces what a cache with kv_codes holds by rows per layer, as codes gives them, committed. Raises ContextFullError,
+        or ShapeError.
+        """
+
     @property
     def least_length(self) -> int:
         """The least length, besides 0, that truncate allows."""
@@ -431,11 +443,11 @@ def read_bandwidth(buffer: Annotated[NDArray[numpy.uint8], dict(order='C', devic
 def matmul_rows(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], matrix: Matrix, precision: str = 'int8', isa: str | None = None) -> NDArray[numpy.float32]:
     """x (M, K) float32 times matrix (N, K) transposed: (M, N) float32."""
 
-def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], kv_bits: int = 16, isa: str | None = None, window: int = 0, sinks: int = 0) -> NDArray[numpy.float32]:
+def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], kv_bits: int = 16, isa: str | None = None, window: int = 0, sinks: int = 0, group: int = 0) -> NDArray[numpy.float32]:
     """
     Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all float32.
 
-    kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it, and the first of all, sinks many; window 0 is all.
+    kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it, and the first of all, sinks many; window 0 is all. With a group they are MLX's affine codes of 4 or 8 bits, a scale and a bias for each group.
     """
 
 class SuffixAutomaton:

@@ -97,6 +97,21 @@ def round_vectors(x: Array) -> Array:
     return round_to_int8(x.reshape(len(x), -1), x.shape[-1], x.shape[-1]).reshape(x.shape)
 
 
+def affine_groups(x: Array, bits: int, group: int) -> Array:
+    """x (..., d) as MLX's affine codes keep it: per group, of the ends of its range the one further from 0 is exact and 0
+    a whole number of steps away, ties to even. In the type of x: a code next to a tie depends on it."""
+    groups = x.reshape(*x.shape[:-1], -1, group)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    far = np.where(-low > high, low, high)
+    step = np.maximum((high - low) / (2**bits - 1), 1e-7)
+    step = np.where(-low > high, step, -step)
+    steps = np.rint(far / step)
+    step = np.where(steps != 0, far / np.where(steps != 0, steps, 1), step)
+    bias = np.where(steps != 0, far, 0 * far)
+    codes = np.clip(np.rint((groups - bias) / step), 0, 2**bits - 1)
+    return (codes * step + bias).reshape(x.shape)
+
+
 def dequantise(packed: ArrayLike, scales: ArrayLike, biases: ArrayLike, bits: int, group: int) -> Array:
     """MLX's affine groups. packed: (N, K * bits / 32) uint32, lowest bits first; scales, biases: (N, K / group)."""
     words = np.asarray(packed, np.uint32)[..., None]

@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from .accelerate import Report, accelerate, report, restore
-from .cache import KVCache, RotatingKVCache
+from .cache import KVCache, QuantizedKVCache, RotatingKVCache
 from .difference import Difference, compare
 from .stream import GenerationResponse, Stream, generate, generate_step, stream_generate
 
@@ -25,6 +25,7 @@ __all__ = [
     "Difference",
     "GenerationResponse",
     "KVCache",
+    "QuantizedKVCache",
     "Report",
     "RotatingKVCache",
     "Stream",

@@ -60,9 +60,9 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
 
     `model(inputs, cache=cache)` works as before: logits (1, M, vocab) of all rows for inputs (1, M), always as float32,
     computed when the call returns; a row's logits have the same bits whatever M is. The KV caches it is called with
-    become `specfast.mlx.KVCache` and `specfast.mlx.RotatingKVCache`, in place. A call this path cannot take (several
-    sequences, input embeddings, a quantised cache, inside a function transformation) runs mlx-lm's layers, and `report`
-    counts it with the reason. So does every call once a weight or a module has been replaced; accelerate the model again
+    become `specfast.mlx.KVCache`, `RotatingKVCache` and `QuantizedKVCache`, in place. A call this path cannot take (several
+    sequences, input embeddings, inside a function transformation) runs mlx-lm's layers, and `report` counts it with the
+    reason. So does every call once a weight or a module has been replaced; accelerate the model again
     to use the new one. Values written into an array in place are not noticed.
 
     That is the path of every installation. Where `specfast._mlx` was built for the mlx in use, the forward pass is

@@ -15,9 +15,11 @@ from ..errors import ConfigurationError, ShapeError
 
 _Stock: Any = mlx_lm_cache.KVCache
 _StockRotating: Any = mlx_lm_cache.RotatingKVCache
+_StockQuantized: Any = mlx_lm_cache.QuantizedKVCache
 UNDO = 64  # positions that a cache with a window can drop again after they have pushed others out
 KEEP = 4  # first positions that mlx-lm keeps under a max_kv_size
 _Window = tuple[int, int]  # positions up to a row's own, 0 for all, and first positions besides
+_Codes = tuple[int, int]  # bits and group size of MLX's affine codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class Store:
     model: _core.Model
     cache: _core.Cache
     windows: list[_Window]
+    codes: _Codes | None
 
 
 class _InPages:
@@ -34,8 +37,7 @@ class _InPages:
 
     In between calls they are mlx-lm's caches in every respect: `offset` is how many positions count, `trim` and a smaller
     `offset` drop the rest, and `keys`, `values`, `state`, `nbytes`, copies and saved files have the same contents, as
-    copies of (1, kv_heads, rows, head_dim) in bfloat16, or float32 at precision "f32". Whatever writes into one makes it
-    a stock cache again.
+    copies in bfloat16, or float32 at precision "f32". Whatever writes into one makes it a stock cache again.
     """
 
     _store: Store
@@ -44,22 +46,22 @@ class _InPages:
     _stock: ClassVar[Any]
 
     @property
-    def keys(self) -> mx.array | None:
+    def keys(self) -> Any:
         """A copy of the keys, rotated: (1, kv_heads, rows, head_dim); None when there are none."""
-        return self._rows(self._store.cache.keys)
+        return self._rows(keys=True) if self._store.cache.length else None
 
     @keys.setter
-    def keys(self, keys: mx.array | None) -> None:
+    def keys(self, keys: Any) -> None:
         self.become_stock()
         self.keys = keys
 
     @property
-    def values(self) -> mx.array | None:
+    def values(self) -> Any:
         """A copy of the values: (1, kv_heads, rows, head_dim); None when there are none."""
-        return self._rows(self._store.cache.values)
+        return self._rows(keys=False) if self._store.cache.length else None
 
     @values.setter
-    def values(self, values: mx.array | None) -> None:
+    def values(self, values: Any) -> None:
         self.become_stock()
         self.values = values
 
@@ -81,9 +83,8 @@ class _InPages:
         own = {name: value for name, value in vars(self).items() if name not in ("_store", "_layer")}
         return own | {"keys": self.keys, "values": self.values}
 
-    def _rows(self, read: Any) -> mx.array | None:
-        if self._store.cache.length == 0:
-            return None
+    def _rows(self, *, keys: bool) -> Any:
+        read = self._store.cache.keys if keys else self._store.cache.values
         rows = mx.array(read(self._layer, self.offset)[None])
         return rows if rows.dtype == mx.float32 else rows.view(mx.bfloat16)
 
@@ -136,29 +137,54 @@ class RotatingKVCache(_InPages, _StockRotating):  # type: ignore[misc]
         return super()._contents() | {"_idx": self._idx}
 
 
+class QuantizedKVCache(_InPages, _StockQuantized):  # type: ignore[misc]
+    """A layer's cache of MLX's affine codes in specfast's pages. Made by an accelerated model, not by hand.
+
+    `keys` and `values` are mlx-lm's triples: packed codes (1, kv_heads, rows, head_dim * bits / 32) uint32, scales and biases
+    (1, kv_heads, rows, head_dim / group_size).
+    """
+
+    _stock = _StockQuantized
+    group_size: int
+    bits: int
+
+    def _rows(self, *, keys: bool) -> Any:
+        codes, scales, biases = self._store.cache.codes(self._layer, keys, self.offset)
+        rows = codes if self.bits == 8 else codes[..., ::2] + codes[..., 1::2] * np.uint8(16)
+        dtype = mx.float32 if self._store.model.precision == "f32" else mx.bfloat16
+        packed = mx.array(np.ascontiguousarray(rows).view(np.uint32)[None])
+        return packed, *(mx.array(part[None]).astype(dtype) for part in (scales, biases))
+
+
+_KINDS = (KVCache, RotatingKVCache, QuantizedKVCache)
+
+
 def _stock_cache(kind: Any, contents: dict[str, Any]) -> Any:
     cache = kind.__new__(kind)
     vars(cache).update(contents)
     return cache
 
 
-def make_cache(model: _core.Model, max_kv_size: int | None = None, capacity: int = 0) -> _core.Cache:
+def make_cache(
+    model: _core.Model, max_kv_size: int | None = None, capacity: int = 0, codes: tuple[int, int] | None = None
+) -> _core.Cache:
     """The native cache of a new sequence; with a `max_kv_size`, of that many positions: the first 4, and the last ones.
 
     Layers with a sliding window of their own keep that, as in mlx-lm.
 
     Args:
         capacity: most positions of the text; 0 for no limit.
+        codes: bits and group size of MLX's affine codes that keys and values are kept in; without windows only.
 
     Raises:
         ConfigurationError: a max_kv_size that leaves nothing besides the first 4.
     """
     if max_kv_size is None:
-        return _core.Cache(model, capacity)
+        return _core.Cache(model, capacity, kv_codes=codes)
     if max_kv_size <= KEEP:
         raise ConfigurationError(f"max_kv_size is {max_kv_size}, but must be at least {KEEP + 1}")
     windows = [(own, 0) if own else (max_kv_size - KEEP, KEEP) for own in model.windows]
-    return _new_cache(model, windows, capacity)
+    return _new_cache(model, windows, codes, capacity)
 
 
 def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
@@ -177,6 +203,9 @@ def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
         if isinstance(window, str):
             return window
         windows.append(window)
+    codes = _codes(model, caches)
+    if isinstance(codes, str):
+        return codes
     offset = caches[0].offset
     if any(cache.offset != offset for cache in caches):
         return "caches whose layers have different offsets"
@@ -184,11 +213,12 @@ def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
     if (
         store is None
         or store.model is not model
-        or store.windows != windows
+        or (store.windows, store.codes) != (windows, codes)
         or not all(_is_layer(cache, store, layer) for layer, cache in enumerate(caches))
     ):
         # one more than can be undone, so that the rest can be read
-        return _take_over(Store(model, _new_cache(model, windows, 0, UNDO + 1), windows), caches, offset)
+        cache = _new_cache(model, windows, codes, 0, UNDO + 1)
+        return _take_over(Store(model, cache, windows, codes), caches, offset)
     if offset > store.cache.length:
         raise ShapeError(f"the caches' offset is {offset}, but they hold {store.cache.length} positions; only lower it")
     if offset < store.cache.length:
@@ -199,10 +229,10 @@ def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
 def _window(cache: Any, own: int) -> _Window | str:
     """What a row of a layer with the window `own` attends to in a cache, or why it cannot."""
     kind = type(cache)
-    if kind in (KVCache, _Stock):
-        return f"a KVCache for a layer with a sliding window of {own}" if own else (0, 0)
+    if kind in (KVCache, _Stock, QuantizedKVCache, _StockQuantized):
+        return f"a {kind.__name__} for a layer with a sliding window of {own}" if own else (0, 0)
     if kind not in (RotatingKVCache, _StockRotating):
-        return f"a cache of type {kind.__name__}; supported: KVCache, RotatingKVCache"
+        return f"a cache of type {kind.__name__}; supported: KVCache, RotatingKVCache, QuantizedKVCache"
     if not 0 <= cache.keep < cache.max_size:
         return f"a RotatingKVCache that keeps {cache.keep} of {cache.max_size} positions"
     if own and cache.max_size > own:
@@ -210,8 +240,25 @@ def _window(cache: Any, own: int) -> _Window | str:
     return cache.max_size - cache.keep, cache.keep
 
 
-def _new_cache(model: _core.Model, windows: Sequence[_Window], capacity: int, undo: int = 0) -> _core.Cache:
-    return _core.Cache(model, capacity, [size for size, _ in windows], [sinks for _, sinks in windows], undo)
+def _codes(model: _core.Model, caches: Sequence[Any]) -> _Codes | str | None:
+    """The codes that all of the caches hold, None for no codes, or why they cannot be held."""
+    formats = {(c.bits, c.group_size) if isinstance(c, _StockQuantized) else None for c in caches}
+    if len(formats) > 1:
+        return "quantised caches beside others"
+    codes = formats.pop()
+    if codes and (codes[0] not in (4, 8) or codes[1] not in (32, 64, 128) or model.head_dim % codes[1]):
+        return (
+            f"a QuantizedKVCache of {codes[0]} bits in groups of {codes[1]}; supported: 4 or 8 bits in groups of 32, 64 or "
+            f"128 that divide the head_dim of {model.head_dim}"
+        )
+    return codes
+
+
+def _new_cache(
+    model: _core.Model, windows: Sequence[_Window], codes: _Codes | None, capacity: int, undo: int = 0
+) -> _core.Cache:
+    sizes, sinks = [size for size, _ in windows], [sinks for _, sinks in windows]
+    return _core.Cache(model, capacity, sizes, sinks, undo, codes)
 
 
 def _is_layer(cache: Any, store: Store, layer: int) -> bool:
@@ -224,15 +271,20 @@ def _take_over(store: Store, caches: Sequence[Any], offset: int) -> Store | str:
         values: list[Any] = []
         for cache, window in zip(caches, store.windows, strict=True):
             for rows, to in ((cache.keys, keys), (cache.values, values)):
-                held = _rows_of(store.model, cache, rows, window)
+                held = (
+                    _codes_of(store.model, cache, rows) if store.codes else _rows_of(store.model, cache, rows, window)
+                )
                 if isinstance(held, str):
                     return held
                 to.append(held)
-        store.cache.assign(keys, values, offset)
+        if store.codes:
+            store.cache.assign_codes(keys, values)
+        else:
+            store.cache.assign(keys, values, offset)
     for layer, cache in enumerate(caches):
         for name in ("keys", "values", "_idx"):
             vars(cache).pop(name, None)
-        cache.__class__ = RotatingKVCache if isinstance(cache, _StockRotating) else KVCache
+        cache.__class__ = next(kind for kind in _KINDS if isinstance(cache, kind._stock))
         cache._store, cache._layer = store, layer
     return store
 
@@ -248,3 +300,18 @@ def _rows_of(model: _core.Model, cache: Any, rows: mx.array | None, window: _Win
             return np.ascontiguousarray(np.asarray(rows[0, :, : cache.offset].astype(mx.float32)))
     shape = None if rows is None else tuple(rows.shape)
     return f"a cache of shape {shape}; supported: (1, {model.kv_heads}, rows, {model.head_dim})"
+
+
+def _codes_of(model: _core.Model, cache: Any, rows: Any) -> Any:
+    """What a quantised cache holds: codes (kv_heads, rows, head_dim) uint8 and their scales and biases, or why not."""
+    if rows is None:
+        return f"a quantised cache without rows at offset {cache.offset}"
+    width, groups = model.head_dim * cache.bits // 32, model.head_dim // cache.group_size
+    for part, columns in zip(rows, (width, groups, groups), strict=True):
+        if (*part.shape[:2], part.shape[3]) != (1, model.kv_heads, columns) or part.shape[2] < cache.offset:
+            return f"a quantised cache of shape {tuple(part.shape)}; supported: (1, {model.kv_heads}, rows, {columns})"
+    packed, *rest = (part[0, :, : cache.offset] for part in rows)
+    codes = np.ascontiguousarray(np.asarray(packed)).view(np.uint8)
+    if cache.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], model.head_dim)
+    return codes, *(np.ascontiguousarray(np.asarray(part.astype(mx.float32))) for part in rest)
