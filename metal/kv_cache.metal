@@ -48,9 +48,9 @@ METAL_FUNC void compact_path_impl(device T* keys, device T* values, device const
 }
 
 template <typename T, int DIM, int TO_CACHE>
-[[kernel]] void compact_path(device T* keys [[buffer(0)]], device T* values [[buffer(1)]],
-                             device const int* path [[buffer(2)]], device const int* state [[buffer(3)]],
-                             device T* scratch [[buffer(4)]], constant int* dims [[buffer(5)]],
+[[kernel]] void compact_path(device const int* path [[buffer(0)]], device const int* state [[buffer(1)]],
+                             device T* scratch [[buffer(2)]], device T* keys [[buffer(3)]],
+                             device T* values [[buffer(4)]], constant int* dims [[buffer(5)]],
                              uint3 group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
   compact_path_impl<T, DIM>(keys, values, path, state, scratch, dims[0], dims[1], TO_CACHE != 0, group.xy, lane);
 }

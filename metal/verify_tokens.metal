@@ -143,8 +143,8 @@ METAL_FUNC int pick_token(device const float* p, device const float* q, device c
 }
 
 METAL_FUNC void verify_pick_impl(device const float* p, device const float* q, device const int* tokens,
-                                 device const int* settings, device const ulong* prefixes, device ulong* masses,
-                                 device int* out, threadgroup ulong* left, uint lane) {
+                                 device const int* settings, device const ulong* prefixes, device int* out,
+                                 device ulong* masses, threadgroup ulong* left, uint lane) {
   const int gamma = settings[GAMMA], V = settings[VOCAB], Vq = settings[DRAFT_VOCAB];
   const int chunks = (V + CHUNK - 1) / CHUNK;
   int tau = 0;
@@ -223,10 +223,10 @@ METAL_FUNC void verify_greedy_impl(device const float* best, device const int* t
 
 [[kernel]] void verify_pick(device const float* p [[buffer(0)]], device const float* q [[buffer(1)]],
                             device const int* tokens [[buffer(2)]], device const int* settings [[buffer(3)]],
-                            device const ulong* prefixes [[buffer(4)]], device ulong* masses [[buffer(5)]],
-                            device int* out [[buffer(6)]], uint lane [[thread_index_in_simdgroup]]) {
+                            device const ulong* prefixes [[buffer(4)]], device int* out [[buffer(5)]],
+                            device ulong* masses [[buffer(6)]], uint lane [[thread_index_in_simdgroup]]) {
   threadgroup ulong left[CHUNK];
-  verify_pick_impl(p, q, tokens, settings, prefixes, masses, out, left, lane);
+  verify_pick_impl(p, q, tokens, settings, prefixes, out, masses, left, lane);
 }
 
 [[kernel]] void verify_greedy(device const float* best [[buffer(0)]], device const int* tokens [[buffer(1)]],

@@ -43,7 +43,9 @@ def write_tools(system: str, directory: Path) -> Path:
     """Executables for CMake that run this file; gives their directory."""
     directory.mkdir(parents=True, exist_ok=True)
     for tool in ("cc", "c++", "ar", "ranlib"):
-        (directory / tool).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" {system} {tool} "$@"\n')
+        (directory / tool).write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" {system} {tool} "$@"\n'
+        )
         (directory / tool).chmod(0o755)
     return directory
 

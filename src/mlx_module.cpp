@@ -221,10 +221,19 @@ NB_MODULE(_mlx, m) {
          std::array<size_t, 3> threadgroup, const std::vector<int32_t>& dims, const Arrays& inputs,
          const std::vector<std::vector<int>>& shapes, const std::vector<mx::Dtype>& dtypes, const Arrays& updated,
          bool shared, Where where) {
+        const mx::Stream s = mx::to_stream(where);
         std::vector<mx::Shape> extents;
         for (const auto& shape : shapes) extents.emplace_back(shape.begin(), shape.end());
-        return launch({library, source, function, grid, threadgroup, dims}, inputs, std::move(extents), dtypes, updated,
-                      shared, mx::to_stream(where));
+        const auto dense = [&](const Arrays& arrays) {
+          Arrays rows;
+          for (const mx::array& x : arrays) {
+            const bool known = x.status() == mx::array::Status::available && x.flags().row_contiguous;
+            rows.push_back(known ? x : mx::contiguous(x, false, s));
+          }
+          return rows;
+        };
+        return launch({library, source, function, grid, threadgroup, dims}, dense(inputs), std::move(extents), dtypes,
+                      dense(updated), shared, s);
       },
       "library"_a, "source"_a, "function"_a, "grid"_a, "threadgroup"_a, "dims"_a, "inputs"_a, "shapes"_a, "dtypes"_a,
       "updated"_a = Arrays{}, nb::kw_only(), "shared"_a = false, stream,

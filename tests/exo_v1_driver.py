@@ -41,6 +41,23 @@ def stand_in_for_what_pypi_has_not():
         sys.modules["mlx_lm.models.deepseek_v4"] = module
 
 
+def batches_of_arrays():
+    """exo keeps log probabilities as one array; batches of its fork of mlx-lm can be joined then, PyPI's only if they are lists."""
+    import mlx.core as mx
+    from mlx_lm.generate import GenerationBatch
+
+    extend = GenerationBatch.extend
+
+    def with_lists(self, batch):
+        for each in (self, batch):
+            for name in ("_current_logprobs", "_next_logprobs"):
+                if isinstance(value := getattr(each, name), mx.array):
+                    setattr(each, name, list(value))
+        return extend(self, batch)
+
+    GenerationBatch.extend = with_lists
+
+
 def main(job):
     stand_in_for_what_pypi_has_not()
     from exo.shared.models.model_cards import ModelCard, ModelTask
@@ -56,6 +73,7 @@ def main(job):
     from exo.worker.engines.mlx.patches import apply_mlx_patches
 
     apply_mlx_patches()
+    batches_of_arrays()
     model, layers = ModelId(job["model"]), job["layers"]
     card = ModelCard(
         model_id=model, storage_size=Memory.from_bytes(10**7), n_layers=layers, hidden_size=32, supports_tensor=False,

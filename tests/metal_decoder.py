@@ -130,7 +130,7 @@ class MetalLoop:
         prefixes, masses = np.zeros(M + 8, np.uint64), np.zeros(M * -(-V // 256) + 8, np.uint64)
         self.run(metal.verify_scan(), p, q, self.tokens, packed, prefixes)
         self.run(metal.verify_masses(gamma=M - 1, V=V), p, q, self.tokens, packed, prefixes, masses)
-        self.run(metal.verify_pick(), p, q, self.tokens, packed, prefixes, masses, out)
+        self.run(metal.verify_pick(), p, q, self.tokens, packed, prefixes, out, masses)
         return p
 
     def round(self, number):

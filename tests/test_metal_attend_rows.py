@@ -223,6 +223,21 @@ def test_commit_round():
     assert np.array_equal(state[:3], before[:3])
 
 
+def test_compact_path():
+    """Rows of an accepted path of a tree move together, in place."""
+    rng, kv_heads, dim, capacity = np.random.default_rng(3), 2, 64, 20
+    keys, values = random_cache(rng, kv_heads, capacity, dim, "bf16")
+    before, path = (keys.copy(), values.copy()), np.array([0, 2, 3, 7, 0, 0, 0, 0], np.int32)
+    shape = {"count": 4, "kv_heads": kv_heads, "head_dim": dim, "capacity": capacity}
+    scratch = empty((4, 2 * kv_heads, dim), "bf16")
+    for to_cache in (False, True):
+        launch = metal.compact_path("bf16", **shape, to_cache=to_cache)
+        run(launch, path, state_of(5), scratch, keys, values, schedule=1, mode="address" if to_cache else "plain")
+    for cache, old in zip((keys, values), before, strict=True):
+        assert np.array_equal(cache[:, 5:9], old[:, [5, 7, 8, 12]])
+        assert np.array_equal(np.delete(cache, slice(5, 9), 1), np.delete(old, slice(5, 9), 1))
+
+
 def test_shapes_without_a_kernel_are_refused():
     with pytest.raises(ShapeError, match="7 heads share 2 kv heads"):
         metal.attend_rows("f16", M=1, heads=7, kv_heads=2, head_dim=64, capacity=8, positions=8)

@@ -1,8 +1,12 @@
 """The Metal sources as texts: self-contained, linted, compiled by a second compiler, every instantiation of the table."""
 
+import importlib.util
 import itertools
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,11 +123,45 @@ def test_a_second_compiler_takes_it(stem):
     assert wanted[0].name in compiled.kernels
 
 
+@pytest.mark.parametrize("stem", STEMS)
+def test_buffers_are_inputs_then_outputs_then_constants(stem):
+    """So that every consumer can bind them in one way."""
+    for launch in launches(stem):
+        made = metal.generated(launch.kernel)
+        constants = ("dims",) if launch.dims else ()
+        assert made.buffers == (*(name for name in made.inputs if name != "dims"), *made.outputs, *constants)
+        assert len(launch.dims) < 8
+        assert launch.threadgroup[0] % 32 == 0
+
+
 def test_host_names_are_distinct():
     names = [launch.kernel for stem in STEMS for launch in launches(stem)]
     assert len({kernel.name for kernel in names}) == len(set(names))
 
 
+def test_the_predictions_in_the_document_are_the_model_s():
+    path = FOLDER.parent / "benchmarks" / "metal_cost.py"
+    spec = importlib.util.spec_from_file_location("metal_cost", path)
+    model = importlib.util.module_from_spec(spec)
+    sys.modules["metal_cost"] = model  # dataclasses look there
+    spec.loader.exec_module(model)
+    document = (FOLDER.parent / "docs" / "metal.md").read_text()
+    assert model.table() in document
+    assert model.occupancy() in document
+    slow, fast = (model.ratios(model.GPUS[0], w)[-1] for w in (model.Q4, model.BF16))
+    assert slow > 1.2 > fast >= 1  # unpacking 4 bits is what costs
+
+
 def test_an_unknown_file():
     with pytest.raises(ConfigurationError, match="no Metal source nothing"):
         metal.source("nothing")
+
+
+@pytest.mark.skipif(shutil.which("xcrun") is None, reason="not run: Apple's compiler is on Macs only")
+@pytest.mark.parametrize("stem", STEMS)
+def test_apples_compiler_takes_it(stem, tmp_path):
+    file = tmp_path / f"{stem}.metal"
+    file.write_text(metal.program(kernels(stem)))
+    command = ["xcrun", "-sdk", "macosx", "metal", "-std=metal3.1", "-c", file, "-o", tmp_path / "kernels.air"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ def verify(p, q, tokens, settings, mode="plain", schedule=0):
     )
     run(metal.verify_scan(), p, drafts, held, packed, prefixes, **how)
     run(metal.verify_masses(gamma=gamma, V=V), p, drafts, held, packed, prefixes, masses, **how)
-    run(metal.verify_pick(), p, drafts, held, packed, prefixes, masses, out, **how)
+    run(metal.verify_pick(), p, drafts, held, packed, prefixes, out, masses, **how)
     return int(out[0]), int(out[1])
 
 
@@ -162,9 +162,9 @@ def test_verify_tokens_gives_the_native_tokens(rule):
 @pytest.mark.parametrize("mode", ["plain", "address", "thread"])
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_verify_tokens_of_a_large_vocabulary(rule, mode):
-    V = 140_000 if mode == "plain" else 5_000
+    V = 140_000 if mode == "plain" else 1_500
     rng = np.random.default_rng(V)
-    for round_ in range(5 if mode != "thread" else 2):
+    for round_ in range(5 if mode != "thread" or FULL else 2):
         p, q, tokens = random_round(rng, 3, V, V - 7)
         settings = metal.VerifySettings(3, V, V - 7, rule=rule, seed=5, round=round_)
         found = verify(p, q, tokens, settings, mode=mode, schedule=round_)
@@ -222,7 +222,7 @@ def test_couple_tokens_gives_the_native_tokens(V):
 
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_couple_tokens_sanitized(mode):
-    p, _, _ = random_round(np.random.default_rng(8), 2, 5000, 5000)
+    p, _, _ = random_round(np.random.default_rng(8), 2, 600, 600)
     for schedule in range(5):
         found = couple(p, [1, 2], 77, 1000, mode=mode, schedule=schedule)
         assert found == _core.couple_tokens(p, np.array([1, 2], np.int32), 77, 1000)
@@ -230,11 +230,10 @@ def test_couple_tokens_sanitized(mode):
 
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_laws_sanitized(mode):
-    logits = np.random.default_rng(4).normal(0, 3, (2, 5000)).astype(np.float32)
+    logits = np.random.default_rng(4).normal(0, 3, (1, 700)).astype(np.float32)
+    wanted = _core.law_rows(logits, _core.Law(temperature=0.8, vocab_limit=690))
     for schedule in range(5):
-        assert np.array_equal(
-            law(logits, 0.8, 4990, mode, schedule), _core.law_rows(logits, _core.Law(temperature=0.8, vocab_limit=4990))
-        )
+        assert np.array_equal(law(logits, 0.8, 690, mode, schedule), wanted)
 
 
 def test_verify_greedy():

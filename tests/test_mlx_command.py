@@ -14,7 +14,7 @@ mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache  # noqa: E402
 from mlx_models import logits_of, random_model  # noqa: E402
 from specfast import embedded  # noqa: E402
-from specfast.mlx import command, stream_generate  # noqa: E402
+from specfast.mlx import accelerate, command, stream_generate  # noqa: E402
 from test_hub import serving  # noqa: E402
 
 EMBEDDED = ["--model", "embedded", "--prompt", "import os\\n", "--max-tokens", "24"]
@@ -87,6 +87,7 @@ def test_host_path_is_named(capsys, monkeypatch):
 
 def test_a_prompt_cache_file(capsys, tmp_path):
     model, tokenizer = mlx_lm.load(str(embedded.path("target")))
+    accelerate(model)
     cache = make_prompt_cache(model)
     logits_of(model, tokenizer.encode("def count_lines(path):\n"), cache)
     file = str(tmp_path / "cache.safetensors")

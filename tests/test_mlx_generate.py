@@ -189,3 +189,15 @@ def test_generate_is_the_whole_text(pair, capsys):
     printed = capsys.readouterr().out
     assert expected in printed
     assert f"Path: native, precision {report(target).precision}, drafter model, acceptance" in printed
+
+
+def test_a_bounded_cache_runs_natively(pair):
+    """After it has wrapped several times drafts still leave the text alone, and it is not that of the whole context."""
+    bounded = [r.token for r in run(pair, max_tokens=90, max_kv_size=24)]
+    stream = stream_generate(pair[0], pair[1], PROMPT, 90, pair[2], max_kv_size=24, num_draft_tokens=4)
+    assert [r.token for r in stream] == bounded
+    assert stream.stats["path"] == "native"
+    assert stream.stats["accepted"] > 0
+    assert bounded != [r.token for r in run(pair, max_tokens=90)]
+    with pytest.raises(ConfigurationError, match="max_kv_size is 4"):
+        run(pair, max_tokens=4, max_kv_size=4)

@@ -10,11 +10,12 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
 import specfast.mlx  # noqa: E402
-from mlx_lm.models.cache import KVCache  # noqa: E402
-from mlx_metal import ExecutedMetalKernel, generated_source, whole  # noqa: E402
+from mlx_lm.models.cache import KVCache, trim_prompt_cache  # noqa: E402
+from mlx_metal import ExecutedLaunches, ExecutedMetalKernel, generated_source, whole  # noqa: E402
 from mlx_models import generate_step, random_model  # noqa: E402
 from specfast import metal  # noqa: E402
 from specfast.mlx import metal as mlx_metal  # noqa: E402
+from specfast.mlx import primitives  # noqa: E402
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def on_metal(monkeypatch):
     """The package believes that MLX has a GPU; its kernels run in the executor."""
     monkeypatch.setattr(mx.fast, "metal_kernel", ExecutedMetalKernel)
     monkeypatch.setattr(mlx_metal, "available", lambda: True)
+    monkeypatch.setattr(primitives, "module", lambda: None)
     mlx_metal._function.cache_clear()
     ExecutedMetalKernel.launches.clear()
     yield
@@ -146,6 +148,33 @@ def test_the_cache_is_appended_in_place(on_metal):
         mx.eval(cache[0].keys)
         places.add(np.asarray(cache[0].keys.view(mx.uint16)).ctypes.data)
     assert len(places) == 1
+
+
+@pytest.mark.parametrize(("name", "weights"), [("llama", "q4g64"), ("qwen3", "f16")])
+def test_keys_are_written_by_their_own_kernel(on_metal, monkeypatch, name, weights):
+    """With specfast._mlx: the same bits, with the append inside the launch, also when the cache grows or is trimmed."""
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, 96, 12)]
+
+    def results():
+        model = specfast.mlx.accelerate(random_model(name, weights))
+        cache = [KVCache() for _ in model.layers]
+        for layer in cache:
+            layer.step = 8
+        parts = [forward(model, tokens[:5], cache), forward(model, tokens[5:8], cache)]
+        trim_prompt_cache(cache, 2)
+        parts.append(forward(model, tokens[6:12], cache))
+        assert 12 <= cache[0].keys.shape[2] <= 16
+        return np.concatenate(parts), *(
+            np.array(rows[..., : cache[1].offset, :].astype(mx.float32)) for rows in (cache[1].keys, cache[1].values)
+        )
+
+    expected = results()
+    assert ExecutedMetalKernel.launches["qkv_rope_append"] == 3 * 2
+    monkeypatch.setattr(primitives, "module", lambda: ExecutedLaunches)
+    for ours, theirs in zip(results(), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert ExecutedMetalKernel.launches["qkv_rope_append"] == 3 * 2  # no more
+    assert ExecutedLaunches.launches["qkv_rope_append"] >= 3 * 2
 
 
 def test_launches_of_a_pass(on_metal):

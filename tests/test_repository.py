@@ -81,8 +81,9 @@ def test_readme():
 
 @pytest.mark.skipif(not importlib.util.find_spec("mlx_lm"), reason="mlx-lm is not installed")
 def test_mlx_document():
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "mlx.md").read_text(), re.S)
-    exec(compile(block, "docs/mlx.md", "exec"), {})
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "mlx.md").read_text(), re.S):
+        exec(compile(block, "docs/mlx.md", "exec"), names)
 
 
 def test_the_stub_is_in_step(tmp_path):

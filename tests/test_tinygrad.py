@@ -22,7 +22,7 @@ from specfast import _core
 from specfast.errors import ConfigurationError, IncompatibleDraftError, ShapeError, SpecfastError, UnsupportedModelError
 from specfast.tinygrad import private
 from specfast.tinygrad.host import own_forward
-from tinygrad import Tensor, TinyJit, dtypes, function
+from tinygrad import Tensor, TinyJit, UOp, dtypes, function
 from tinygrad_models import ids, stock_logits, tensor_of, write_model
 
 FULL = os.environ.get("SPECFAST_FULL") == "1"
@@ -77,7 +77,6 @@ def test_logits_are_tinygrads(tmp_path, architecture, kind):
             x = tensor_of(text[start : start + M])
             expected, found = own(x, at).numpy()[0], jits[M](x, at).numpy()[0]
             assert relative(found, expected) <= TOLERANCE
-            assert np.array_equal(found.argmax(-1), expected.argmax(-1))
     with pytest.raises(AssertionError):  # a control: the tolerance tells one token from another
         assert relative(logits(fast, text[1:2]), logits(fast, text[:1])) <= TOLERANCE
 
@@ -136,7 +135,7 @@ def test_the_number_of_tokens_may_be_a_variable(model):
     """As in tinygrad's own prefill: one captured graph for every length."""
     text = ids(40, 300)
     expected = logits(model, text)
-    jit = TinyJit(lambda x, at: st.logits(model, x, at) + 0)
+    jit = TinyJit(lambda x, at: st.logits(model, x, at).pad_to((1, 16, 300)) + 0)
     whole = Tensor(np.resize(text, (1, 256))).clone().realize()
     for start, M in ((0, 16), (16, 9), (25, 15), (7, 3), (10, 16)):
         at, count = private.variable("start_pos", 255, start), private.variable("toks", 16, M)
@@ -190,7 +189,9 @@ def test_realised_weights_are_used_in_place(file):
     for tensor in (tensors := [block.ffn_up.weight for block in model.blk]):
         tensor.replace(tensor.cast(dtypes.float16).contiguous())
     Tensor.realize(*tensors)
-    model.blk[0].ffn_gate.weight.replace(model.blk[0].ffn_gate.weight + 0)  # only a computation
+    model.blk[0].ffn_gate.weight.replace(model.blk[0].ffn_gate.weight * 2)  # a computation from the file's part
+    lazy.blk[0].ffn_gate.weight.replace(lazy.blk[0].ffn_gate.weight.clone().realize() * 2)
+    st.accelerate(lazy, "f32")
     st.accelerate(model, "f32")
     held = st.report(model).weights
     assert (held["in place"], held["realised"]) == (2, 1)
@@ -250,19 +251,10 @@ def test_what_cannot_run_is_left_alone_and_told(file):
     with pytest.raises(ShapeError, match="not a bound variable"):
         st.logits(model, tensor_of([1]), private.variable("start_pos", 9, 3) + 1)
     model.output.weight.replace(model.output.weight * 2)
-    with pytest.raises(ConfigurationError, match="output.weight has been replaced"):
+    with pytest.raises(ConfigurationError, match=r"output\.weight has been replaced"):
         st.logits(model, tensor_of(PROMPT), 0)
     with pytest.raises(ConfigurationError, match="precision 'half' is unknown"):
         st.accelerate(model, "half")
-
-
-def test_rows_swapped_after_loading_are_seen(tmp_path):
-    """A llama file's Q has an order of its own; a model that holds neither that nor the turned one is refused."""
-    write_model(tmp_path / "m.gguf", "llama", "F32")
-    model = st.load_gguf(tmp_path / "m.gguf")
-    weight = model.blk[0].attn_q.weight
-    weight.replace(weight.flip(0))
-    assert "Q is not what its GGUF file holds" in st.report(st.accelerate(model)).reason
 
 
 def test_sampled_text_with_a_seed(model, file, draft_file):
@@ -326,11 +318,11 @@ def test_models_of_any_build_run_in_tinygrad(tmp_path):
 def broken(monkeypatch):
     """A tinygrad whose programs have changed, tested anew as at import."""
     private._test_graphs.cache_clear()
-    monkeypatch.setattr("tinygrad.uop.ops.ProgramInfo", None)
-    with pytest.warns(RuntimeWarning, match="do not take native programs .*through the public API") as told:
-        assert "TypeError" in private.graph_problem()
-        private.graph_problem()
+    monkeypatch.setattr(UOp, "placeholder_like", None)
+    with pytest.warns(RuntimeWarning, match=r"do not take native programs .*through the public API") as told:
+        reasons = {private.graph_problem() for _ in range(3)}
     assert len(told) == 1
+    assert "TypeError" in reasons.pop()
     yield
     private._test_graphs.cache_clear()
 
@@ -376,7 +368,7 @@ def test_without_clang_the_error_names_the_remedy(tmp_path):
 
 def test_a_metal_program_has_its_sources_signature():
     """What would be compiled and launched on a GPU: buffers and then variables by index, and the grid in threadgroups."""
-    from tinygrad.uop.ops import Ops, UOp
+    from tinygrad.uop.ops import Ops
 
     buffers = [
         Tensor.empty(8, 64, device="METAL", dtype=dtypes.half),
@@ -478,15 +470,19 @@ def test_damaged_files_never_reach_tinygrad(file, tmp_path):
         assert i % 2 == 0  # a truncated one is always told
 
 
-def test_parts_of_a_file_are_not_taken_for_others(file):
-    """The offset in the graph decides, not the name that the model has for a tensor."""
-    model = st.load_gguf(file)
-    model.blk[0].ffn_up.weight.replace(model.blk[1].ffn_up.weight)
+def test_parts_of_a_file_are_known_by_their_graphs(file):
+    """Not by the names that the model has for them: whatever else is computed from the file is realised."""
+    stock, model, other = (st.load_gguf(file) for _ in range(3))
+    for one in (stock, model):
+        one.blk[0].ffn_up.weight.replace(one.blk[1].ffn_up.weight)
+        one.blk[0].attn_v.weight.replace(one.blk[0].attn_v.weight.flip(0))
     st.accelerate(model, "f32")
-    assert st.report(model).weights["realised"] == 1
-    swapped = st.load_gguf(file)
-    st.accelerate(swapped, "f32")
-    assert not np.allclose(logits(model, PROMPT), logits(swapped, PROMPT))
+    assert (st.report(model).weights["realised"], st.report(model).weights["file blocks"]) == (1, 20)
+    expected = stock_logits(stock, tensor_of(PROMPT), 0).numpy()[0]
+    assert relative(logits(model, PROMPT), expected) <= TOLERANCE
+    assert relative(logits(st.accelerate(other, "f32"), PROMPT), expected) > 0.1
+    model.blk[0].attn_q.weight.replace(model.blk[0].attn_q.weight.flip(0))
+    assert "more than one order" in st.report(st.accelerate(model)).reason
 
 
 def test_cores_forward_is_what_graphs_call():

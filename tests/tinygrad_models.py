@@ -7,7 +7,7 @@ os.environ.setdefault("HALF", "0")  # tinygrad then keeps the weights of a file 
 import numpy as np
 from gguf_writer import decoder_metadata, decoder_tensors, tokenizer_metadata, write_gguf
 from tiny_directories import byte_level
-from tiny_models import random_decoder
+from tiny_models import MATRICES, random_decoder
 from tinygrad import Tensor
 
 
@@ -26,6 +26,9 @@ def write_model(path, architecture="llama", kind="Q4_0", *, seed=3, hidden=256, 
         architecture=architecture,
         tied=tied,
     )
+    for layer in decoder.layers:
+        for name in MATRICES:  # of unit gain: rounding is then not amplified from layer to layer
+            setattr(layer, name, 0.5 * getattr(layer, name))
     tensors, exact = decoder_tensors(decoder, architecture, kind, kinds=kinds)
     metadata = decoder_metadata(decoder, architecture, max_context=256) | tokenizer_metadata(tokenizer)
     write_gguf(path, metadata, tensors)

@@ -1,6 +1,6 @@
 """Cross-builds the manylinux wheel for aarch64 with zig: `build_wheel.py DIRECTORY`, run by `make wheel-aarch64`.
 
-Needs scikit-build-core, nanobind, ninja and ziglang installed where it runs. Python's headers are this machine's: both are LP64.
+Needs scikit-build-core, nanobind, ninja, wheel and ziglang installed where it runs. Python's headers are this machine's: both are LP64.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import zig
+import zig  # noqa: E402
 
 ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "aarch64"
@@ -27,7 +27,7 @@ def build(target: Path) -> Path:
     environment = {
         **os.environ,
         "SPECFAST_TOOLS": str(zig.write_tools("aarch64", WORK / "tools")),
-        "_PYTHON_HOST_PLATFORM": f"manylinux_{GLIBC[0]}_{GLIBC[1]}-aarch64",
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
         "SETUPTOOLS_EXT_SUFFIX": f".{suffix}.so",
     }
     defines = {
@@ -36,13 +36,35 @@ def build(target: Path) -> Path:
         "SKBUILD_SOABI": suffix,
         "Python_INCLUDE_DIR": sysconfig.get_path("include"),
     }
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(target),
+    ]
     command += [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
     command += [f"--config-settings=build-dir={WORK / 'cmake'}", str(ROOT)]
     for old in target.glob("*_aarch64.whl"):
         old.unlink()
     subprocess.run(command, env=environment, check=True)
-    return next(target.glob("*_aarch64.whl"))
+    (made,) = target.glob("*_aarch64.whl")
+    retag = [
+        sys.executable,
+        "-m",
+        "wheel",
+        "tags",
+        "--remove",
+        f"--platform-tag=manylinux_{GLIBC[0]}_{GLIBC[1]}_aarch64",
+        str(made),
+    ]
+    subprocess.run(retag, check=True, stdout=subprocess.DEVNULL)
+    (wheel,) = target.glob("*_aarch64.whl")
+    return wheel
 
 
 def problems(wheel: Path) -> list[str]:

@@ -21,12 +21,19 @@ def root() -> Path:
     state, packages = WORK / "apt", WORK / "debs"
     for directory in (state / "lists/partial", state / "cache/archives/partial", packages, target):
         directory.mkdir(parents=True, exist_ok=True)
-    options = ["APT::Architecture=arm64", "APT::Architectures::=arm64", f"Dir::State::lists={state}/lists", f"Dir::Cache={state}/cache"]
+    options = [
+        "APT::Architecture=arm64",
+        "APT::Architectures::=arm64",
+        f"Dir::State::lists={state}/lists",
+        f"Dir::Cache={state}/cache",
+    ]
     options += ["Dir::State::status=/dev/null", "APT::Sandbox::User=root"]
     apt = ["apt-get", "-qq", *(f"-o{option}" for option in options)]
     subprocess.run([*apt, "update"], check=True)
     wanted = [f"python3.{MINOR}-minimal", f"libpython3.{MINOR}-stdlib", "libstdc++6"]
-    plan = subprocess.run([*apt, "install", "-s", "--no-install-recommends", *wanted], capture_output=True, text=True, check=True)
+    plan = subprocess.run(
+        [*apt, "install", "-s", "--no-install-recommends", *wanted], capture_output=True, text=True, check=True
+    )
     names = [line.split()[1] for line in plan.stdout.splitlines() if line.startswith("Inst ")]
     subprocess.run([*apt, "download", *names], cwd=packages, check=True)
     for package in packages.glob("*.deb"):
@@ -40,7 +47,17 @@ def install(wheel: Path) -> Path:
     site = WORK / "site"
     shutil.rmtree(site, ignore_errors=True)
     platforms = [f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_17", "manylinux2014")]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), "--only-binary=:all:", *platforms]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--target",
+        str(site),
+        "--only-binary=:all:",
+        *platforms,
+    ]
     subprocess.run([*command, f"--python-version=3.{MINOR}", str(wheel)], check=True)
     return site
 

@@ -14,7 +14,7 @@ import mlx_wheel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import zig
+import zig  # noqa: E402
 
 ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "macos"
@@ -81,7 +81,6 @@ def build(target: Path) -> Path:
 
 if __name__ == "__main__":
     wheel = build(Path(sys.argv[1]))
-    print(wheel)
     bad = inspect_wheel.problems(wheel)
-    print(*bad, sep="\n")
+    print(wheel, *(bad or ["every symbol is resolved"]), sep="\n")
     sys.exit(bool(bad))

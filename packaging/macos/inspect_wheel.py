@@ -41,7 +41,9 @@ def problems(wheel: Path) -> list[str]:
             found.append(f"the metadata says {tags}")
         extensions = {f.name.split(".")[0]: f for f in root.rglob("*.so")}
         for file in extensions.values():
-            if file.name.startswith("_mlx") and nanobind_abi(file) != nanobind_abi(*(mlx_wheel.unpacked() / "mlx").glob("core.*.so")):
+            if file.name.startswith("_mlx") and nanobind_abi(file) != nanobind_abi(
+                *(mlx_wheel.unpacked() / "mlx").glob("core.*.so")
+            ):
                 found.append(f"{file.name}: another nanobind than MLX's: {nanobind_abi(file)}")
         found += [f"{name} is missing" for name in ("_core", "_mlx") if name not in extensions]
         for file in extensions.values():
@@ -64,6 +66,8 @@ def extension_problems(file: Path) -> list[str]:
         )
     if file.name.startswith("_mlx") and "@loader_path/../mlx/lib" not in binary.rpaths:
         found.append(f"looks for MLX in {binary.rpaths}")
+    if file.name.startswith("_mlx") and not any("mlx4core5metal" in symbol for symbol in binary.wanted):
+        found.append("launches no Metal kernels: it was compiled without -D_METAL_")
     mlx = mach_o.read(mlx_wheel.unpacked() / "mlx/lib/libmlx.dylib").exported
     known = system_symbols()
     python = python_symbols()

@@ -93,6 +93,16 @@ class Engine:
         return self._pair
 
     @property
+    def max_context(self) -> int:
+        """Most tokens of a request, prompt included; loads the models."""
+        return self.pair.target.model.max_context
+
+    @property
+    def precision(self) -> str:
+        """Of the target's activations; loads the models."""
+        return self.pair.target.precision
+
+    @property
     def drafter(self) -> str:
         """Who drafts: "model", "suffix", "prompt-lookup", "combined" or "none"; loads the models."""
         return self._drafter_name(self.resolved, self.pair)

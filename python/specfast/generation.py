@@ -61,7 +61,8 @@ class Terms:
         precision: of the target's activations.
         rule: how drafted tokens are accepted: "greedy", "token", "block", "coupled", or "equality" (with the target's own
             sample, where only samples of its law are known).
-        path: whose bits the logits are: "native", or "host" (a host's own layers).
+        path: whose bits the logits are: "native", another of specfast's ("primitives" or "metal" in MLX), or "host" (a host's
+            own layers).
     """
 
     seed: int = 0
@@ -70,7 +71,7 @@ class Terms:
     lossless: bool = True
     precision: str = "unknown"
     rule: str = "unknown"
-    path: Literal["native", "host"] = "native"
+    path: str = "native"
 
 
 @dataclass(frozen=True)

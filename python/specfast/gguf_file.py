@@ -228,7 +228,7 @@ def parse_gguf(path: Path, data: npt.NDArray[np.uint8]) -> GgufFile:
 
 
 def _parse(path: Path, whole: npt.NDArray[np.uint8], mapped: MappedFile | None, mapping: mmap.mmap | None) -> GgufFile:
-    cursor = _Cursor(path, memoryview(whole))
+    cursor = _Cursor(path, whole.data)
     metadata, infos = _read_start(cursor)
     parts = metadata.get("split.count", 1)
     if parts not in (0, 1):

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -71,8 +72,10 @@ def binary(cpp: str, stem: str, mode: str) -> Path:
 
 @cache
 def require(mode: str) -> None:
-    """Raises EmulatorUnavailableError unless the mode's compiler can link a program."""
+    """Raises EmulatorUnavailableError unless this is Linux and the mode's compiler can link a program."""
     compiler, flags, _ = MODES[mode]
+    if sys.platform != "linux":
+        raise EmulatorUnavailableError("the emulator runs on Linux")
     if shutil.which(compiler) is None:
         raise EmulatorUnavailableError(f"mode {mode!r} needs {compiler}")
     DIRECTORY.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
     add(
         *("--target-engine", "--speculative-target-engine"),
         **{"dest": "target_engine", **engine},
-        help="native in this version" if short else "mlx or tinygrad; this version runs their checkpoints natively",
+        help="native in this version" if short else "mlx (the MLX host), or tinygrad (its checkpoints, natively)",
     )
     add(
         *("--draft-engine", "--speculative-draft-engine"),

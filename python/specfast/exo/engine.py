@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..config import ResolvedConfig
 from ..errors import ConfigurationError
+from .mlx_engine import asks_for_mlx
 from .models import model_cards, register_models
 from .options import unknown_model, without_engines
 from .requests import CALLER, MOST_CACHED, Caller, Request, Requests
@@ -71,7 +72,7 @@ class SpeculativeEngine:
         config = self.resolved.config
         engine = "native"
         if config.target_engine not in (None, "native"):
-            engine = f"native, from {config.target_engine}'s checkpoints (this version runs them itself)"
+            engine = "mlx" if asks_for_mlx(self.resolved) else f"native, from {config.target_engine}'s checkpoints"
         if config.draft_engine not in (None, "native", config.target_engine):
             engine += f", drafts from {config.draft_engine}'s"
         automatic = "by auto-config" if config.auto_config and not config.disabled else "none"
@@ -220,7 +221,7 @@ class SpeculativeEngine:
                 served.shard.model_id,
                 engine,
                 prompt,
-                self._max_tokens or engine.pair.target.model.max_context,
+                self._max_tokens or engine.max_context,
                 caller,
                 singly=not self.emits_many,
                 eos=served.tokenizer.eos_token_id,
@@ -283,7 +284,7 @@ class SpeculativeEngine:
             "model_family_compatibility": served.compatibility if served else "unknown",
             "lossless": config.lossless or (native is not None and native.drafter == "none"),
             "lenience": config.lenience,
-            "precision": pair.target.precision if pair else "unknown",
+            "precision": native.precision if native else "unknown",
             "target_model": name,
             "draft_model": (pair.draft_name if pair else config.draft_model),
             "fallback": served.why_plain if served else None,

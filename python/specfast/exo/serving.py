@@ -21,6 +21,7 @@ from ..stats import SpeculationStats
 from ..targets import MakeTarget
 from .contract import CLASS_NAME
 from .held import layers_of, require_memory
+from .mlx_engine import MlxEngine, asks_for_mlx
 from .models import ENGINE_CLASSES, ExoModels
 from .options import without_engines
 from .requests import Request, why_plain
@@ -75,7 +76,7 @@ class ServedModel:
         """Its draft, whether that fits, and the counters."""
         pair = self.engine.pair if self.engine else None
         return {
-            "engine": "native" if pair else "exo",
+            "engine": "mlx" if isinstance(self.engine, MlxEngine) else "native" if pair else "exo",
             "draft": pair.draft_name if pair else None,
             "compatibility": self.compatibility,
             "fallback": self.why_plain,
@@ -154,7 +155,8 @@ class ServedModels:
         self._paths[shard.model_id] = path
         config = _config_of(shard.model_id, resolved)
         locate = ExoModels(self._downloader, _draft_engine(resolved), asyncio.get_running_loop(), self._paths)
-        native = Engine(config, notify=self.say_once, resolve=locate)
+        own = asks_for_mlx(resolved) and make_target is None
+        native = (MlxEngine if own else Engine)(config, notify=self.say_once, resolve=locate)
         if make_target is not None:
             layers = layers_of(shard)
             native = Engine(config, notify=self.say_once, resolve=locate, layers=layers, make_target=make_target)
@@ -170,7 +172,7 @@ class ServedModels:
         exact = config.config.lossless or native.drafter == "none"
         lossless = "lossless" if exact else "not lossless: lenience above 1"
         where = "" if is_whole(shard) else f" in a ring, layers {shard.start_layer} to {shard.end_layer} here"
-        say(f"{shard.model_id}{where}: {draft}, {pair.target.precision} activations, {lossless}")
+        say(f"{shard.model_id}{where}: {draft}, {native.precision} activations, {lossless}")
         tokenizer = await importlib.import_module("exo.inference.tokenizers").resolve_tokenizer(path)
         return ServedModel(shard, tokenizer, native, compatibility=pair.compatibility, resolved=resolved)
 

@@ -90,7 +90,8 @@ def speculate(module: Any) -> None:
         if why := _why_not(self, engine):
             say(f"{self.model_id} is decoded plainly by exo: {why}")
             return engine
-        engine._gen = SpeculativeBatch(engine._gen, Speculation(str(self.model_id), typed_options()))
+        speculation = Speculation(str(self.model_id), typed_options())
+        engine._gen = SpeculativeBatch(engine._gen, speculation, lambda: len(engine._queue))
         return engine
 
     module.MlxBuilder.build = build
@@ -100,7 +101,7 @@ def _why_not(builder: Any, engine: Any) -> str | None:
     """Why an engine is left as it is, if it is."""
     if builder.group is not None:
         return "the model is spread over several nodes, which this version of specfast does not speculate on"
-    if not hasattr(engine, "_gen"):
+    if not hasattr(engine, "_gen") or not hasattr(engine, "_queue"):
         return "--no-batch is exo's plain sequential engine; leave it out"
     if typed_options().get("disabled"):
         return "--disable-speculative"
@@ -182,10 +183,11 @@ class SpeculativeBatch:
     Args:
         batch: exo's ExoBatchGenerator.
         speculation: of the model.
+        waiting: how many requests exo is about to submit after the one it submits.
     """
 
-    def __init__(self, batch: Any, speculation: Speculation) -> None:
-        self._batch, self._speculation = batch, speculation
+    def __init__(self, batch: Any, speculation: Speculation, waiting: Callable[[], int]) -> None:
+        self._batch, self._speculation, self._waiting = batch, speculation, waiting
         self._requests: dict[int, SpeculativeRequest] = {}
         self._next = -1  # exo's own ids count up from 0
 
@@ -199,7 +201,7 @@ class SpeculativeBatch:
 
     def submit(self, task_params: Any, prompt: str, *callbacks: Any, **named: Any) -> int:
         """As exo's."""
-        if self.has_work or task_params.bench or self._batch.vision_processor is not None:
+        if self.has_work or self._waiting() or task_params.bench or self._batch.vision_processor is not None:
             return int(self._batch.submit(task_params, prompt, *callbacks, **named))
         uid, self._next = self._next, self._next - 1
         self._requests[uid] = SpeculativeRequest(

@@ -266,7 +266,7 @@ def verify_masses(*, gamma: int, V: int) -> Launch:
 
 
 def verify_pick() -> Launch:
-    """p, q, tokens, settings, prefixes, masses, out."""
+    """p, q, tokens, settings, prefixes, out, masses."""
     return Launch(_plain("verify_tokens", "verify_pick"), (1, 1, 1), (32, 1, 1))
 
 
@@ -293,7 +293,7 @@ def commit_round() -> Launch:
 def compact_path(
     activations: Activations, *, count: int, kv_heads: int, head_dim: int, capacity: int, to_cache: bool
 ) -> Launch:
-    """keys, values, path, state, scratch, dims. Two launches: out of the cache to scratch, then back."""
+    """path, state, scratch, keys, values, dims. Two launches: out of the cache to scratch, then back."""
     check_heads(kv_heads, kv_heads, head_dim)
     arguments = (_TYPES[activations], head_dim, int(to_cache))
     labels = (activations, f"d{head_dim}", "in" if to_cache else "out")

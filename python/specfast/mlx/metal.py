@@ -1,12 +1,14 @@
 """An mlx-lm model's forward pass on specfast's Metal kernels, as MLX graph operations: no MLX ABI, no host synchronisation.
 
 Every launch is an `mx.fast.metal_kernel`. MLX gives a kernel new output arrays, so keys and values are appended by MLX's own
-slice update, in place where nothing else holds the cache's array, and attention gets the whole array and a length.
+slice update, in place where nothing else holds the cache's array, and attention gets the whole array and a length. Where
+`specfast._mlx` is used, the kernel that makes them writes them to the cache itself.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from .. import metal
 from ..architecture import ModelConfig
 from ..errors import ShapeError, UnsupportedModelError
 from ..metal.launches import Activations, Between, check_heads
+from . import primitives
 
 _ACTIVATIONS: dict[mx.Dtype, Activations] = {mx.float16: "f16", mx.bfloat16: "bf16", mx.float32: "f32"}
 _DTYPES: dict[str, mx.Dtype] = {name: dtype for dtype, name in _ACTIVATIONS.items()}
@@ -54,6 +57,30 @@ def call(launch: metal.Launch, inputs: Sequence[mx.array], outputs: Sequence[tup
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[dtype for _, dtype in outputs],
     )
+
+
+def call_in_place(
+    launch: metal.Launch,
+    inputs: Sequence[mx.array],
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    updated: Sequence[mx.array],
+) -> Any:
+    """One launch of `specfast._mlx`: its outputs, then the updated arrays, whose buffers come before the constants'.
+
+    These are written in place, or in a copy where somebody else has the array.
+    """
+    library, text = _program(launch.kernel)
+    return primitives.module().launch(
+        library, text, launch.kernel.name, launch.grid, launch.threadgroup, launch.dims, list(inputs),
+        [shape for shape, _ in outputs], [dtype for _, dtype in outputs], list(updated),
+    )  # fmt: skip
+
+
+@functools.cache
+def _program(kernel: metal.Kernel) -> tuple[str, str]:
+    """The text of a kernel's library, and a name that no other text has."""
+    text = metal.program([kernel])
+    return f"specfast_{kernel.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}", text
 
 
 class Matrix:
@@ -216,27 +243,46 @@ class MetalForward:
         config, M = self.config, normed.shape[0]
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         shape = {"M": M, "heads": heads, "kv_heads": kv_heads, "head_dim": dim}
+        positions, in_place = cache.offset + M, primitives.module() is not None
+        if in_place:
+            self._make_room(cache, positions)
         launch = metal.qkv_rope_append(
             layer.qkv[0].weights,
             self.activations,
             **shape,
             K=config.hidden,
-            capacity=M,
+            capacity=cache.keys.shape[2] if in_place else M,
             eps=config.rms_eps,
             between=layer.between,
         )
         buffers = [buffer for matrix in layer.qkv for buffer in matrix.buffers]
-        new = ((1, kv_heads, M, dim), self.dtype)
-        shapes = [((M, heads, dim), self.dtype), new, new]
-        q, keys, values = call(launch, [*buffers, normed, self.inv_freq, layer.bias, layer.norms, rotated], shapes)
-        positions = cache.offset + M
-        cache.update_and_fetch(keys, values)
+        inputs = [*buffers, normed, self.inv_freq, layer.bias, layer.norms]
+        queries, new = ((M, heads, dim), self.dtype), ((1, kv_heads, M, dim), self.dtype)
+        if in_place:
+            held = cache.keys, cache.values
+            cache.keys = cache.values = None
+            q, cache.keys, cache.values = call_in_place(launch, [*inputs, seen], [queries], held)
+            cache.offset = positions
+        else:
+            q, keys, values = call(launch, [*inputs, rotated], [queries, new, new])
+            cache.update_and_fetch(keys, values)
         launch = metal.attend_rows(self.activations, **shape, capacity=cache.keys.shape[2], positions=positions)
         spans = ((launch.grid[1], M, heads, dim + 2), mx.float32)
         (partial,) = call(launch, [q, cache.keys, cache.values, seen], [spans])
         launch = metal.attend_spans(self.activations, M=M, heads=heads, head_dim=dim)
         (out,) = call(launch, [partial, seen], [((M, heads, dim), self.dtype)])
         return out.reshape(M, heads * dim)
+
+    def _make_room(self, cache: Any, positions: int) -> None:
+        """Lets a cache's arrays have so many positions, in mlx-lm's steps."""
+        there = 0 if cache.keys is None else cache.keys.shape[2]
+        if positions <= there:
+            return
+        more = -(-(positions - there) // cache.step) * cache.step
+        shape = (1, self.config.kv_heads, more, self.config.head_dim)
+        for name in ("keys", "values"):
+            empty, rows = mx.zeros(shape, self.dtype), getattr(cache, name)
+            setattr(cache, name, mx.contiguous(empty) if rows is None else mx.concatenate([rows, empty], axis=2))
 
 
 def available() -> bool:

@@ -20,8 +20,8 @@ def _load() -> tuple[Any, str]:
     if importlib.util.find_spec("specfast._mlx") is None:
         return None, "specfast._mlx was not built (SPECFAST_MLX=1 pip install specfast builds it)"
     try:
-        module = importlib.import_module("specfast._mlx")
-        module.accepts(mx.zeros((0,)))
+        found = importlib.import_module("specfast._mlx")
+        found.accepts(mx.zeros((0,)))
     except ImportError as error:  # its own check of the version, or a symbol that this mlx does not have
         return None, f"specfast._mlx does not fit mlx {mx.__version__}: {error}"
     except TypeError:
@@ -29,7 +29,12 @@ def _load() -> tuple[Any, str]:
             None,
             f"specfast._mlx does not fit mlx {mx.__version__}: they were built with nanobinds of different ABIs",
         )
-    return module, ""
+    return found, ""
+
+
+def module() -> Any:
+    """`specfast._mlx`, or None."""
+    return _load()[0]
 
 
 def why_not() -> str:
@@ -39,13 +44,12 @@ def why_not() -> str:
 
 def version() -> str | None:
     """The version of mlx the primitives were built for; None where they are not used."""
-    return getattr(_load()[0], "MLX_VERSION", None)
+    return getattr(module(), "MLX_VERSION", None)
 
 
 def graph_of(model: nn.Module, native: _core.Model) -> Any:
     """The primitives of a model whose weights a native model reads in place: a `specfast._mlx.Graph`, or None."""
-    module = _load()[0]
-    if module is None:
+    if module() is None:
         return None
     arrays = dict(tree_flatten(model.parameters()))
 
@@ -67,4 +71,4 @@ def graph_of(model: nn.Module, native: _core.Model) -> Any:
             ]
         )
     embed = of("model.embed_tokens")
-    return module.Graph(native.graph_handle(), embed, layers, of("model.norm") + (of("lm_head") or embed))
+    return module().Graph(native.graph_handle(), embed, layers, of("model.norm") + (of("lm_head") or embed))

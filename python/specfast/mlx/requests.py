@@ -11,7 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from .. import _core
 from ..config import RULES
@@ -24,6 +24,7 @@ from ..generation import Generation, Terms
 from ..sampling import SamplingParams
 from ..targets import NativeTarget, Progress
 from .accelerate import accelerate, native_model_of, report
+from .cache import KEEP, make_cache
 from .host import BoundedDrafter, Draws, HostDrafter, HostTarget
 from .samplers import Processor, Sampler, recognised
 from .sequence import UNBOUNDED, CacheSequence, Quantising
@@ -44,7 +45,8 @@ class Options:
         logits_processors: functions of the tokens so far and logits (1, vocab), applied at every position.
         prompt_cache: caches that hold what came before the prompt; afterwards also the prompt and every token that was
             given out. Those of the draft may follow.
-        max_kv_size: rotating caches of this size.
+        max_kv_size: rotating caches of this size: the first 4 positions and the last ones. Models that run in mlx-lm's
+            layers and make caches of their own leave it out, as in mlx-lm.
         prefill_step_size: tokens of the prompt in one pass.
         kv_bits, kv_group_size, quantized_kv_start: quantises the caches from this offset on.
         prompt_progress_callback: called with (done, total) tokens of the prompt.
@@ -144,7 +146,7 @@ class Request:
         target: over the host's call, or the native one.
         model: the target's.
         progress: told tokens of the prompt; the generation tells it those before the last one.
-        ends: called with the tokens given out when the request ends: leaves the caller's caches with exactly these.
+        end: called with the tokens given out when the request ends: leaves the caller's caches with exactly these.
         stock_calls_before: calls of the model that had run mlx-lm's layers when the request began.
     """
 
@@ -152,14 +154,13 @@ class Request:
     target: HostTarget | NativeTarget
     model: nn.Module
     progress: Progress | None
-    ends: list[Callable[[Sequence[int]], None]]
+    end: Callable[[Sequence[int]], None]
     stock_calls_before: int
 
     @property
-    def path(self) -> Literal["native", "host"]:
-        """Whose bits the logits are so far: specfast's kernels', or those of mlx-lm's layers."""
-        native = self.generation.terms.path == "native" and _stock_calls(self.model) == self.stock_calls_before
-        return "native" if native else "host"
+    def path(self) -> str:
+        """Whose bits the logits are so far: that of the terms, or "host" once a pass ran in mlx-lm's layers."""
+        return self.generation.terms.path if _stock_calls(self.model) == self.stock_calls_before else "host"
 
     def stats(self) -> dict[str, Any]:
         """What SpeculationStats counts, with path, precision, lossless, rule, drafter, gamma and seed."""
@@ -199,7 +200,7 @@ def begin(
     capacity = plan.native.max_context if plan.native else UNBOUNDED
     context = Context(tokens, max_tokens if max_tokens >= 0 else capacity, capacity, ends)
     context.whole_rounds = options.seed is not None and plan.draws.rule == "block"
-    target, drafter, finishing = (_own if plan.own else _hosted)(plan, model, draft_model, options)
+    target, drafter, end = (_own if plan.own else _hosted)(plan, model, draft_model, options)
     controller, gamma = _controller(options, plan)
     rule = plan.draws.rule
     exact = options.lenience <= 1 or rule == "equality" or plan.greedy or plan.drafter == "none"
@@ -208,9 +209,9 @@ def begin(
         gamma=gamma,
         drafter=plan.drafter,
         lossless=exact,
-        precision=plan.native.precision if plan.native else dtype_name(model),
+        precision=report(model).precision or dtype_name(model),
         rule="greedy" if plan.greedy else rule,
-        path="native" if plan.native else "host",
+        path=_path(model, plan),
     )
     generation = Generation(
         context,
@@ -223,7 +224,7 @@ def begin(
     )
     if isinstance(target, HostTarget):
         target.stats = generation.stats
-    return Request(generation, target, model, options.prompt_progress_callback, finishing, _stock_calls(model))
+    return Request(generation, target, model, options.prompt_progress_callback, end, _stock_calls(model))
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,6 @@ class _Plan:
         native_draft = _native(draft_model) if draft_model is not None and name in ("model", "combined") else None
         asked = {
             "prompt_cache": options.prompt_cache is not None,
-            "max_kv_size": options.max_kv_size is not None,
             "kv_bits": options.kv_bits is not None,
             "logits_processors": bool(options.logits_processors),
             "logprobs": options.logprobs,
@@ -289,7 +289,7 @@ class _Plan:
         return cls(native, native_draft, name, draws, vocab, known and not hosted)
 
 
-_Parts = tuple[HostTarget | NativeTarget, Drafter, list[Callable[[Sequence[int]], None]]]
+_Parts = tuple[HostTarget | NativeTarget, Drafter, Callable[[Sequence[int]], None]]
 
 
 def _own(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, options: Options) -> _Parts:
@@ -300,20 +300,22 @@ def _own(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, options: 
     assert draws.law is not None
     law, seed, rule, capacity = draws.law, draws.seed, draws.rule, native.max_context
     target = NativeTarget(native, law, draws.lenience, seed, capacity, rule)
+    if options.max_kv_size is not None:
+        target.cache = make_cache(native, options.max_kv_size, capacity)
     if plan.drafter == "early-exit":
         assert options.early_exit is not None
         gammas = (options.num_draft_tokens,) if options.num_draft_tokens else range(1, MOST_DRAFTED + 1)
-        return target, EarlyExitDrafter(target, options.early_exit, gammas=gammas), []
+        return target, EarlyExitDrafter(target, options.early_exit, gammas=gammas), _leave
     if plan.native_draft is None:
-        return target, _copying(plan), []
-    return target, _combined(plan, ModelDrafter(plan.native_draft, law, seed, capacity, rule)), []
+        return target, _copying(plan), _leave
+    return target, _combined(plan, ModelDrafter(plan.native_draft, law, seed, capacity, rule)), _leave
 
 
 def _hosted(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, options: Options) -> _Parts:
     """Target and drafter over the models' own calls, with mlx-lm's caches."""
     quantising = Quantising(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
     given, step = options.prompt_cache, options.prefill_step_size
-    fresh = make_prompt_cache(model, options.max_kv_size)
+    fresh = _new_caches(plan, model, options)
     sequence = CacheSequence(model, fresh if given is None else given[: len(fresh)], quantising)
     target = HostTarget(sequence, plan.draws, step)
     ends, sequences, drafter = [target.end], [sequence], _copying(plan)
@@ -327,14 +329,28 @@ def _hosted(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, option
             ends.append(host_drafter.end)
             sequences.append(reading)
     if given is None:
-        return target, BoundedDrafter(drafter, sequence), []
+        return target, BoundedDrafter(drafter, sequence), _leave
 
     def give_back(tokens: Sequence[int]) -> None:
         for end in ends:
             end(tokens)
         given[: sum(len(one.caches) for one in sequences)] = [cache for one in sequences for cache in one.caches]
 
-    return target, BoundedDrafter(drafter, sequence), [give_back]
+    return target, BoundedDrafter(drafter, sequence), give_back
+
+
+def _leave(tokens: Sequence[int]) -> None:
+    """The end where all caches are the request's own."""
+
+
+def _new_caches(plan: _Plan, model: nn.Module, options: Options) -> list[Any]:
+    """mlx-lm's, and rotating ones of max_kv_size also where a model's own method to make them leaves it out."""
+    made: list[Any] = make_prompt_cache(model, options.max_kv_size)
+    size = options.max_kv_size
+    if size is None or plan.native is None:
+        return made
+    make_cache(plan.native, size)  # refuses what cannot be
+    return [RotatingKVCache(size, KEEP) if type(cache) is KVCache else cache for cache in made]
 
 
 def _copying(plan: _Plan) -> Drafter:
@@ -365,6 +381,12 @@ def _controller(options: Options, plan: _Plan) -> tuple[Controller, int | Litera
         return AutoGamma(MOST_DRAFTED), "auto"
     gamma = options.num_draft_tokens or 5
     return FixedGamma(gamma), gamma
+
+
+def _path(model: nn.Module, plan: _Plan) -> str:
+    """As a report calls it; a round that is one native call is none of MLX's graph."""
+    found = report(model).path
+    return "native" if plan.own else "host" if found == "stock" else found
 
 
 def _native(model: nn.Module) -> _core.Model | None:

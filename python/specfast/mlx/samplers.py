@@ -82,14 +82,13 @@ def rows_law(logits: mx.array, law: _core.Law) -> mx.array:
     scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     floor = mx.full((int(logits.shape[0]), 1), -math.inf)
     if law.top_p < 1 or law.top_k > 0:
-        ordered = mx.sort(scores, axis=-1)[:, ::-1]
+        ordered = mx.sort(scores, axis=-1)  # ascending
     if law.top_p < 1:
-        mass = mx.exp(ordered)
-        inside = mx.cumsum(mass, axis=-1) - mass < law.top_p
-        floor = mx.maximum(floor, mx.min(mx.where(inside, ordered, math.inf), axis=-1, keepdims=True))
+        above = mx.cumsum(mx.exp(ordered), axis=-1, reverse=True, inclusive=False)
+        floor = mx.maximum(floor, mx.min(mx.where(above < law.top_p, ordered, math.inf), axis=-1, keepdims=True))
     if law.top_k > 0:
-        last = min(law.top_k, int(logits.shape[-1])) - 1
-        floor = mx.maximum(floor, ordered[:, last : last + 1])
+        first = max(0, int(logits.shape[-1]) - law.top_k)
+        floor = mx.maximum(floor, ordered[:, first : first + 1])
     if law.min_p > 0:
         floor = mx.maximum(floor, mx.max(scores, axis=-1, keepdims=True) + math.log(law.min_p))
     return mx.where(scores >= floor, scores, -math.inf) / law.temperature

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,8 +51,9 @@ class CacheSequence:
     def longest(self) -> int:
         """Rows that one pass may have without changing what they compute.
 
-        A rotating cache that keeps first tokens (`max_kv_size`) masks them wrongly in a pass of several rows once it has
-        wrapped, and a cache is quantised between passes: beyond these points rows go one by one, as in plain decoding.
+        Once a rotating cache has wrapped, a pass of several rows masks others than as many passes would: in every mlx-lm
+        where first tokens are kept (`max_kv_size`), in older ones always. And a cache is quantised between passes. Beyond
+        these points rows go one by one, as in plain decoding.
         """
         return max(1, min((self._exact_rows(cache) for cache in self.caches), default=UNBOUNDED))
 
@@ -132,7 +134,7 @@ class CacheSequence:
 
     def _exact_rows(self, cache: Any) -> int:
         rows = UNBOUNDED
-        if _is_stock(cache, "RotatingKVCache") and cache.keep > 0:
+        if _is_stock(cache, "RotatingKVCache") and not rotates_exactly(cache.keep):
             rows = cache.max_size - cache.offset
         if self._quantising.bits is not None and hasattr(cache, "to_quantized"):
             unquantised = max(1, self._quantising.start) - cache.offset
@@ -140,15 +142,42 @@ class CacheSequence:
         return rows
 
 
+@functools.cache
+def rotates_exactly(keep: int) -> bool:
+    """Whether rows of a rotating cache that has wrapped see the same positions in one pass as one by one."""
+
+    def seen(sizes: Sequence[int]) -> list[set[int]]:
+        """The positions that every row sees, of caches whose keys are their positions."""
+        cache, found = mlx_lm_cache.RotatingKVCache(max_size=keep + 4, keep=keep), []
+        for size in sizes:
+            rows = mx.arange(cache.offset, cache.offset + size).astype(mx.float32).reshape(1, 1, size, 1)
+            mask = cache.make_mask(size, window_size=None, return_array=True)
+            keys = cache.update_and_fetch(rows, rows)[0].reshape(-1).tolist()
+            shown = [[True] * len(keys)] * size if mask is None else mask.reshape(size, -1).tolist()
+            found += [{int(key) for key, is_shown in zip(keys, row, strict=True) if is_shown} for row in shown]
+        return found
+
+    rows = 2 * (keep + 4)
+    try:
+        return seen([1] * rows + [3, 1, 2]) == seen([1] * (rows + 6))
+    except (AttributeError, TypeError, ValueError):  # a version whose masks are made elsewhere
+        return False
+
+
 def _is_stock(cache: Any, name: str) -> bool:
     return type(cache).__module__ == _CACHES and type(cache).__name__ == name
+
+
+def _is_ours(cache: Any) -> bool:
+    """Whether it holds pages of specfast's, which any of the last rows leave exactly."""
+    return type(cache).__module__.startswith("specfast.")
 
 
 def _cuts_back(cache: Any) -> bool:
     """Whether `trim` gives exactly what there was before the last rows."""
     if _is_stock(cache, "CacheList"):
         return all(_cuts_back(part) for part in cache.caches)
-    if type(cache).__module__.startswith("specfast."):  # also once it has wrapped, when mlx-lm would say no
+    if _is_ours(cache):  # also once it has wrapped, when mlx-lm would say no
         return True
     kinds = ("KVCache", "QuantizedKVCache", "RotatingKVCache")
     return any(_is_stock(cache, kind) for kind in kinds) and bool(cache.is_trimmable())
@@ -157,16 +186,17 @@ def _cuts_back(cache: Any) -> bool:
 def _undo_of(cache: Any) -> Callable[[], None]:
     """Puts a cache back to what it is now, once."""
     grows = _is_stock(cache, "KVCache") or _is_stock(cache, "QuantizedKVCache")
-    if grows or type(cache).__module__.startswith("specfast."):
+    if grows or _is_ours(cache):
         offset = cache.offset
 
         def cut() -> None:
             cache.trim(cache.offset - offset)
 
         return cut
-    held = _held(vars(cache))
+    kind, held = type(cache), _held(vars(cache))
 
     def put_back() -> None:
+        cache.__class__ = kind
         vars(cache).clear()
         vars(cache).update(_held(held))
 

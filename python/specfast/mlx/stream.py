@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -174,18 +175,19 @@ def generate_step(
 
 
 def _steps(request: Request, *, drafted: bool) -> Iterator[tuple[Any, ...]]:
-    for token, logprobs, from_draft in _tokens(request):
-        yield (token, logprobs, from_draft) if drafted else (token, logprobs)
+    with closing(_tokens(request)) as steps:
+        for token, logprobs, from_draft in steps:
+            yield (token, logprobs, from_draft) if drafted else (token, logprobs)
 
 
-def _tokens(request: Request) -> Iterator[tuple[int, mx.array | None, bool]]:
+def _tokens(request: Request) -> Generator[tuple[int, mx.array | None, bool], None, None]:
     """The tokens of a request one by one: token, log-probabilities, whether it was drafted."""
     context, stats, target = request.generation.context, request.generation.stats, request.target
     progress = request.progress or (lambda *_: None)
     given = total = context.prompt_length
     progress(0, total)
+    accepted = 0
     try:
-        accepted = 0
         for chunk in request.generation:
             if given == total:
                 progress(total, total)
@@ -194,12 +196,14 @@ def _tokens(request: Request) -> Iterator[tuple[int, mx.array | None, bool]]:
             for place, token in enumerate(chunk.token_ids):
                 given += 1
                 yield token, None if logits is None else _logprobs(logits, place), place < drafted
-        if given == total:
-            progress(total, total)
+    except GeneratorExit:  # what is given out so far; after an error nothing more is computed
+        request.end(context.tokens[:given])
+        raise
     finally:
         request.generation.close()
-        for end in request.ends:
-            end(context.tokens[:given])
+    if given == total:
+        progress(total, total)
+    request.end(context.tokens[:given])
 
 
 def _logprobs(logits: mx.array, place: int) -> mx.array:
@@ -225,26 +229,27 @@ def _responses(request: Request, detokenizer: Any) -> Generator[GenerationRespon
     context, stats = request.generation.context, request.generation.stats
     detokenizer.reset()
     begun, first = time.perf_counter(), 0.0
-    for count, (token, logprobs, from_draft) in enumerate(_tokens(request), 1):
-        first = first or time.perf_counter()
-        last = context.done and context.prompt_length + count == len(context.tokens)
-        if not (last and context.finish_reason == "eos"):
-            detokenizer.add_token(token)
-        if last:
-            detokenizer.finalize()
-        yield GenerationResponse(
-            text=detokenizer.last_segment,
-            token=token,
-            logprobs=logprobs,
-            from_draft=from_draft,
-            prompt_tokens=context.prompt_length,
-            prompt_tps=context.prompt_length / (first - begun),
-            generation_tokens=count,
-            generation_tps=count / (time.perf_counter() - first),
-            peak_memory=_peak_memory() / 1e9,
-            finish_reason=None if not last else "stop" if context.finish_reason == "eos" else "length",
-            acceptance=stats.acceptance_rate,
-        )
+    with closing(_tokens(request)) as steps:
+        for count, (token, logprobs, from_draft) in enumerate(steps, 1):
+            first = first or time.perf_counter()
+            last = context.done and context.prompt_length + count == len(context.tokens)
+            if not (last and context.finish_reason == "eos"):
+                detokenizer.add_token(token)
+            if last:
+                detokenizer.finalize()
+            yield GenerationResponse(
+                text=detokenizer.last_segment,
+                token=token,
+                logprobs=logprobs,
+                from_draft=from_draft,
+                prompt_tokens=context.prompt_length,
+                prompt_tps=context.prompt_length / (first - begun),
+                generation_tokens=count,
+                generation_tps=count / (time.perf_counter() - first),
+                peak_memory=_peak_memory() / 1e9,
+                finish_reason=None if not last else "stop" if context.finish_reason == "eos" else "length",
+                acceptance=stats.acceptance_rate,
+            )
 
 
 def _peak_memory() -> int:

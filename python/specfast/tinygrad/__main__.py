@@ -14,7 +14,7 @@ from ..errors import ConfigurationError, IncompatibleDraftError, SpecfastError
 from ..gguf_file import open_gguf
 from ..gguf_model import gguf_config
 from ..inference import set_threads
-from ..text import StreamDecoder, StopStrings, TextStream
+from ..text import StopStrings, StreamDecoder, TextStream
 from ..tokenizer import Tokenizer
 
 

@@ -120,7 +120,9 @@ class _Path:
         return logits if last or fixed else logits.shrink(((0, M), None))
 
     def _beside(self, sequence: _Sequence, tokens: Tensor, start_pos: Any, *, last: bool) -> Tensor:
-        ids = tokens.cast(dtypes.int32).numpy().reshape(-1).astype(np.int32)
+        M = tokens.shape[1]
+        padded = tokens if isinstance(M, int) else tokens.pad_to((1, int(M.vmax)))
+        ids = padded.cast(dtypes.int32).numpy().reshape(-1)[: private.value_of(M)].astype(np.int32)
         cache, start = sequence.cache, private.value_of(start_pos)
         if start > cache.length:
             raise ShapeError(
@@ -182,7 +184,8 @@ def accelerate(model: Any, precision: str | None = None) -> Any:
         _accelerators[model] = _Accelerator(None, str(error))
         return model
     accelerator = _accelerators[model] = _Accelerator(_Path(weights, seams), private.graph_problem())
-    model.__class__ = _accelerated(type(model), _LlmModel if seams.kind == "llm" else _ExoModel)
+    stock: Any = type(model)
+    model.__class__ = _accelerated(stock, _LlmModel if seams.kind == "llm" else _ExoModel)
     if seams.kind == "llm":
         accelerator.jits = model.prefill_jit, model.rollout_jit
         model.prefill_jit, model.rollout_jit = TinyJit(model.forward), TinyJit(model.forward)
@@ -193,8 +196,9 @@ def accelerate(model: Any, precision: str | None = None) -> Any:
 def restore(model: Any) -> Any:
     """Undoes `accelerate`: the model's own layers run again and read their text anew. Returns the model."""
     accelerator = _accelerators.pop(model, None)
-    if isinstance(model, _Accelerated):
-        model.__class__ = type(model).__bases__[1]
+    accelerated: type = type(model)
+    if issubclass(accelerated, _Accelerated):
+        model.__class__ = accelerated.__bases__[1]
         if accelerator and accelerator.jits:
             model.prefill_jit, model.rollout_jit = accelerator.jits
             model._cached_tokens = []
@@ -295,6 +299,6 @@ class _ExoModel(_Accelerated):
 
 
 @functools.cache
-def _accelerated(stock: type, ours: type) -> type:
+def _accelerated(stock: Any, ours: type) -> type:
     body = {"__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (ours, stock), body)

@@ -65,7 +65,7 @@ class HostTarget:
             self.prefill(context.tokens[:-1], None)
             pending = context.tokens[self.length :]
         tokens = proposal.tokens if proposal else np.zeros(0, np.int32)
-        q = proposal.q if proposal else None
+        q: Any = proposal.q if proposal else None
         rows = self._run([*pending, *tokens.tolist()])
         gamma = len(tokens)
         follow(self.adjustments, context)
@@ -79,7 +79,7 @@ class HostTarget:
 
     def _decide(
         self, context: Context, rows: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32], q: Any
-    ) -> "HostVerdict":
+    ) -> HostVerdict:
         rows = np.ascontiguousarray(rows)
         if self.rule == "coupled" and self.law.temperature > 0:
             return HostVerdict(*_core.couple_logits(rows, tokens, self.law, self.seed, len(context.tokens)))

@@ -7,7 +7,9 @@ source is ours. Versions from 0.10.2 on, and a 0.14 in which the test fails, are
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
+import math
 import platform
 import struct
 import sys
@@ -61,19 +63,17 @@ def import_llm() -> Any:
     """The module tinygrad.llm.model. The wheel of 0.14.0 lacks a module that it imports, with kernels for AMD's GPUs: it gets
     one that says there are none."""
     try:
-        import tinygrad.llm.kernels.amd  # noqa: PLC0415
+        importlib.import_module("tinygrad.llm.kernels.amd")
     except ModuleNotFoundError:
         amd: Any = types.ModuleType("tinygrad.llm.kernels.amd")
         amd.Linear = nn.Linear
-        amd.amd_custom_kernels_supported = lambda device: False
+        amd.amd_custom_kernels_supported = lambda _: False
         amd.gated_delta_prefill = amd.flash_attention = None
         package: Any = types.ModuleType("tinygrad.llm.kernels")
         package.__path__, package.amd = [], amd
         sys.modules.setdefault("tinygrad.llm.kernels", package)
         sys.modules.setdefault("tinygrad.llm.kernels.amd", amd)
-    import tinygrad.llm.model as model  # noqa: PLC0415
-
-    return model
+    return importlib.import_module("tinygrad.llm.model")
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,33 @@ def file_part(tensor: Tensor) -> tuple[Tensor, int] | None:
     return Tensor(buffers[0]), int(starts[0].val)
 
 
+def order_in_file(
+    tensor: Tensor, whole: Tensor, start: int, kind: int, shape: tuple[int, ...], heads: int
+) -> str | None:
+    """Whether a tensor is what tinygrad's own loader makes of a part of a GGUF file: "plain", "turned" (rows of Q or K of `heads`
+    heads, put from RoPE's neighbours into halves), or None if it is anything else. Equal graphs are one object in tinygrad.
+
+    Args:
+        tensor: lazy.
+        whole, start: the file's bytes, and where the part begins.
+        kind: GGUF's number of the part's type.
+        shape: of the part.
+    """
+    from tinygrad.llm.gguf import ggml_data_to_tensor  # noqa: PLC0415
+
+    loaded = ggml_data_to_tensor(whole[start:], math.prod(shape), kind).reshape(*shape)
+    for plain in (loaded, loaded.cast(dtypes.float16)):
+        if tensor.uop is plain.uop:
+            return "plain"
+        if heads and len(shape) == 2:
+            rows = plain.reshape(heads, shape[0] // heads, -1)
+            halves = rows.rearrange("n (h two) d -> n (two h) d", two=2)
+            partial = rows[:, :0].cat(rows[:, 0:].rearrange("n (h two) d -> n (two h) d", two=2), dim=1)
+            if any(tensor.uop is turned.reshape(-1, shape[1]).uop for turned in (halves, partial)):
+                return "turned"
+    return None
+
+
 def graph_problem() -> str:
     """Why native programs cannot run in this tinygrad's graphs; "" if they can. Tested once, at import."""
     return _test_graphs()
@@ -227,8 +254,8 @@ def _run_probe() -> None:
     def step(x: Tensor, by: Any) -> Tensor:
         return program([state, x * 2], [by])[0] + 1
 
-    expected = []
-    found = []
+    expected: list[Any] = []
+    found: list[Any] = []
     for runner in (step, TinyJit(step)):
         for i in range(4):
             by = variable("by", 100, 10 + i)

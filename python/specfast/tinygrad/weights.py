@@ -15,8 +15,8 @@ from tinygrad import Tensor, dtypes
 from .. import _core
 from ..architecture import ModelConfig
 from ..checkpoint import build_model
-from ..errors import ModelFormatError, UnsupportedModelError
-from ..gguf_file import GgufFile, parse_gguf
+from ..errors import SpecfastError, UnsupportedModelError
+from ..gguf_file import TYPES, GgufFile, parse_gguf
 from ..safetensors_file import TensorView
 from . import private
 
@@ -224,11 +224,11 @@ def native_weights(model: Any, precision: str | None) -> tuple[NativeWeights, Se
         raise UnsupportedModelError(
             f"{source} is on {', '.join(sorted(devices))}; supported: weights on the CPU (DEV=CPU, or .to('CPU'))"
         )
-    reader = _Reader(in_place=not private.graph_problem())
+    reader = _Reader(seams.config, in_place=not private.graph_problem())
     tensors = {weight.name: reader.read(weight) for weight in seams.weights}
-    pairs = seams.rope_pairs
-    if reader.file is not None:
-        pairs = _file_turns_pairs(reader, seams)
+    if len(reader.orders) > 1:
+        raise UnsupportedModelError(f"{source} has Q and K of more than one order; realise the weights (REALIZE=1)")
+    pairs = seams.rope_pairs or "turned" in reader.orders
     native = build_model(
         source, seams.config, tensors, precision=precision, max_context=seams.config.max_context, rope_pairs=pairs
     )
@@ -238,9 +238,11 @@ def native_weights(model: Any, precision: str | None) -> tuple[NativeWeights, Se
 class _Reader:
     """Takes tensors where they lie."""
 
-    def __init__(self, *, in_place: bool) -> None:
+    def __init__(self, config: ModelConfig, *, in_place: bool) -> None:
         self.held: Counter[str] = Counter()
-        self.file: GgufFile | None = None
+        self.orders: set[str] = set()  # of Q and K: "turned" if the file's rows are not in the model's order
+        self._file: GgufFile | None = None
+        self._heads = {"q_proj": config.heads, "k_proj": config.kv_heads}
         self._in_place = in_place
         self._buffer: Any = None
 
@@ -257,6 +259,8 @@ class _Reader:
             self.held["realised"] += 1
         else:
             self.held["in place"] += 1
+        if weight.name.endswith(("q_proj.weight", "k_proj.weight")):
+            self.orders.add("plain")
         if tensor.dtype not in _DTYPES:
             raise UnsupportedModelError(f"{weight.own_name} is {tensor.dtype}; supported: float32, float16, bfloat16")
         return TensorView(_DTYPES[tensor.dtype], tuple(tensor.shape), private.memory_of(tensor))
@@ -269,45 +273,26 @@ class _Reader:
         return TensorView(kind, tuple(values.shape), np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
     def _from_file(self, weight: Weight) -> TensorView | None:
+        """The part of a GGUF file that a lazy tensor is, unconverted; None if it is computed in any other way."""
         part = private.file_part(weight.tensor)
         if part is None:
             return None
         whole, start = part
-        if self.file is None or private.identity(whole) is not self._buffer:
+        if self._file is None or private.identity(whole) is not self._buffer:
             data = private.memory_of(whole)
-            if bytes(data[:4]) != b"GGUF":
-                return None
             try:
-                self.file, self._buffer = parse_gguf(Path("the GGUF file"), data), private.identity(whole)
-            except ModelFormatError:
+                self._file, self._buffer = parse_gguf(Path("tinygrad's GGUF file"), data), private.identity(whole)
+            except SpecfastError:  # no GGUF file, or one with types of its own
                 return None
-        tensors = self.file.tensors
-        name = weight.own_name
-        if name == "output.weight" and name not in tensors:
-            name = "token_embd.weight"
-        found = tensors.get(name)
-        begins = found is not None and found.data.ctypes.data - self.file.start == start
-        return found if begins and found is not None and found.shape == tuple(weight.tensor.shape) else None
+        place = self._file.start + start
+        found = next((tensor for tensor in self._file.tensors.values() if tensor.data.ctypes.data == place), None)
+        if found is None:
+            return None
+        heads = next((n for name, n in self._heads.items() if weight.name.endswith(f"{name}.weight")), 0)
+        order = private.order_in_file(weight.tensor, whole, start, _TYPE_NUMBERS[found.dtype], found.shape, heads)
+        if order and heads:
+            self.orders.add(order)
+        return found if order else None
 
 
-def _file_turns_pairs(reader: _Reader, seams: Seams) -> bool:
-    """Whether the file's rows of Q and K are neighbours where the model's are halves: seen by multiplying with both."""
-    assert reader.file is not None
-    weight = next(w for w in seams.weights if w.name == "model.layers.0.self_attn.q_proj.weight")
-    stored = reader.file.tensors.get(weight.own_name)
-    if stored is None or private.file_part(weight.tensor) is None:
-        return False
-    N, K = stored.shape
-    x = np.random.default_rng(0).standard_normal((1, K)).astype(np.float32)
-    matrix = _core.Matrix(_FORMATS.get(stored.dtype, stored.dtype), N, K, stored.data)
-    rows = _core.matmul_rows(x, matrix, "f32")[0].reshape(seams.config.heads, -1)
-    turned = rows.reshape(len(rows), -1, 2).swapaxes(1, 2).reshape(rows.shape)
-    own = (weight.tensor.cast(dtypes.float32) @ Tensor(x[0])).numpy().reshape(rows.shape)
-    straight, pairs = np.abs(own - rows).max(), np.abs(own - turned).max()
-    limit = 0.02 * np.abs(rows).max()
-    if min(straight, pairs) > limit:
-        raise UnsupportedModelError("the model's Q is not what its GGUF file holds; realise the weights (REALIZE=1)")
-    return bool(pairs < straight)
-
-
-_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_TYPE_NUMBERS = {kind.name: number for number, kind in TYPES.items()}

@@ -1,11 +1,11 @@
-// Counts device-memory bytes. A file compiled for counting calls __tsan_read and __tsan_write at every load and store (the
-// compiler's thread sanitizer puts them there, after optimisation); these are ours, not the sanitizer's.
+// Counts device-memory bytes. A file compiled for counting calls __tsan_read and __tsan_write at every load and store
+// (the compiler's thread sanitizer puts them there, after optimisation); these are ours, not the sanitizer's.
 //
-// The n-th execution of one load instruction by the 32 lanes of a simdgroup is one access, as on a GPU: bytes that several
-// lanes ask for in it are counted once. The same byte loaded by another instruction, a later execution of the same one,
-// another simdgroup or another threadgroup is counted again, with one exception: what a lane has loaded among its last eight
-// loads it still holds in a register. (Where the CPU's compiler must load again, because a store between might have changed
-// the byte, Metal's knows that address spaces do not overlap.)
+// The n-th execution of one load instruction by the 32 lanes of a simdgroup is one access, as on a GPU: bytes that
+// several lanes ask for in it are counted once. The same byte loaded by another instruction, a later execution of the
+// same one, another simdgroup or another threadgroup is counted again, with one exception: what a lane has loaded among
+// its last eight loads it still holds in a register. (Where the CPU's compiler must load again, because a store between
+// might have changed the byte, Metal's knows that address spaces do not overlap.)
 #include "runtime.h"
 
 #include <algorithm>
@@ -27,7 +27,10 @@ unsigned thread;  // its index in the threadgroup
 // The last loads of every thread of the threadgroup.
 struct Registers {
   static constexpr unsigned size = 8;
-  struct Load { std::uintptr_t address; std::size_t bytes; };
+  struct Load {
+    std::uintptr_t address;
+    std::size_t bytes;
+  };
   Load loads[max_threads][size];
   unsigned next[max_threads];
   bool hold(std::uintptr_t address, std::size_t bytes) {
@@ -45,7 +48,11 @@ std::size_t hash(std::uint64_t a, std::uint64_t b) {
 
 // How often each instruction ran in this lane and pass.
 struct Executions {
-  struct Entry { std::uintptr_t site; std::uint64_t pass; unsigned thread, times; };
+  struct Entry {
+    std::uintptr_t site;
+    std::uint64_t pass;
+    unsigned thread, times;
+  };
   std::vector<Entry> entries = std::vector<Entry>(4096);
   unsigned next(std::uintptr_t site) {
     std::size_t at = hash(site, 0) % entries.size();
@@ -58,7 +65,11 @@ struct Executions {
 
 // Which bytes of a 64-byte line one access has asked for.
 struct Lines {
-  struct Entry { std::uintptr_t site; std::uint64_t line, pass, bytes; unsigned execution; };
+  struct Entry {
+    std::uintptr_t site;
+    std::uint64_t line, pass, bytes;
+    unsigned execution;
+  };
   std::vector<Entry> entries = std::vector<Entry>(1 << 12);
   std::uint64_t used_in_pass = 0, last_pass = 0;
   std::uint64_t add(std::uintptr_t site, unsigned execution, std::uint64_t line, std::uint64_t bytes) {
@@ -72,7 +83,8 @@ struct Lines {
   }
   Entry& find(std::uintptr_t site, unsigned execution, std::uint64_t line) {
     std::size_t at = hash(site + execution * 0x100000001B3ull, line) & (entries.size() - 1);
-    while (entries[at].pass == pass && !(entries[at].site == site && entries[at].execution == execution && entries[at].line == line))
+    while (entries[at].pass == pass &&
+           !(entries[at].site == site && entries[at].execution == execution && entries[at].line == line))
       at = (at + 1) & (entries.size() - 1);
     return entries[at];
   }
@@ -113,9 +125,15 @@ void count_begin_launch(const Launch& launch) {
     if (begin) buffers.push_back({begin, begin + launch.buffer_bytes[i], i, std::vector<bool>(launch.buffer_bytes[i])});
   }
 }
-void count_begin_pass() { pass++; }
-void count_begin_lane(unsigned index) { thread = index; }
-void count_begin_threadgroup() { registers = Registers{}; }
+void count_begin_pass() {
+  pass++;
+}
+void count_begin_lane(unsigned index) {
+  thread = index;
+}
+void count_begin_threadgroup() {
+  registers = Registers{};
+}
 void count_end_launch(Counters& counters) {
   std::memcpy(counters.read_bytes, read_bytes, sizeof read_bytes);
   std::memcpy(counters.unique_read_bytes, unique_read_bytes, sizeof read_bytes);
@@ -124,25 +142,35 @@ void count_end_launch(Counters& counters) {
 }
 
 extern "C" {
-#define EMULATOR_ACCESS(name, bytes, write)                                                            \
-  void name(void* address) {                                                                           \
-    access(reinterpret_cast<std::uintptr_t>(address), bytes, reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)), write); \
+#define EMULATOR_ACCESS(name, bytes, write)                                       \
+  void name(void* address) {                                                      \
+    access(reinterpret_cast<std::uintptr_t>(address), bytes,                      \
+           reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)), write); \
   }
-#define EMULATOR_SIZE(bytes)                                          \
-  EMULATOR_ACCESS(__tsan_read##bytes, bytes, false)                   \
-  EMULATOR_ACCESS(__tsan_write##bytes, bytes, true)                   \
-  EMULATOR_ACCESS(__tsan_volatile_read##bytes, bytes, false)          \
+#define EMULATOR_SIZE(bytes)                                 \
+  EMULATOR_ACCESS(__tsan_read##bytes, bytes, false)          \
+  EMULATOR_ACCESS(__tsan_write##bytes, bytes, true)          \
+  EMULATOR_ACCESS(__tsan_volatile_read##bytes, bytes, false) \
   EMULATOR_ACCESS(__tsan_volatile_write##bytes, bytes, true)
-EMULATOR_SIZE(1) EMULATOR_SIZE(2) EMULATOR_SIZE(4) EMULATOR_SIZE(8) EMULATOR_SIZE(16)
-#define EMULATOR_UNALIGNED(bytes)                                     \
-  EMULATOR_ACCESS(__tsan_unaligned_read##bytes, bytes, false)         \
+EMULATOR_SIZE(1);
+EMULATOR_SIZE(2);
+EMULATOR_SIZE(4);
+EMULATOR_SIZE(8);
+EMULATOR_SIZE(16);
+#define EMULATOR_UNALIGNED(bytes)                             \
+  EMULATOR_ACCESS(__tsan_unaligned_read##bytes, bytes, false) \
   EMULATOR_ACCESS(__tsan_unaligned_write##bytes, bytes, true)
-EMULATOR_UNALIGNED(2) EMULATOR_UNALIGNED(4) EMULATOR_UNALIGNED(8) EMULATOR_UNALIGNED(16)
+EMULATOR_UNALIGNED(2);
+EMULATOR_UNALIGNED(4);
+EMULATOR_UNALIGNED(8);
+EMULATOR_UNALIGNED(16);
 void __tsan_read_range(void* address, std::size_t bytes) {
-  access(reinterpret_cast<std::uintptr_t>(address), bytes, reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)), false);
+  access(reinterpret_cast<std::uintptr_t>(address), bytes,
+         reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)), false);
 }
 void __tsan_write_range(void* address, std::size_t bytes) {
-  access(reinterpret_cast<std::uintptr_t>(address), bytes, reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)), true);
+  access(reinterpret_cast<std::uintptr_t>(address), bytes,
+         reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)), true);
 }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
@@ -150,23 +178,23 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 
 // The compiler replaces every atomic operation by a call; one lane runs at a time, so a plain one will do.
-#define EMULATOR_ATOMIC_CALL(name, T, after)                                                           \
-  T name(volatile T* a, T x, int) {                                                                    \
-    const std::uintptr_t site = reinterpret_cast<std::uintptr_t>(__builtin_return_address(0));         \
-    access(reinterpret_cast<std::uintptr_t>(a), sizeof(T), site, false);                               \
-    access(reinterpret_cast<std::uintptr_t>(a), sizeof(T), site, true);                                \
-    const T old = *a;                                                                                  \
-    *a = after;                                                                                        \
-    return old;                                                                                        \
+#define EMULATOR_ATOMIC_CALL(name, T, after)                                                   \
+  T name(volatile T* a, T x, int) {                                                            \
+    const std::uintptr_t site = reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)); \
+    access(reinterpret_cast<std::uintptr_t>(a), sizeof(T), site, false);                       \
+    access(reinterpret_cast<std::uintptr_t>(a), sizeof(T), site, true);                        \
+    const T old = *a;                                                                          \
+    *a = after;                                                                                \
+    return old;                                                                                \
   }
-EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_add, std::uint32_t, old + x)
-EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_sub, std::uint32_t, old - x)
-EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_or, std::uint32_t, old | x)
-EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_and, std::uint32_t, old & x)
-EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_xor, std::uint32_t, old ^ x)
-EMULATOR_ATOMIC_CALL(__tsan_atomic32_exchange, std::uint32_t, x)
-EMULATOR_ATOMIC_CALL(__tsan_atomic64_fetch_add, std::uint64_t, old + x)
-EMULATOR_ATOMIC_CALL(__tsan_atomic64_exchange, std::uint64_t, x)
+EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_add, std::uint32_t, old + x);
+EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_sub, std::uint32_t, old - x);
+EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_or, std::uint32_t, old | x);
+EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_and, std::uint32_t, old& x);
+EMULATOR_ATOMIC_CALL(__tsan_atomic32_fetch_xor, std::uint32_t, old ^ x);
+EMULATOR_ATOMIC_CALL(__tsan_atomic32_exchange, std::uint32_t, x);
+EMULATOR_ATOMIC_CALL(__tsan_atomic64_fetch_add, std::uint64_t, old + x);
+EMULATOR_ATOMIC_CALL(__tsan_atomic64_exchange, std::uint64_t, x);
 std::uint32_t __tsan_atomic32_load(const volatile std::uint32_t* a, int) {
   access(reinterpret_cast<std::uintptr_t>(a), 4, reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)), false);
   return *a;
@@ -175,7 +203,8 @@ void __tsan_atomic32_store(volatile std::uint32_t* a, std::uint32_t x, int) {
   access(reinterpret_cast<std::uintptr_t>(a), 4, reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)), true);
   *a = x;
 }
-int __tsan_atomic32_compare_exchange_strong(volatile std::uint32_t* a, std::uint32_t* expected, std::uint32_t x, int, int) {
+int __tsan_atomic32_compare_exchange_strong(volatile std::uint32_t* a, std::uint32_t* expected, std::uint32_t x, int,
+                                            int) {
   access(reinterpret_cast<std::uintptr_t>(a), 4, reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)), false);
   if (*a != *expected) return *expected = *a, 0;
   *a = x;

@@ -1,6 +1,6 @@
 // Runs one launch in a process of its own, for the sanitizers. Usage: runner JOB
-// JOB is text: kernel NAME | threadgroups X Y Z | threads X Y Z | schedule N | buffer INDEX BYTES PATH, each on its line.
-// Buffers are read from their files, and written back after a launch without an error.
+// JOB is text: kernel NAME | threadgroups X Y Z | threads X Y Z | schedule N | buffer INDEX BYTES PATH, each on its
+// line. Buffers are read from their files, and written back after a launch without an error.
 #include "runtime.h"
 
 #include <cstdio>
@@ -13,8 +13,10 @@ int main(int, char** arguments) {
   std::FILE* job = std::fopen(arguments[1], "r");
   while (job && std::fscanf(job, "%31s", word) == 1) {
     int read = 0;
-    if (!std::strcmp(word, "kernel")) read = std::fscanf(job, "%511s", kernel);
-    else if (!std::strcmp(word, "schedule")) read = std::fscanf(job, "%lu", &launch.schedule);
+    if (!std::strcmp(word, "kernel"))
+      read = std::fscanf(job, "%511s", kernel);
+    else if (!std::strcmp(word, "schedule"))
+      read = std::fscanf(job, "%lu", &launch.schedule);
     else if (!std::strcmp(word, "buffer")) {
       unsigned i;
       std::size_t bytes;
@@ -34,11 +36,13 @@ int main(int, char** arguments) {
   }
   emulator::Counters counters;
   char message[2048];
-  if (emulator::emulator_run(kernel, &launch, &counters, message, sizeof message)) return std::fprintf(stderr, "%s\n", message), 3;
+  if (emulator::emulator_run(kernel, &launch, &counters, message, sizeof message))
+    return std::fprintf(stderr, "%s\n", message), 3;
   for (unsigned i = 0; i < emulator::max_buffers; i++) {
     if (!launch.buffers[i]) continue;
     std::FILE* file = std::fopen(paths[i], "wb");
-    if (!file || std::fwrite(launch.buffers[i], 1, launch.buffer_bytes[i], file) != launch.buffer_bytes[i]) return std::perror(paths[i]), 2;
+    if (!file || std::fwrite(launch.buffers[i], 1, launch.buffer_bytes[i], file) != launch.buffer_bytes[i])
+      return std::perror(paths[i]), 2;
     std::fclose(file);
   }
   std::printf("%lu %lu %lu\n", counters.collectives, counters.barriers, counters.threadgroup_bytes);

@@ -1,7 +1,7 @@
 // Executes a translated kernel: one fiber per thread, one threadgroup at a time, simdgroups of 32.
 //
-// A simdgroup runs in passes. In a pass each lane runs from its last collective to its next; then all 32 must have stopped
-// at the same one. Which simdgroup runs next, and the order of its lanes, come from the schedule.
+// A simdgroup runs in passes. In a pass each lane runs from its last collective to its next; then all 32 must have
+// stopped at the same one. Which simdgroup runs next, and the order of its lanes, come from the schedule.
 #include "runtime.h"
 
 #include <csetjmp>
@@ -13,8 +13,8 @@
 #include <sys/mman.h>
 #include <vector>
 
-// Under the address and thread sanitizers this file is not instrumented itself: it says where stacks are and what orders
-// two lanes. build.py defines one of EMULATOR_{COUNT,ADDRESS,THREAD,UNDEFINED,MEMORY}, or none.
+// Under the address and thread sanitizers this file is not instrumented itself: it says where stacks are and what
+// orders two lanes. build.py defines one of EMULATOR_{COUNT,ADDRESS,THREAD,UNDEFINED,MEMORY}, or none.
 #ifdef EMULATOR_ADDRESS
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -62,8 +62,8 @@ struct Fiber {
 struct Simdgroup {
   unsigned char slots[2][simdgroup_width + 1][slot_bytes];  // the collective before may still be read by a slower lane
   unsigned char order[simdgroup_width];
-  unsigned at;             // index into order of the lane that runs
-  unsigned exchange;       // which of slots is in use
+  unsigned at;        // index into order of the lane that runs
+  unsigned exchange;  // which of slots is in use
   bool result_claimed;
   Stop stop;
 };
@@ -214,8 +214,8 @@ void start() {
 
 void fail(const Thread& at, const char* format, ...) {
   failed = true;
-  int used = std::snprintf(failure, failure_bytes, "kernel %s, threadgroup (%u, %u, %u), thread %u: ", kernel_name, at.threadgroup[0],
-                           at.threadgroup[1], at.threadgroup[2], at.index);
+  int used = std::snprintf(failure, failure_bytes, "kernel %s, threadgroup (%u, %u, %u), thread %u: ", kernel_name,
+                           at.threadgroup[0], at.threadgroup[1], at.threadgroup[2], at.index);
   if (used < 0 || static_cast<std::size_t>(used) >= failure_bytes) return;
   std::va_list arguments;
   va_start(arguments, format);
@@ -224,8 +224,10 @@ void fail(const Thread& at, const char* format, ...) {
 }
 
 void describe(const Where& where, char (&text)[512]) {
-  if (where.stop == Stop::returned) std::snprintf(text, sizeof text, "has returned");
-  else std::snprintf(text, sizeof text, "is at %s, %s:%d", where.operation, where.file, where.line);
+  if (where.stop == Stop::returned)
+    std::snprintf(text, sizeof text, "has returned");
+  else
+    std::snprintf(text, sizeof text, "is at %s, %s:%d", where.operation, where.file, where.line);
 }
 
 void fail_divergent(const char* what, const Fiber& one, const Fiber& other) {
@@ -325,10 +327,11 @@ void retire_threadgroup() {
   threadgroup_bytes = 0;
 }
 
-char* map_stack() {
-  void* memory = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+/// Memory of `count` stacks, in one mapping: a process has few of those and may hold many programs.
+char* map_stacks(std::size_t count) {
+  void* memory =
+      mmap(nullptr, count * stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) std::abort();
-  mprotect(memory, 4096, PROT_NONE);
   return static_cast<char*>(memory);
 }
 
@@ -337,7 +340,7 @@ void run_grid() {
     for (unsigned y = 0; y < launch->threadgroups[1] && !failed; y++)
       for (unsigned x = 0; x < launch->threadgroups[0] && !failed; x++) {
 #ifdef EMULATOR_THREAD  // a stack used again by unordered lanes would look like a race
-        for (std::size_t i = 0; i < fibers.size(); i++) munmap(stacks[i], stack_bytes), stacks[i] = map_stack();
+        for (std::size_t i = 0; i < fibers.size(); i++) munmap(stacks[i], stack_bytes), stacks[i] = map_stacks(1);
 #endif
         run_threadgroup(x, y, z);
         retire_threadgroup();
@@ -352,12 +355,16 @@ void run_grid() {
 #ifndef EMULATOR_SANITIZED
 // A kernel that touches unmapped memory, or is misaligned for the CPU, ends the launch and not the process.
 sigjmp_buf before_launch;
-void on_fault(int signal, siginfo_t*, void*) { siglongjmp(before_launch, signal); }
+void on_fault(int signal, siginfo_t*, void*) {
+  siglongjmp(before_launch, signal);
+}
 #endif
 }  // namespace
 
 extern "C" {
-Thread* emulator_thread() { return &current->thread; }
+Thread* emulator_thread() {
+  return &current->thread;
+}
 
 void emulator_threadgroup_barrier(int flags, const char* file, int line) {
 #ifdef EMULATOR_THREAD
@@ -413,13 +420,15 @@ void* emulator_threadgroup_memory(int site, unsigned long bytes) {
   void* address = nullptr;
   if (posix_memalign(&address, 64, bytes)) std::abort();
 #ifndef EMULATOR_MEMORY  // what was never written differs between schedules, so that reading it shows
-  for (unsigned long i = 0; i < bytes; i++) static_cast<volatile unsigned char*>(address)[i] = 0xCB ^ (launch->schedule * 29 & 0x3f);
+  for (unsigned long i = 0; i < bytes; i++)
+    static_cast<volatile unsigned char*>(address)[i] = 0xCB ^ (launch->schedule * 29 & 0x3f);
 #endif
   variables.push_back({site, bytes, address});
   threadgroup_bytes += (bytes + 15) & ~15ul;
   if (threadgroup_bytes > counters->threadgroup_bytes) counters->threadgroup_bytes = threadgroup_bytes;
   if (threadgroup_bytes > max_threadgroup_bytes) {
-    fail(current->thread, "%zu bytes of threadgroup memory, the limit is %zu", threadgroup_bytes, max_threadgroup_bytes);
+    fail(current->thread, "%zu bytes of threadgroup memory, the limit is %zu", threadgroup_bytes,
+         max_threadgroup_bytes);
     leave(false);
   }
 #ifdef EMULATOR_THREAD
@@ -428,7 +437,8 @@ void* emulator_threadgroup_memory(int site, unsigned long bytes) {
   return address;
 }
 
-int emulator_run(const char* name, const Launch* to_launch, Counters* to_count, char* message, std::size_t message_bytes) {
+int emulator_run(const char* name, const Launch* to_launch, Counters* to_count, char* message,
+                 std::size_t message_bytes) {
   const Kernel* kernel = emulator_kernels;
   while (kernel->name && std::strcmp(kernel->name, name)) kernel++;
   if (!kernel->name) {
@@ -446,7 +456,11 @@ int emulator_run(const char* name, const Launch* to_launch, Counters* to_count, 
   scheduler_stack = nullptr;
   random_state = launch->schedule * 0x9E3779B97F4A7C15ull + 88172645463325252ull;
   const unsigned threads = launch->threadgroup_size[0] * launch->threadgroup_size[1] * launch->threadgroup_size[2];
-  while (stacks.size() < threads) stacks.push_back(map_stack());
+  if (stacks.size() < threads) {
+    const std::size_t missing = threads - stacks.size();
+    char* memory = map_stacks(missing);
+    for (std::size_t i = 0; i < missing; i++) stacks.push_back(memory + i * stack_bytes);
+  }
   fibers.assign(threads, Fiber{});
   simdgroups.assign(threads / simdgroup_width, Simdgroup{});
   current = &scheduler;
@@ -469,14 +483,14 @@ int emulator_run(const char* name, const Launch* to_launch, Counters* to_count, 
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, &old_segv);
   sigaction(SIGBUS, &action, &old_bus);
-  if (sigsetjmp(before_launch, 1) == 0) run_grid();
-  else fail(current->thread, "invalid memory access; mode=\"address\" or \"undefined\" names the line");
+  if (sigsetjmp(before_launch, 1) == 0)
+    run_grid();
+  else
+    fail(current->thread, "invalid memory access; mode=\"address\" or \"undefined\" names the line");
   sigaction(SIGSEGV, &old_segv, nullptr);
   sigaction(SIGBUS, &old_bus, nullptr);
   sigaltstack(&old_alternate, nullptr);
   if (failed) retire_threadgroup();
-  for (char* stack : stacks) munmap(stack, stack_bytes);  // every program has its own: many would fill the address space
-  stacks.clear();
 #endif
 #ifdef EMULATOR_COUNT
   count_end_launch(*counters);
