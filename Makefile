@@ -5,10 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc src python -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pth' 2>/dev/null) CMakeLists.txt pyproject.toml
-CPP := $(shell find csrc src tests/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
-APT_PACKAGES := g++-aarch64-linux-gnu qemu-user-static clang
+CPP := $(shell find csrc src tests/cpp tests/metal_emulator -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
+APT ?= apt-get
+APT_PACKAGES := g++-aarch64-linux-gnu qemu-user-static clang libclang-rt-dev
+CROSS := build/cross
+CROSS_PACKAGES := nanobind==3.1.0 ninja scikit-build-core>=0.11 wheel ziglang==0.15.2
 
-.PHONY: help demo test test-full lint format stubs bench bench-compare wheel driver clean
+.PHONY: help demo test test-full lint format stubs bench bench-compare wheel wheel-macos wheel-aarch64 apt-packages driver clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -31,11 +34,14 @@ $(VENV)/tools: $(BIN)/pip pyproject.toml
 	@touch $@
 
 $(VENV)/system: | $(BIN)/pip
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  (apt-get install -y --no-install-recommends $(APT_PACKAGES) || (apt-get update && apt-get install -y --no-install-recommends $(APT_PACKAGES))) >/dev/null 2>&1 \
-	    || echo "note: $(APT_PACKAGES) could not be installed; the NEON and tinygrad tests are skipped"; \
-	else echo "note: without root, $(APT_PACKAGES) are not installed; if they are missing, the NEON and tinygrad tests are skipped"; fi
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) --no-print-directory apt-packages >/dev/null 2>&1; fi; true
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64-static clang++; do command -v $$tool >/dev/null \
+	  || echo "note: $$tool is missing (apt packages $(APT_PACKAGES)); the tests that need it are skipped"; done
 	@touch $@
+
+apt-packages: ## what tests under emulators and the memory sanitizer need (as root)
+	@for package in $(APT_PACKAGES); do $(APT) install -y --no-install-recommends $$package \
+	  || ($(APT) update && $(APT) install -y --no-install-recommends $$package) || echo "note: no $$package"; done
 
 demo: $(VENV)/installed ## set up, then generate with the embedded pair, and measure the 1B shape
 	$(BIN)/specfast generate --compare --temperature 0 --max-tokens 200 </dev/null
@@ -48,11 +54,13 @@ test: $(VENV)/installed $(VENV)/tools $(VENV)/system lint ## set up, then lint a
 test-full: $(VENV)/installed $(VENV)/tools $(VENV)/system lint ## every test at full counts, long fuzzing, sanitizers
 	SPECFAST_FULL=1 SPECFAST_FUZZ=100000 $(BIN)/python -m pytest tests --timeout 3600
 
-lint: $(VENV)/tools $(VENV)/installed ## ruff, mypy and clang-format
+lint: $(VENV)/tools $(VENV)/installed ## ruff, mypy, clang-format and the workflow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/yamllint --strict .github .pre-commit-config.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/tools ## format all sources
 	$(BIN)/ruff check --fix .
@@ -78,6 +86,18 @@ wheel: $(VENV)/tools ## a manylinux wheel, installed in a fresh environment and 
 	build/wheel-venv/bin/pip install --quiet dist/*.whl
 	cd build && wheel-venv/bin/specfast generate --compare --temperature 0 --max-tokens 64 </dev/null
 	@ls -l dist/*.whl
+
+$(CROSS)/installed: Makefile
+	$(PYTHON) -m venv $(CROSS)
+	$(CROSS)/bin/pip install --quiet $(foreach package,$(CROSS_PACKAGES),'$(package)')
+	@touch $@
+
+wheel-macos: $(CROSS)/installed ## a macOS wheel built on Linux; every symbol it needs is looked up
+	mkdir -p dist && $(CROSS)/bin/python packaging/macos/build_wheel.py dist
+
+wheel-aarch64: $(CROSS)/installed ## a manylinux wheel for aarch64, which then generates under an emulator
+	mkdir -p dist && $(CROSS)/bin/python packaging/aarch64/build_wheel.py dist
+	$(CROSS)/bin/python packaging/aarch64/run_wheel.py dist/*_aarch64.whl -m specfast generate --compare --temperature 0 --max-tokens 64 </dev/null
 
 clean: ## remove what the commands above made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,6 +1,7 @@
 """An mlx-lm model of Llama-3.2-1B's shape, 4 bits in groups of 64: accelerated, stock, and the native decoder alone.
 
-All three read the same arrays, in turns. Scales are float32, the fastest of stock MLX on x86.
+All read the same arrays, in turns. Scales are float32, the fastest of stock MLX on x86. The path of primitives is measured
+where specfast._mlx is installed (SPECFAST_MLX=1).
 """
 
 import itertools
@@ -17,7 +18,7 @@ from mlx import nn  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache  # noqa: E402
-from specfast.mlx import accelerate, report  # noqa: E402
+from specfast.mlx import accelerate, primitives, report  # noqa: E402
 from specfast.mlx.weights import native_model  # noqa: E402
 
 CONTEXT = 64
@@ -50,23 +51,25 @@ def random_llama(s):
 
 @pytest.fixture(scope="module")
 def runs():
-    """Three functions of M: a pass with the logits of all rows, after CONTEXT tokens."""
+    """Functions of M by name: a pass with the logits of all rows, after CONTEXT tokens."""
     mx.set_default_device(mx.cpu)
     stock = random_llama(find_shape("llama-3.2-1b"))
-    fused = llama.Model(stock.args)
-    nn.quantize(fused, 64, 4)
-    fused.update(stock.parameters())
-    accelerate(fused)
-    assert report(fused).path == "native"
     native = native_model(stock, None)
     turn = itertools.count(1)
 
     def tokens(M):
         return (np.arange(M, dtype=np.int32) + next(turn) * 97) % native.vocab
 
+    def accelerated(path):
+        fused = llama.Model(stock.args)
+        nn.quantize(fused, 64, 4)
+        fused.update(stock.parameters())
+        assert report(accelerate(fused, path=path)).path == path
+        return with_mlx(fused)
+
     def with_mlx(model):
         cache = make_prompt_cache(model)
-        if model is fused:
+        if model is not stock:
             mx.eval(model(mx.array(tokens(CONTEXT))[None], cache=cache))
 
         def run(M):
@@ -82,32 +85,46 @@ def runs():
         native.forward(rows, tokens(M), M)
         rows.rollback()
 
-    return with_mlx(fused), with_mlx(stock), alone
+    paths = ["native"] if primitives.why_not() else ["native", "primitives"]
+    return {"stock": with_mlx(stock), "alone": alone, **{path: accelerated(path) for path in paths}}
 
 
 @pytest.mark.parametrize(("M", "stock_rounds"), [(1, 5), (8, 2)])
 def test_mlx(benchmark, runs, record, M, stock_rounds):
-    fused, stock, alone = runs
-    times = {"stock": [], "native": []}
-
-    def timed(name, run):
-        start = benchmark._timer()
-        run(M)
-        times[name].append(benchmark._timer() - start)
-
-    def others():
-        if len(times["stock"]) < stock_rounds:
-            timed("stock", stock)
-            alone(M)  # stock MLX leaves the caches cold and the threads asleep
-        timed("native", alone)
-        return (M,), {}
-
-    benchmark.group = "mlx"
-    benchmark.pedantic(fused, setup=others, rounds=25, warmup_rounds=1)
-    stock_s, native_s = (float(np.median(times[name])) for name in ("stock", "native"))
-    ours = float(np.median(benchmark.stats.stats.data))
+    stock_s, native_s, ours = measured(benchmark, runs, "native", M, stock_rounds)
     record(series="mlx", M=M, stock_s=stock_s, native_s=native_s, roofline_s=native_s)
     print(f"\nM = {M}: accelerated {1e3 * ours:.2f} ms, native alone {1e3 * native_s:.2f}, stock MLX {1e3 * stock_s:.0f} "
           f"({stock_s / ours:.0f} times as long); accelerated / native {ours / native_s:.3f}")  # fmt: skip
     assert stock_s / ours > 10
     assert ours / native_s < 1.3
+
+
+@pytest.mark.skipif(bool(primitives.why_not()), reason=primitives.why_not())
+@pytest.mark.parametrize("M", [1, 8])
+def test_mlx_primitives(benchmark, runs, record, M):
+    _, native_s, ours = measured(benchmark, runs, "primitives", M, 0)
+    record(series="mlx_primitives", M=M, native_s=native_s, roofline_s=native_s)
+    print(f"\nM = {M}: primitives {1e3 * ours:.2f} ms, native alone {1e3 * native_s:.2f}; ratio {ours / native_s:.3f}")
+    assert ours / native_s < 1.3
+
+
+def measured(benchmark, runs, path, M, stock_rounds):
+    """Median seconds of stock MLX (nan without rounds), the native decoder alone, and a path, in turns."""
+    times = {"stock": [], "alone": []}
+
+    def timed(name):
+        start = benchmark._timer()
+        runs[name](M)
+        times[name].append(benchmark._timer() - start)
+
+    def others():
+        if len(times["stock"]) < stock_rounds:
+            timed("stock")
+            runs["alone"](M)  # stock MLX leaves the caches cold and the threads asleep
+        timed("alone")
+        return (M,), {}
+
+    benchmark.group = "mlx"
+    benchmark.pedantic(runs[path], setup=others, rounds=25, warmup_rounds=1)
+    stock_s = float(np.median(times["stock"])) if stock_rounds else float("nan")
+    return stock_s, float(np.median(times["alone"])), float(np.median(benchmark.stats.stats.data))

@@ -17,6 +17,7 @@ struct Attention {
   float scale = 0;
   const float* q = nullptr;  // (M, heads, head_dim), rows q_stride apart
   int64_t q_stride = 0;
+  float* wide = nullptr;     // KvShape::wide_page_floats() of this thread, for affine formats
   float* partial = nullptr;  // partial_floats(...): the spans from the first that row 0 sees
   float* out = nullptr;      // (M, heads, head_dim), rows out_stride apart
   int64_t out_stride = 0;

@@ -13,11 +13,9 @@
 
 namespace specfast {
 
-Sequence::Sequence(std::shared_ptr<const Model> model, int64_t capacity)
-    : model_(std::move(model)),
-      cache_(model_->kv_shape(), model_->windows(), capacity),
-      work_(*model_),
-      small_(model_->pass_bytes() < (size_t{16} << 20)) {}
+Sequence::Sequence(std::shared_ptr<const Model> model, const KvShape& shape, const std::vector<Window>& windows,
+                   int64_t capacity, int64_t undo)
+    : model_(std::move(model)), cache_(shape, windows, capacity, undo), work_(*model_), small_(model_->is_small()) {}
 
 int64_t EarlyRows::known(int64_t first, const int32_t* wanted, int64_t count) const {
   if (layers == 0 || first != position) return 0;
@@ -30,11 +28,9 @@ void Sequence::tile(const Tile& tile, int32_t first_logits_row, int32_t limit, f
   ThreadPool& pool = ThreadPool::instance();
   const size_t partial = Attention::partial_floats(cache_, model.heads, tile.M, tile.position);
   if (work_.partial.size() < partial) work_.partial.resize(partial);
-  const auto prepare = [&](int threads) {
-    const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
-    work_.scratch.resize(static_cast<size_t>(threads) * ((matmul_scratch_floats(widest) + 15) / 16 * 16 + 16));
-    work_.best.resize(static_cast<size_t>(threads) * kTileRows);
-  };
+  const KvShape& shape = cache_.shape();
+  const size_t floats = shape.format == KvFormat::affine ? shape.wide_page_floats() : 0;
+  const auto prepare = [&](int threads) { work_.reserve(model, threads, floats); };
   pool.run(alone(), prepare, [&](const Team& team) {
     const Pass pass{team, model, work_, cache_, tile};
     rope_angles(pass);
@@ -71,8 +67,13 @@ void Sequence::run(const Stretch& s) {
     tile({s.tokens ? s.tokens + done : nullptr, M, s.position + done, s.first_layer, s.last_layer},
          static_cast<int32_t>(std::min<int64_t>(wanted - done, M)), s.limit,
          logits + slot * static_cast<size_t>(model_->vocab), best_.data() + slot);
-    if (x && s.last_layer < layers()) std::copy_n(work_.x.data(), elements, x);
+    if (x && !(s.last_layer == layers() && model_->last())) std::copy_n(work_.x.data(), elements, x);
   }
+}
+
+void Sequence::require_whole() const {
+  if (!model_->first() || !model_->last())
+    throw ShapeError("this needs all layers of a model, and this one has a range of them");
 }
 
 void Sequence::require_tokens(const int32_t* tokens, int64_t count) const {
@@ -83,11 +84,14 @@ void Sequence::require_tokens(const int32_t* tokens, int64_t count) const {
   }
 }
 
+void Sequence::throw_full(int64_t count) const {
+  throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens; " +
+                         std::to_string(cache_.length() + cache_.provisional()) + " are in it and " +
+                         std::to_string(count) + " more were asked for");
+}
+
 void Sequence::append(int64_t count) {
-  const int64_t first = cache_.length() + cache_.provisional();
-  if (!cache_.append(count))
-    throw ContextFullError("the context holds " + std::to_string(cache_.capacity()) + " tokens; " +
-                           std::to_string(first) + " are in it and " + std::to_string(count) + " more were asked for");
+  if (!cache_.append(count)) throw_full(count);
 }
 
 void Sequence::reserve_logits(int32_t rows, bool elsewhere) {
@@ -97,6 +101,7 @@ void Sequence::reserve_logits(int32_t rows, bool elsewhere) {
 }
 
 void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit, float* out) {
+  require_whole();
   require_tokens(tokens, count);
   const int64_t before = cache_.provisional();
   const int64_t first = cache_.length() + before;
@@ -120,21 +125,62 @@ void Sequence::forward(const int32_t* tokens, int64_t count, int32_t logits_rows
   }
 }
 
-void Sequence::assign(int64_t rows, const float* const* k, const float* const* v) {
-  const KvShape& shape = cache_.shape();
+void Sequence::pass(const int32_t* tokens, float* x, int64_t count, int32_t logits_rows, int32_t limit) {
+  const int64_t before = cache_.provisional();
+  const int64_t first = cache_.length() + before;
+  reserve_logits(logits_rows);
+  append(count);
+  try {
+    run({tokens, x, count, first, 0, layers(), logits_rows, limit});
+  } catch (...) {
+    cache_.drop_to(before);
+    throw;
+  }
+}
+
+void Sequence::forward_range(const int32_t* tokens, float* x, int64_t count) {
+  if (model_->last()) throw ShapeError("a range of layers with the model's last one ends in logits: verify it");
+  if (tokens && !model_->first()) throw ShapeError("a range of layers after the first takes rows, not tokens");
+  if (!tokens && model_->first()) throw ShapeError("a model's first layers take tokens, not rows");
+  if (tokens) require_tokens(tokens, count);
+  pass(tokens, x, count, 0, 0);
+}
+
+Verdict Sequence::verify_range(float* x, int64_t count, const Proposal& proposal, const Law& law, double lenience,
+                               uint64_t seed, uint64_t round, Rule rule) {
+  if (model_->first() || !model_->last())
+    throw ShapeError("rows are verified by a model's last layers, without its first");
+  const int64_t before = cache_.provisional(), position = cache_.length() + before + count;
+  pass(nullptr, x, count + proposal.gamma(), proposal.gamma() + 1, law.limit(model_->vocab));
+  return judge(proposal, before, position, law, lenience, seed, round, rule, nullptr);
+}
+
+void Sequence::restart(int64_t length, const std::vector<int64_t>& held) {
   early_.layers = 0;
-  cache_.truncate(0);
-  append(rows);
+  if (!cache_.restart(length, held)) throw_full(length);
+}
+
+void Sequence::assign(int64_t length, const std::vector<int64_t>& rows, const float* const* k, const float* const* v) {
+  const KvShape& shape = cache_.shape();
+  std::vector<int64_t> held(rows.size());
+  for (size_t layer = 0; layer < rows.size(); layer++) {
+    if (const int64_t left_out = length - rows[layer])
+      held[layer] = left_out + cache_.window(static_cast<int>(layer)).sinks;
+  }
+  restart(length, held);
   for (int32_t layer = 0; layer < shape.layers; layer++) {
+    const size_t l = static_cast<size_t>(layer);
+    const int64_t sinks = cache_.window(layer).sinks;
     for (int32_t head = 0; head < shape.kv_heads; head++) {
-      for (int64_t i = 0; i < rows; i++) {
-        const size_t at = static_cast<size_t>(head * rows + i) * static_cast<size_t>(shape.head_dim);
-        model_->kernels->append_head(cache_.page(i / kPagePositions, layer, head), k[layer] + at, v[layer] + at,
-                                     shape.head_dim, shape.padded_dim(), static_cast<int>(i % kPagePositions));
+      for (int64_t i = 0; i < rows[l]; i++) {
+        const int64_t position = i < sinks ? i : length - rows[l] + i;
+        if (position >= sinks && position < cache_.first_held(layer)) continue;  // another layer has less
+        const size_t at = static_cast<size_t>(head * rows[l] + i) * static_cast<size_t>(shape.head_dim);
+        model_->kernels->append_head(cache_.page(position / kPagePositions, layer, head), k[l] + at, v[l] + at,
+                                     shape.head_dim, shape.padded_dim(), static_cast<int>(position % kPagePositions));
       }
     }
   }
-  cache_.commit(rows);
 }
 
 void Sequence::require_finite(int32_t rows) const {
@@ -247,6 +293,7 @@ void Sequence::draft(const int32_t* pending, int64_t count, int32_t gamma, const
 
 void Sequence::draft_early(const int32_t* pending, int64_t count, int32_t gamma, int32_t exit, const Law& law,
                            uint64_t seed, uint64_t round, Proposal& proposal, Rule rule, Adjustments* adjustments) {
+  require_whole();
   require_tokens(pending, count);
   const int32_t limit = law.limit(model_->vocab);
   const size_t hidden = static_cast<size_t>(model_->hidden);
@@ -270,11 +317,16 @@ void Sequence::draft_early(const int32_t* pending, int64_t count, int32_t gamma,
 
 Verdict Sequence::verify(const int32_t* pending, int64_t count, const Proposal& proposal, const Law& law,
                          double lenience, uint64_t seed, uint64_t round, Rule rule, Adjustments* adjustments) {
-  int32_t gamma = proposal.gamma();
   const int64_t before = cache_.provisional(), position = cache_.length() + before + count;
   std::vector<int32_t> tokens(pending, pending + count);
   tokens.insert(tokens.end(), proposal.tokens.begin(), proposal.tokens.end());
-  forward(tokens.data(), static_cast<int64_t>(tokens.size()), gamma + 1, law.limit(model_->vocab));
+  forward(tokens.data(), static_cast<int64_t>(tokens.size()), proposal.gamma() + 1, law.limit(model_->vocab));
+  return judge(proposal, before, position, law, lenience, seed, round, rule, adjustments);
+}
+
+Verdict Sequence::judge(const Proposal& proposal, int64_t before, int64_t position, const Law& law, double lenience,
+                        uint64_t seed, uint64_t round, Rule rule, Adjustments* adjustments) {
+  int32_t gamma = proposal.gamma();
   try {
     require_finite(gamma + 1);
     std::exception_ptr failed;

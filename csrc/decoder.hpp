@@ -33,7 +33,7 @@ struct EarlyRows {
 /// Consecutive rows on their way through layers [first_layer, last_layer), and the head if logits are wanted.
 struct Stretch {
   const int32_t* tokens = nullptr;  // (count,), embedded first; null: the rows start from x
-  float* x = nullptr;  // (count, hidden): taken where tokens is null, written unless null or the last layer
+  float* x = nullptr;  // (count, hidden): taken where tokens is null, written unless null or logits come next
   int64_t count = 0;
   int64_t position = 0;  // of row 0
   int32_t first_layer = 0;
@@ -46,7 +46,11 @@ struct Stretch {
 /// The KV cache and buffers of one sequence of one model. Calls on one sequence must not overlap.
 class Sequence {
  public:
-  Sequence(std::shared_ptr<const Model> model, int64_t capacity);
+  /// See KvCache; `shape` and `windows` are the model's or take their place.
+  Sequence(std::shared_ptr<const Model> model, const KvShape& shape, const std::vector<Window>& windows,
+           int64_t capacity, int64_t undo = 0);
+  Sequence(const std::shared_ptr<const Model>& model, int64_t capacity)
+      : Sequence(model, model->kv_shape(), model->windows(), capacity) {}
 
   const Model& model() const { return *model_; }
   KvCache& cache() { return cache_; }
@@ -58,10 +62,24 @@ class Sequence {
   /// draft_early began are continued where it left them.
   void forward(const int32_t* tokens, int64_t count, int32_t logits_rows, int32_t limit, float* out = nullptr);
 
-  /// Replaces what the cache holds by `rows` positions, committed. k[layer] and v[layer] are (kv_heads, rows,
-  /// head_dim); the cache rounds them to its format. No layer may have a window. Throws ContextFullError or
-  /// std::bad_alloc with the cache emptied.
-  void assign(int64_t rows, const float* const* k, const float* const* v);
+  /// Appends `count` rows provisionally to the cache of a range of layers that is not a model's last. The rows are
+  /// tokens where the range is first(), else they start from x (count, hidden); x receives what the next range starts
+  /// from. A whole model cut into ranges gives the bits of one pass. All or nothing, as forward.
+  void forward_range(const int32_t* tokens, float* x, int64_t count);
+
+  /// As verify, for the last range of layers: the pending and drafted rows start from x (count + gamma, hidden), which
+  /// may be written over.
+  Verdict verify_range(float* x, int64_t count, const Proposal& proposal, const Law& law, double lenience,
+                       uint64_t seed, uint64_t round, Rule rule = Rule::token);
+
+  /// Forgets everything and counts `length` positions as committed, whose rows the caller then writes to the cache.
+  /// Throws ContextFullError or std::bad_alloc with the cache emptied.
+  void restart(int64_t length, const std::vector<int64_t>& held);
+  void restart(int64_t length) { restart(length, std::vector<int64_t>(model_->layers.size())); }
+  /// Replaces what the cache holds by `length` positions, committed. k[layer] and v[layer] are (kv_heads, rows[layer],
+  /// head_dim): all positions or, of a layer with a window, its sinks and the last ones, down to what the next row
+  /// sees. The cache rounds them to its format. Throws ContextFullError or std::bad_alloc with the cache emptied.
+  void assign(int64_t length, const std::vector<int64_t>& rows, const float* const* k, const float* const* v);
 
   /// Appends and commits `pending`, then drafts gamma tokens; gamma - 1 of them stay provisional. Under the coupled
   /// rule they are chosen by the noise of their positions, and no laws are kept. `adjustments`, of the text that ends
@@ -98,6 +116,11 @@ class Sequence {
  private:
   int32_t layers() const { return static_cast<int32_t>(model_->layers.size()); }
   void require_tokens(const int32_t* tokens, int64_t count) const;
+  /// Throws ShapeError unless the model has all layers.
+  void require_whole() const;
+  /// Appends rows that start from tokens, or from x where that is null, and runs them through all layers.
+  void pass(const int32_t* tokens, float* x, int64_t count, int32_t logits_rows, int32_t limit);
+  [[noreturn]] void throw_full(int64_t count) const;
   /// Takes room for `count` rows in the cache.
   void append(int64_t count);
   /// Makes room for the maxima of some rows of logits, and unless `elsewhere` for the logits.
@@ -120,6 +143,10 @@ class Sequence {
   /// set if it failed. How many depends on these tokens alone, so that every rule stays exact.
   int32_t adjust(Adjustments& adjustments, const Proposal& proposal, int32_t limit, std::exception_ptr* failed);
 
+  /// What a verdict is made of once the rows ran; `before` provisional rows are left where it throws.
+  Verdict judge(const Proposal& proposal, int64_t before, int64_t position, const Law& law, double lenience,
+                uint64_t seed, uint64_t round, Rule rule, Adjustments* adjustments);
+
   /// Decides about the first gamma drafted tokens by the last logits, of which row 0 is at `position` of the text.
   Verdict decide(const Proposal& proposal, int32_t gamma, int64_t position, const Law& law, double lenience,
                  uint64_t seed, uint64_t round, Rule rule);
@@ -130,7 +157,7 @@ class Sequence {
   std::vector<RowMax> best_;
   EarlyRows early_;
   int64_t layer_rows_ = 0;
-  bool small_;  // a pass is over before a second thread would have helped much
+  bool small_;
 };
 
 }  // namespace specfast

@@ -3,7 +3,7 @@
 
 #include <cstdlib>
 
-#if defined(SPECFAST_HAS_AVX_VNNI)
+#if defined(SPECFAST_HAS_AVX2)
 #include <cpuid.h>
 #endif
 
@@ -20,13 +20,15 @@ namespace {
 #if defined(SPECFAST_HAS_AVX2)
 bool cpu_has_avx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned a = 0, b = 0, c = 0, d = 0;  // F16C is asked of the CPU itself: older Clang has no name for it
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+         (c & (1u << 29)) != 0;
 }
 #endif
 
 #if defined(SPECFAST_HAS_AVX_VNNI)
 bool cpu_has_avx_vnni() {
-  unsigned a = 0, b = 0, c = 0, d = 0;  // asked of the CPU itself: older compilers have no name for it
+  unsigned a = 0, b = 0, c = 0, d = 0;  // asked of the CPU itself too
   return cpu_has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4)) != 0;
 }
 #endif

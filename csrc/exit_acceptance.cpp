@@ -25,6 +25,7 @@ double overlap(const float* p, const float* q, int32_t V) {
 
 std::vector<double> Sequence::exit_acceptance(const int32_t* tokens, int64_t count, const std::vector<int32_t>& exits,
                                               const Law& law) {
+  require_whole();
   require_tokens(tokens, count);
   const int32_t V = model_->vocab, limit = law.limit(V);
   const size_t vocab = static_cast<size_t>(V), hidden = static_cast<size_t>(model_->hidden);

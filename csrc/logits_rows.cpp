@@ -11,8 +11,8 @@ void logits_rows(const Pass& pass, int32_t first_row, int32_t limit, float* logi
   const int32_t M = pass.tile.M - first_row;
   const Needs needs = needs_of({&model.head}, model.precision);
   const Rows rows = pass.work.normed.view(M);
-  normalise_rows(pass.team, pass.kernels(), pass.work.x.data() + static_cast<size_t>(first_row) * model.hidden,
-                 model.hidden, model.norm.data(), model.rms_eps, rows, needs);
+  normalise_rows(pass.team, pass.kernels(), pass.x() + static_cast<size_t>(first_row) * model.hidden, model.hidden,
+                 model.norm.data(), model.rms_eps, rows, needs);
   pass.team.barrier();
 
   RowMax* mine = pass.work.best.data() + static_cast<size_t>(pass.team.id) * kTileRows;

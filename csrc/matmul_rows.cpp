@@ -17,8 +17,8 @@ void project_rows(const Pass& pass, const Matrix& w, RowsBuffer& buffer) {
   pass.team.part(w.N, kPanel, &n0, &n1);
   Epilogue residual;
   residual.accumulate = true;
-  pass.kernels().matmul_rows(w, rows, activation_of(w, pass.model.precision), n0, n1, pass.work.x.data(),
-                             pass.model.hidden, residual, pass.scratch());
+  pass.kernels().matmul_rows(w, rows, activation_of(w, pass.model.precision), n0, n1, pass.x(), pass.model.hidden,
+                             residual, pass.scratch());
   pass.team.barrier();
 }
 

@@ -17,14 +17,14 @@ namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21;
 
-/// Every matrix a pass streams: those of the first layers and the head.
+/// Every matrix a pass streams: those of the first layers, and the head where there is one.
 template <class AnyModel, class Visit>
 void for_each_matrix(AnyModel& model, int first_layers, Visit&& visit) {
   for (int i = 0; i < first_layers; i++) {
     auto& layer = model.layers[static_cast<size_t>(i)];
     for (auto* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) visit(*w);
   }
-  visit(model.head);
+  if (model.last()) visit(model.head);
 }
 
 template <class AnyModel, class Visit>
@@ -63,9 +63,9 @@ float Model::attention_scale() const {
   return 1.0f / std::sqrt(static_cast<float>(head_dim));
 }
 
-std::vector<int64_t> Model::windows() const {
-  std::vector<int64_t> of_layers;
-  for (const LayerWeights& layer : layers) of_layers.push_back(layer.window);
+std::vector<Window> Model::windows() const {
+  std::vector<Window> of_layers;
+  for (const LayerWeights& layer : layers) of_layers.push_back({layer.window, 0});
   return of_layers;
 }
 
@@ -125,7 +125,7 @@ void Model::pack(bool mapped) {
 }
 
 bool Model::reads(const Matrix& w) const {
-  bool found = embed.weight == w.weight;
+  bool found = first() && embed.weight == w.weight;
   for_each_matrix(*this, [&](const Matrix& own) { found = found || own.weight == w.weight; });
   return found;
 }
@@ -150,9 +150,11 @@ void Model::check() const {
                      std::to_string(kv_heads) + ")");
   if (head_dim % 2) throw ShapeError("head_dim " + std::to_string(head_dim) + " is odd; RoPE rotates pairs");
   expect(rope_inv_freq, head_dim / 2, "rope_inv_freq");
-  expect(norm, hidden, "norm");
-  expect(embed, vocab, hidden, "embed");
-  expect(head, vocab, hidden, "head");
+  if (first()) expect(embed, vocab, hidden, "embed");
+  if (last()) {
+    expect(norm, hidden, "norm");
+    expect(head, vocab, hidden, "head");
+  }
   for (size_t i = 0; i < layers.size(); i++) {
     const LayerWeights& layer = layers[i];
     const std::string at = "layer " + std::to_string(i) + " ";

@@ -1,4 +1,4 @@
-// A decoder's shape and weights: immutable, shared by all sequences.
+// A decoder's shape and weights, or those of a range of its layers: immutable, shared by all sequences.
 #pragma once
 
 #include <memory>
@@ -24,13 +24,17 @@ struct Model {
   int64_t max_context = 0;
   std::vector<float> rope_inv_freq;  // (head_dim / 2,)
   bool rope_pairs = false;           // RoPE turns inputs (2 i, 2 i + 1) of q and k instead of (i, i + head_dim / 2)
-  Matrix embed, head;                // the same matrix when tied
-  std::vector<float> norm;           // (hidden,)
-  std::vector<LayerWeights> layers;
+  Matrix embed, head;                // the same matrix when tied; embed is empty unless first(), head unless last()
+  std::vector<float> norm;           // (hidden,), empty unless last()
+  std::vector<LayerWeights> layers;  // of the range
   Precision precision = Precision::int8;
   KvFormat kv_format = KvFormat::bf16;
   const KernelTable* kernels = nullptr;
 
+  /// Whether it begins with token ids; else with the residual stream of the layer before.
+  bool first() const { return embed.N > 0; }
+  /// Whether it ends with logits; else with the residual stream.
+  bool last() const { return !norm.empty(); }
   int32_t group() const { return heads / kv_heads; }
   int32_t q_columns() const { return heads * head_dim; }
   int32_t kv_columns() const { return kv_heads * head_dim; }
@@ -38,11 +42,13 @@ struct Model {
   float attention_scale() const;
   KvShape kv_shape() const { return {static_cast<int32_t>(layers.size()), kv_heads, head_dim, kv_format}; }
   /// Of each layer.
-  std::vector<int64_t> windows() const;
+  std::vector<Window> windows() const;
   /// Bytes of weights one forward pass streams, the head included.
   size_t pass_bytes() const { return pass_bytes(static_cast<int>(layers.size())); }
   /// The same for a pass over the first `first_layers` layers.
   size_t pass_bytes(int first_layers) const;
+  /// Whether a pass is over before a second thread would have helped much.
+  bool is_small() const { return pass_bytes() < (size_t{16} << 20); }
   /// Multiply-adds of the matmuls of one row.
   double row_macs() const;
   /// Throws ShapeError when a matrix or vector does not fit the sizes above.

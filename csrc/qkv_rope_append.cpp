@@ -45,7 +45,7 @@ void qkv_rope_append(const Pass& pass, int layer) {
   const KernelTable& kernels = pass.kernels();
   const Needs needs = needs_of({&w.q, &w.k, &w.v}, model.precision);
   const Rows rows = pass.work.normed.view(pass.tile.M);
-  normalise_rows(pass.team, kernels, pass.work.x.data(), model.hidden, w.input_norm.data(), model.rms_eps, rows, needs);
+  normalise_rows(pass.team, kernels, pass.x(), model.hidden, w.input_norm.data(), model.rms_eps, rows, needs);
   pass.team.barrier();
 
   float* qkv = pass.work.qkv.data();

@@ -17,10 +17,12 @@ struct Pass {
   Tile tile;
 
   const KernelTable& kernels() const { return *model.kernels; }
+  /// The residual stream (M, hidden).
+  float* x() const { return tile.x ? tile.x : work.x.data(); }
   float* scratch() const;
 };
 
-/// work.x = embeddings of the tile's tokens.
+/// x = embeddings of the tile's tokens.
 void embed_rows(const Pass& pass);
 /// work.angles of the tile's positions; complete for all threads after the next region.
 void rope_angles(const Pass& pass);

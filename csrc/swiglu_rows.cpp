@@ -8,8 +8,7 @@ void swiglu_rows(const Pass& pass, int layer) {
   const LayerWeights& w = model.layers[static_cast<size_t>(layer)];
   const Needs needs = needs_of({&w.gate, &w.up}, model.precision);
   const Rows rows = pass.work.normed.view(pass.tile.M);
-  normalise_rows(pass.team, pass.kernels(), pass.work.x.data(), model.hidden, w.post_norm.data(), model.rms_eps, rows,
-                 needs);
+  normalise_rows(pass.team, pass.kernels(), pass.x(), model.hidden, w.post_norm.data(), model.rms_eps, rows, needs);
   pass.team.barrier();
   const Rows out = pass.work.activated.view(pass.tile.M);
   int n0, n1;

@@ -145,8 +145,9 @@ struct Epilogue {
   bool accumulate = false;      // y += instead of y =
 };
 
-/// What keys and values are stored as; int8 has one scale for each vector of head_dim.
-enum class KvFormat : uint8_t { bf16, f32, int8 };
+/// What keys and values are stored as; int8 has one scale for each vector of head_dim, affine MLX's 4 or 8 bit codes
+/// with a scale and a bias for each group.
+enum class KvFormat : uint8_t { bf16, f32, int8, affine };
 
 /// Shape of what one position stores.
 struct KvShape {
@@ -154,26 +155,79 @@ struct KvShape {
   int32_t kv_heads = 0;
   int32_t head_dim = 0;
   KvFormat format = KvFormat::bf16;
+  int32_t bits = 0, group = 0;  // affine only: 4 or 8; 32, 64 or 128, of which head_dim is a multiple
+  bool bf16_scales = false;     // affine only: rounded so
 
   int32_t padded_dim() const { return (head_dim + 15) / 16 * 16; }
+  int32_t groups() const { return group ? head_dim / group : 0; }
+  /// Not for affine.
   size_t element_bytes() const { return format == KvFormat::int8 ? 1 : format == KvFormat::bf16 ? 2 : 4; }
-  size_t k_page_bytes() const { return element_bytes() * kPagePositions * static_cast<size_t>(head_dim); }
-  size_t v_page_bytes() const { return element_bytes() * kPagePositions * static_cast<size_t>(padded_dim()); }
+  size_t k_page_bytes() const { return page_bytes(head_dim); }
+  size_t v_page_bytes() const { return page_bytes(padded_dim()); }
+  /// Scales and biases of a page's keys, or of its values.
+  size_t page_scales() const {
+    return kPagePositions * (format == KvFormat::int8     ? 1
+                             : format == KvFormat::affine ? 2 * static_cast<size_t>(groups())
+                                                          : 0);
+  }
   /// Of keys, values and scales of one kv head of one layer.
-  size_t head_page_bytes() const {
-    return k_page_bytes() + v_page_bytes() + (format == KvFormat::int8 ? 2 * kPagePositions * sizeof(float) : 0);
+  size_t head_page_bytes() const { return k_page_bytes() + v_page_bytes() + 2 * page_scales() * sizeof(float); }
+  /// Floats of a page's keys and values as float32.
+  size_t wide_page_floats() const { return kPagePositions * static_cast<size_t>(head_dim + padded_dim()); }
+
+ private:
+  size_t page_bytes(int32_t dim) const {
+    const size_t elements = kPagePositions * static_cast<size_t>(dim);
+    return format == KvFormat::affine ? elements * static_cast<size_t>(bits) / 8 : elements * element_bytes();
+  }
+};
+
+/// What a row attends to: `size` positions up to its own, 0 for all, and `sinks` first positions that never leave (Xiao
+/// et al. 2023, Sec. 3.2, arXiv:2309.17453).
+struct Window {
+  int64_t size = 0;
+  int64_t sinks = 0;
+
+  bool operator==(const Window&) const = default;
+  /// First position that the row at `position` attends to. Where it is not 0 it lies behind the sinks, which count
+  /// besides.
+  int64_t first(int64_t position) const {
+    const int64_t start = position - size + 1;
+    return size && start > sinks ? start : 0;
   }
 };
 
 /// Keys and values of one kv head in one page, in the order in which they are read. K lies in tiles of 64 positions and
 /// there by dimension; V in slices of 64 dimensions (the last may be narrower) and there by position. In bf16 and int8
 /// both are in pairs, as a dot takes them: K two dimensions of a position side by side, V two positions of a dimension.
+/// Affine codes lie as float32 does; of 4 bits, a byte of K has dimension d low and d + 1 high, and a byte of V
+/// dimension d of its slice low and the one half a slice after it high.
 struct KvPage {
   void* k = nullptr;
   void* v = nullptr;
-  float* k_scales = nullptr;  // (256,), int8 only
-  float* v_scales = nullptr;
+  float* k_scales = nullptr;  // int8: (256,); affine: (groups, 256), then biases alike
+  float* v_scales = nullptr;  // int8: (256,); affine: (256, groups), then biases alike
   KvFormat format = KvFormat::bf16;
+  int32_t bits = 0, group = 0;  // affine only, as in KvShape
+  bool bf16_scales = false;
+
+  struct Place {
+    uint8_t* byte;
+    int shift;  // of a 4-bit code
+  };
+  /// Where the affine code of dimension d of a position's key lies.
+  Place key_code(int head_dim, int position, int d) const {
+    uint8_t* tile = static_cast<uint8_t*>(k) + position / kKeyTile * kKeyTile * head_dim * bits / 8;
+    const int i = position % kKeyTile;
+    return bits == 8 ? Place{tile + d * kKeyTile + i, 0} : Place{tile + d / 2 * kKeyTile + i, d % 2 * 4};
+  }
+  /// The same of its value.
+  Place value_code(int head_dim, int position, int d) const {
+    const int first = d / kValueSlice * kValueSlice, left = head_dim - first;
+    const int width = left < kValueSlice ? left : kValueSlice, half = width / 2, place = d - first;
+    uint8_t* slice = static_cast<uint8_t*>(v) + (first * kPagePositions + position * width) * bits / 8;
+    return bits == 8 ? Place{slice + place, 0} : Place{slice + place % half, place / half * 4};
+  }
 };
 
 /// Attention of M rows times the `group` query heads of one kv head over one page, added to that of the pages of its
@@ -181,17 +235,21 @@ struct KvPage {
 struct AttendPage {
   KvPage kv;
   const void* next = nullptr;  // keys of the page that this thread reads next, fetched meanwhile; never read
+  float* wide = nullptr;       // KvShape::wide_page_floats(), this call's alone; affine only
   const float* q = nullptr;    // row m, head g at q + m * q_stride + g * head_dim
   int64_t q_stride = 0;
   float* partial = nullptr;  // row m, head g at partial + m * partial_stride + g * (padded_dim + 2): max, sum, acc
   int64_t partial_stride = 0;
-  bool first_page = true;  // of its span: `partial` holds nothing yet (nor where the window of a row begins)
+  bool first_page = true;  // of its span: `partial` holds nothing yet
   int32_t M = 0;
   int32_t group = 0;
   int32_t head_dim = 0;
   int32_t padded_dim = 0;
   int32_t first_valid = 0;  // row 0 sees keys of this page below it, if any; row m below first_valid + m
   int32_t window = 0;       // and not those `window` and more positions before that bound; 0: all
+  int32_t sinks = 0;        // unless these begin at key `sinks` of this page (which may lie before it) or earlier
+  bool sinks_done = false;  // `partial` holds those of the sinks where a row's window begins; otherwise nothing yet
+  int32_t last_valid = kPagePositions;  // no row sees keys from it on
   float scale = 0;
 };
 

@@ -35,6 +35,106 @@ struct Scan {
   }
 };
 
+/// The rows of one call: its arguments, and what its threads share.
+struct BlockRows {
+  const LawLoops& loops;
+  const float* logits;
+  int32_t V;
+  const RowMax* best;
+  const Law& law;
+  const float* q;
+  int32_t Vq;
+  const int32_t* tokens;
+  int32_t gamma;
+  const double* u;
+  VerifyScratch& scratch;
+  const Blocks blocks{V};
+  std::vector<LawStatus> status = std::vector<LawStatus>(static_cast<size_t>(gamma) + 1);
+  std::vector<float> probability = std::vector<float>(static_cast<size_t>(gamma) + 1);
+  std::atomic<int32_t> end{gamma};  // the last row that matters, or the first that has no law
+  int32_t without_law = -1;         // a row that matters
+
+  const float* row(int32_t m) const noexcept { return logits + static_cast<size_t>(m) * static_cast<size_t>(V); }
+  RowLaw& law_of(int32_t m) const noexcept { return scratch.rows[static_cast<size_t>(m)]; }
+  LawStatus& status_of(int32_t m) noexcept { return status[static_cast<size_t>(m)]; }
+  double* masses_of(int32_t m) const noexcept { return scratch.masses.data() + static_cast<size_t>(m) * Blocks::kMost; }
+  float highest_of(int32_t m) const noexcept { return best ? best[m].value : std::numeric_limits<float>::quiet_NaN(); }
+
+  /// Threads share every row of a plain law, and go on while a longer prefix can pass; false if a row has no law.
+  bool weigh_together(const Team& team, Scan& scan, int first, int last) {
+    const int32_t parts = Blocks(law.limit(V)).count;
+    for (int32_t m = 0;; m++) {
+      SharedRow &own = scratch.shared[m % 2], &next = scratch.shared[(m + 1) % 2];
+      const float* ahead = best || m == gamma ? nullptr : row(m + 1);
+      const float highest = best || m == 0 ? highest_of(m) : loops.highest(own.highest, parts);
+      float* store = scan.measured(m) ? scratch.weights.data() : nullptr;
+      RowLaw found;
+      const LawStatus state = plain_law(loops, team, row(m), V, highest, law, store, own, ahead, &next, &found);
+      RowLaw lasting = found;  // its weights are computed again: the next row takes their place
+      lasting.weights = lasting.store = nullptr;
+      if (team.id == 0) {
+        status_of(m) = state;
+        law_of(m) = lasting;
+        if (state != LawStatus::ok) without_law = m;
+      }
+      if (state != LawStatus::ok) return false;
+      if (scan.measured(m)) {
+        block_masses(loops, found, scan.drafted(m), blocks, first, last, masses_of(m));
+        team.barrier();
+      }
+      scan.take(m, masses_of(m), blocks);
+      if (m == gamma || !scan.follow(m, lasting.probability(loops, tokens[m]))) break;
+    }
+    team.barrier();
+    return true;
+  }
+
+  /// Threads take the rows of a truncated law in turn, then the masses of those that matter; false if one has no law.
+  bool weigh_in_turn(const Team& team, Scan& scan) {
+    for (int32_t m = team.id; m <= end; m += team.size) {
+      const size_t i = static_cast<size_t>(m);
+      status[i] = brief_law(loops, row(m), V, highest_of(m), law, scratch.laws[i], nullptr, &scratch.rows[i]);
+      if (status[i] == LawStatus::ok && m < gamma) probability[i] = law_of(m).probability(loops, tokens[m]);
+      if (status[i] == LawStatus::ok && probability[i] > 0) continue;
+      for (int32_t least = end; m < least && !end.compare_exchange_weak(least, m);) {
+      }
+      break;
+    }
+    team.barrier();
+    const auto follow = [&](const auto& visit) {
+      for (int32_t m = 0; m <= end; m++) {
+        if (status_of(m) != LawStatus::ok) return m;
+        visit(m);
+        if (m == gamma || !scan.follow(m, probability[static_cast<size_t>(m)])) break;
+      }
+      return -1;
+    };
+    const int32_t bad = follow([&](int32_t m) {
+      if (scan.measured(m) && m % team.size == team.id)
+        block_masses(loops, law_of(m), scan.drafted(m), blocks, 0, blocks.count, masses_of(m));
+    });
+    if (team.id == 0) without_law = bad;
+    if (bad >= 0) return false;
+    team.barrier();
+    scan.prefix = 1.0;
+    follow([&](int32_t m) { scan.take(m, masses_of(m), blocks); });
+    return true;
+  }
+
+  /// The token after the prefix that passed, on the first thread; the other threads help to measure.
+  int32_t next_token(const Team& team, const Scan& scan, int first, int last) {
+    const RowLaw& found = law_of(scan.tau);
+    const Drafted drafted = drafted_after(q, Vq, gamma, scan.tau, scan.prefix_of_tau);
+    if (!scan.measured(scan.tau)) {
+      block_masses(loops, found, drafted, blocks, first, last, masses_of(scan.tau));
+      team.barrier();
+    }
+    if (team.id != 0) return -1;
+    const int32_t next = pick_token(loops, found, drafted, blocks, masses_of(scan.tau), u[gamma]);
+    return next < 0 ? draw_token(loops, found, Drafted{}, V, u[gamma]) : next;
+  }
+};
+
 }  // namespace
 
 Verdict verify_logits_block(const LawLoops& loops, bool alone, const float* logits, int32_t V, const RowMax* best,
@@ -42,94 +142,21 @@ Verdict verify_logits_block(const LawLoops& loops, bool alone, const float* logi
                             const double* u, VerifyScratch& scratch) {
   const size_t vocab = static_cast<size_t>(V), count = static_cast<size_t>(gamma) + 1;
   const bool plain = law.plain(V);
-  const Blocks blocks(V);
   scratch.rows.resize(std::max(scratch.rows.size(), count));
   if (plain) scratch.weights.resize(std::max(scratch.weights.size(), vocab));
   scratch.masses.resize(std::max(scratch.masses.size(), count * Blocks::kMost));
-  std::vector<LawStatus> status(count);
-  std::vector<float> probability(count);
-  const auto prepare = [&](int) { scratch.reserve(static_cast<int>(count), V, law); };
-  const auto highest_of = [&](int32_t m) { return best ? best[m].value : std::numeric_limits<float>::quiet_NaN(); };
-  const auto masses_of = [&](int32_t m) { return scratch.masses.data() + static_cast<size_t>(m) * Blocks::kMost; };
-
-  std::atomic<int32_t> end{gamma};  // the last row that matters, or the first that has no law
-  int32_t without_law = -1;         // a row that matters
+  BlockRows rows{loops, logits, V, best, law, q, Vq, tokens, gamma, u, scratch};
   Verdict verdict;
+  const auto prepare = [&](int) { scratch.reserve(static_cast<int>(count), V, law); };
   ThreadPool::instance().run(alone, prepare, [&](const Team& team) {
     Scan scan{q, Vq, tokens, gamma, u};
     int first, last;
-    team.part(blocks.count, 1, &first, &last);
-    if (plain) {  // threads share every row
-      const int32_t parts = Blocks(law.limit(V)).count;
-      for (int32_t m = 0;; m++) {
-        const size_t i = static_cast<size_t>(m);
-        SharedRow &own = scratch.shared[m % 2], &next = scratch.shared[(m + 1) % 2];
-        const float* x = logits + i * vocab;
-        const float* ahead = best || m == gamma ? nullptr : x + V;
-        const float highest = best || m == 0 ? highest_of(m) : loops.highest(own.highest, parts);
-        float* store = scan.measured(m) ? scratch.weights.data() : nullptr;
-        RowLaw row;
-        const LawStatus found = plain_law(loops, team, x, V, highest, law, store, own, ahead, &next, &row);
-        RowLaw lasting = row;  // its weights are computed again: the next row takes their place
-        lasting.weights = lasting.store = nullptr;
-        if (team.id == 0) {
-          status[i] = found;
-          scratch.rows[i] = lasting;
-          if (found != LawStatus::ok) without_law = m;
-        }
-        if (found != LawStatus::ok) return;
-        if (scan.measured(m)) {
-          block_masses(loops, row, scan.drafted(m), blocks, first, last, masses_of(m));
-          team.barrier();
-        }
-        scan.take(m, masses_of(m), blocks);
-        if (m == gamma || !scan.follow(m, lasting.probability(loops, tokens[m]))) break;
-      }
-      team.barrier();
-    } else {  // threads take the rows in turn
-      for (int32_t m = team.id; m <= end; m += team.size) {
-        const size_t i = static_cast<size_t>(m);
-        status[i] =
-            brief_law(loops, logits + i * vocab, V, highest_of(m), law, scratch.laws[i], nullptr, &scratch.rows[i]);
-        if (status[i] == LawStatus::ok && m < gamma) probability[i] = scratch.rows[i].probability(loops, tokens[m]);
-        if (status[i] == LawStatus::ok && probability[i] > 0) continue;
-        for (int32_t least = end; m < least && !end.compare_exchange_weak(least, m);) {
-        }
-        break;
-      }
-      team.barrier();
-      const auto measure = [&](int32_t m) {
-        if (scan.measured(m) && m % team.size == team.id)
-          block_masses(loops, scratch.rows[static_cast<size_t>(m)], scan.drafted(m), blocks, 0, blocks.count,
-                       masses_of(m));
-      };
-      const auto follow = [&](const auto& visit) {
-        for (int32_t m = 0; m <= end; m++) {
-          if (status[static_cast<size_t>(m)] != LawStatus::ok) return m;
-          visit(m);
-          if (m == gamma || !scan.follow(m, probability[static_cast<size_t>(m)])) break;
-        }
-        return -1;
-      };
-      const int32_t bad = follow(measure);
-      if (team.id == 0) without_law = bad;
-      if (bad >= 0) return;
-      team.barrier();
-      scan.prefix = 1.0;
-      follow([&](int32_t m) { scan.take(m, masses_of(m), blocks); });
-    }
-    const RowLaw& row = scratch.rows[static_cast<size_t>(scan.tau)];
-    const Drafted drafted = drafted_after(q, Vq, gamma, scan.tau, scan.prefix_of_tau);
-    if (!scan.measured(scan.tau)) {
-      block_masses(loops, row, drafted, blocks, first, last, masses_of(scan.tau));
-      team.barrier();
-    }
-    if (team.id != 0) return;
-    int32_t next = pick_token(loops, row, drafted, blocks, masses_of(scan.tau), u[gamma]);
-    if (next < 0) next = draw_token(loops, row, Drafted{}, V, u[gamma]);
-    verdict = {scan.tau, next};
+    team.part(rows.blocks.count, 1, &first, &last);
+    if (!(plain ? rows.weigh_together(team, scan, first, last) : rows.weigh_in_turn(team, scan))) return;
+    const int32_t next = rows.next_token(team, scan, first, last);
+    if (team.id == 0) verdict = {scan.tau, next};
   });
-  if (without_law >= 0) require_ok(status[static_cast<size_t>(without_law)], without_law);
+  if (rows.without_law >= 0) require_ok(rows.status_of(rows.without_law), rows.without_law);
   return verdict;
 }
 

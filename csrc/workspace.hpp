@@ -1,6 +1,7 @@
 // What one forward pass writes besides the KV cache: buffers of up to 16 rows, owned by a sequence.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "model.hpp"
@@ -21,7 +22,15 @@ struct Workspace {
       attended.reserve(needs_of({&w.o}, model.precision));
       activated.reserve(needs_of({&w.down}, model.precision));
     }
-    normed.reserve(needs_of({&model.head}, model.precision));
+    if (model.last()) normed.reserve(needs_of({&model.head}, model.precision));
+  }
+
+  /// Makes room for the threads of one call, with at least `floats` of scratch each.
+  void reserve(const Model& model, int threads, size_t floats = 0) {
+    const int32_t widest = std::max({model.hidden, model.intermediate, model.q_columns()});
+    floats = std::max(floats, matmul_scratch_floats(widest));
+    scratch.resize(static_cast<size_t>(threads) * ((floats + 15) / 16 * 16 + 16));
+    best.resize(static_cast<size_t>(threads) * kTileRows);
   }
 
   static size_t rows_of(int32_t columns) { return static_cast<size_t>(kTileRows) * static_cast<size_t>(columns); }
@@ -33,7 +42,7 @@ struct Workspace {
   std::vector<float> partial;  // (spans, M, heads, padded_dim + 2)
   RowsBuffer attended;         // input of o
   RowsBuffer activated;        // input of down
-  std::vector<float> scratch;  // per thread, for matmuls
+  std::vector<float> scratch;  // per thread, for matmuls and pages of affine codes
   std::vector<float> logits;   // (rows, vocab)
   std::vector<RowMax> best;    // (threads, 16), then reduced into the first row
   VerifyScratch verify;
@@ -41,11 +50,12 @@ struct Workspace {
 
 /// One tile's place in a forward pass, shared by all its regions.
 struct Tile {
-  const int32_t* tokens = nullptr;  // (M,); null where work.x holds the rows already
+  const int32_t* tokens = nullptr;  // (M,); null where x holds the rows already
   int32_t M = 0;
   int64_t position = 0;  // of row 0
   int32_t first_layer = 0;
   int32_t last_layer = 0;  // the first that is not run
+  float* x = nullptr;      // (M, hidden): the residual stream, where it is not the workspace's
 };
 
 }  // namespace specfast

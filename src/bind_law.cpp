@@ -351,6 +351,14 @@ void bind_law(nb::module_& m) {
           },
           nb::arg("tokens"), "Tokens of a drafter without a law (one-hot).");
   nb::class_<Verdict>(m, "Verdict", "tau drafted tokens are kept and next_token follows them.")
+      .def(
+          "__init__",
+          [](Verdict* self, int32_t tau, int32_t next_token) {
+            new (self) Verdict{};
+            self->tau = tau;
+            self->next_token = next_token;
+          },
+          nb::arg("tau"), nb::arg("next_token"))
       .def_ro("tau", &Verdict::tau)
       .def_ro("next_token", &Verdict::next_token);
   m.def("law_rows", &bound_law_rows, nb::arg("logits"), nb::arg("law"), nb::arg("isa") = nb::none(),
@@ -378,6 +386,19 @@ void bind_law(nb::module_& m) {
   m.def("noise", &noise_of, nb::arg("seed"), nb::arg("position"), nb::arg("token"),
         "A token's noise under the coupled rule: an exponential number, the same on every machine. The token with the\n"
         "least noise / p is chosen.");
+  m.def(
+      "noise_row",
+      [](uint64_t seed, uint64_t position, int32_t count) {
+        if (count < 1) throw ShapeError("a row of noise has at least 1 token, not " + std::to_string(count));
+        float* row;
+        auto out = make_array(&row, {static_cast<size_t>(count)});
+        WithoutGil released;
+        for (int32_t token = 0; token < count; token++)
+          row[token] = static_cast<float>(noise_of(seed, position, token));
+        return out;
+      },
+      nb::arg("seed"), nb::arg("position"), nb::arg("count"),
+      "noise of the tokens below count, (count,) float32: for drafts that a host draws in its own graph.");
   m.def("sample_token", &bound_sample_token, nb::arg("p"), nb::arg("u"), nb::arg("isa") = nb::none(),
         "Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.");
   m.def(

@@ -43,7 +43,8 @@ nb::ndarray<nb::numpy, float> matmul_rows(const Floats& x, const BoundMatrix& bo
 }
 
 nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k, const Floats& v, int32_t kv_bits,
-                                                const std::optional<std::string>& isa, int64_t window) {
+                                                const std::optional<std::string>& isa, int64_t window, int64_t sinks,
+                                                int32_t group) {
   if (q.ndim() != 3 || k.ndim() != 3 || v.ndim() != 3)
     throw ShapeError("q must be (M, heads, head_dim), k and v (S, kv_heads, head_dim)");
   const size_t M = q.shape(0), heads = q.shape(1), dim = q.shape(2), S = k.shape(0), kv_heads = k.shape(1);
@@ -61,18 +62,22 @@ nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k
   if (dim < 2 || dim % 2 || dim > kMaxHeadDim)
     throw ShapeError("head_dim " + std::to_string(dim) + " is not an even number in 2 to " +
                      std::to_string(kMaxHeadDim));
-  if (kv_bits != 8 && kv_bits != 16 && kv_bits != 32)
+  KvShape shape{1, static_cast<int32_t>(kv_heads), static_cast<int32_t>(dim)};
+  if (group) {
+    shape = affine_shape(shape, kv_bits, group);
+  } else if (kv_bits == 8 || kv_bits == 16 || kv_bits == 32) {
+    shape.format = kv_bits == 8 ? KvFormat::int8 : kv_bits == 16 ? KvFormat::bf16 : KvFormat::f32;
+  } else {
     throw ShapeError("keys and values of " + std::to_string(kv_bits) + " bits are not supported; supported: 8, 16, 32");
-  if (window < 0 || window > kMaxRows)
-    throw ShapeError("window " + std::to_string(window) + " is outside 0 to " + std::to_string(kMaxRows));
+  }
+  for (const auto& [name, n] : {std::pair{"window ", window}, std::pair{"sinks ", sinks}}) {
+    if (n < 0 || n > kMaxRows)
+      throw ShapeError(name + std::to_string(n) + " is outside 0 to " + std::to_string(kMaxRows));
+  }
   const KernelTable& kernels = kernels_named(isa);
   float* out_data;
   auto out = make_array(&out_data, {M, heads, dim});
-  const KvShape shape{1, static_cast<int32_t>(kv_heads), static_cast<int32_t>(dim),
-                      kv_bits == 8    ? KvFormat::int8
-                      : kv_bits == 16 ? KvFormat::bf16
-                                      : KvFormat::f32};
-  KvCache cache(shape, {window}, static_cast<int64_t>(S));
+  KvCache cache(shape, {{window, sinks}}, static_cast<int64_t>(S));
   cache.append(static_cast<int64_t>(S));
   for (size_t i = 0; i < S; i++) {
     for (size_t h = 0; h < kv_heads; h++)
@@ -85,7 +90,9 @@ nb::ndarray<nb::numpy, float> bound_attend_rows(const Floats& q, const Floats& k
   a.M = static_cast<int32_t>(M);
   a.position = static_cast<int64_t>(S - M);
   a.scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  std::vector<float> partial(Attention::partial_floats(cache, a.heads, a.M, a.position));
+  std::vector<float> partial(Attention::partial_floats(cache, a.heads, a.M, a.position)),
+      wide(shape.wide_page_floats());
+  a.wide = wide.data();
   a.q = q.data();
   a.q_stride = a.out_stride = static_cast<int64_t>(heads * dim);
   a.partial = partial.data();
@@ -100,10 +107,11 @@ void bind_ops(nb::module_& m) {
   m.def("matmul_rows", &matmul_rows, nb::arg("x"), nb::arg("matrix"), nb::arg("precision") = "int8",
         nb::arg("isa") = nb::none(), "x (M, K) float32 times matrix (N, K) transposed: (M, N) float32.");
   m.def("attend_rows", &bound_attend_rows, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("kv_bits") = 16,
-        nb::arg("isa") = nb::none(), nb::arg("window") = 0,
+        nb::arg("isa") = nb::none(), nb::arg("window") = 0, nb::arg("sinks") = 0, nb::arg("group") = 0,
         "Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all "
         "float32.\n\n"
         "kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A "
         "row sees itself and the "
-        "window - 1 positions before it; window 0 is all.");
+        "window - 1 positions before it, and the first of all, sinks many; window 0 is all. With a group they are "
+        "MLX's affine codes of 4 or 8 bits, a scale and a bias for each group.");
 }

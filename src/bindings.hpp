@@ -112,6 +112,8 @@ specfast::Format format_named(const std::string& name);
 specfast::Precision precision_named(const std::string& name);
 specfast::Rule rule_named(const std::string& name);
 const char* precision_name(specfast::Precision precision);
+/// The shape with keys and values in MLX's affine codes.
+specfast::KvShape affine_shape(specfast::KvShape shape, int32_t bits, int32_t group);
 const specfast::KernelTable& kernels_named(const std::optional<std::string>& isa);
 
 void bind_matrix(nb::module_& m);

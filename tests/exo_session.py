@@ -14,6 +14,7 @@ from exo_home import ExoHome
 from specfast.exo import contract, options
 from specfast.exo.engine import SpeculativeEngine
 from specfast.exo.requests import CALLER, Caller
+from specfast.exo.ring import Ring
 from specfast.tokenizer import Tokenizer
 
 FAKES = Path(__file__).parent / "exo_fakes"
@@ -49,7 +50,7 @@ def fake_exo(*, hook=True):
         sys.path.remove(str(FAKES))
         _forget()
         argparse.ArgumentParser.parse_args = parse_args
-        SpeculativeEngine.emits_many = False
+        SpeculativeEngine.emits_many = Ring.can_send = False
         options._command_line = options.CommandLine()
 
 

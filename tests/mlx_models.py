@@ -6,6 +6,7 @@ from mlx import nn
 from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen2
 from random_checkpoints import LLAMA3
+from specfast.mlx import KVCache, graph, primitives
 
 try:
     from mlx_lm.generate import generate_step, speculative_generate_step
@@ -17,7 +18,9 @@ except ImportError:  # an mlx-lm of 2024
 
 __all__ = [
     "ARCHITECTURES",
+    "CACHE",
     "FORMATS",
+    "PATH",
     "generate_step",
     "logits_of",
     "random_model",
@@ -25,6 +28,8 @@ __all__ = [
     "speculative_generate_step",
 ]
 
+# What accelerated models run on in this installation, and the caches they make.
+PATH, CACHE = ("native", KVCache) if primitives.why_not() else ("primitives", graph.KVCache)
 SIZES = {
     "hidden_size": 128,
     "num_hidden_layers": 2,

@@ -7,10 +7,10 @@ from specfast import _core
 ISAS = _core.build_info()["isas_supported"]
 
 
-def attention(q, k, v, window=0):
+def attention(q, k, v, window=0, sinks=0):
     """Causal attention of the last M of S positions; q (M, heads, dim), k and v (S, kv_heads, dim).
 
-    Key j is seen at position i if j <= i and, with a window, i - j < window.
+    Key j is seen at position i if j <= i and, with a window, i - j < window or j < sinks.
     """
     M, heads, dim = q.shape
     S, kv_heads, _ = k.shape
@@ -18,7 +18,7 @@ def attention(q, k, v, window=0):
     for m in range(M):
         for head in range(heads):
             i = S - M + m
-            seen = slice(max(0, i - window + 1) if window else 0, i + 1)
+            seen = [j for j in range(i + 1) if not window or i - j < window or j < sinks]
             scores = k[seen, head * kv_heads // heads].astype(np.float64) @ q[m, head] / np.sqrt(dim)
             p = np.exp(scores - scores.max())
             out[m, head] = p @ v[seen, head * kv_heads // heads] / p.sum()
@@ -85,17 +85,46 @@ def test_windows_against_float64(isa, kv_bits, window):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_bits", [8, 16, 32])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 1), (1, 300), (6, 4), (250, 7), (256, 256), (300, 4), (1020, 513)])
+def test_sinks_against_float64(isa, kv_bits, window, sinks):
+    rng = np.random.default_rng(window)
+    for S, M in ((1, 1), (9, 9), (262, 9), (515, 16), (1301, 9), (2058, 21)):
+        q, k, v = random_case(rng, S, M, 4, 2, 16)
+        out = _core.attend_rows(q, k, v, kv_bits, isa, window, sinks)
+        inputs, limit = rounded(kv_bits, q, k, v), tolerance(kv_bits, v)
+        assert np.abs(out - attention(*inputs, window, sinks)).max() < limit
+        if window + sinks < S and kv_bits == 32:
+            for wrong in (sinks - 1, sinks + 1):
+                assert np.abs(out - attention(*inputs, window, wrong)).max() > limit
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kv_bits", [8, 16])
-@pytest.mark.parametrize("window", [0, 1, 5, 14, 270, 700])
+@pytest.mark.parametrize(
+    ("window", "sinks"),
+    [(0, 0), (1, 0), (5, 0), (14, 0), (270, 0), (700, 0), (5, 4), (270, 1), (8, 300), (516, 4), (523, 1)],
+)
 @pytest.mark.parametrize("S", [530, 1034])  # the rows straddle a page, and a span
-def test_rows_do_not_see_each_other(isa, kv_bits, window, S):
+def test_rows_do_not_see_each_other(isa, kv_bits, window, sinks, S):
     rng = np.random.default_rng(1)
     q, k, v = random_case(rng, S, 21, 8, 2, 64)
-    together = _core.attend_rows(q, k, v, kv_bits, isa, window)
+    together = _core.attend_rows(q, k, v, kv_bits, isa, window, sinks)
     for m in range(21):
         end = S - 21 + m + 1
-        alone = _core.attend_rows(q[m : m + 1], k[:end], v[:end], kv_bits, isa, window)
+        alone = _core.attend_rows(q[m : m + 1], k[:end], v[:end], kv_bits, isa, window, sinks)
         assert np.array_equal(alone[0], together[m])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_bits", [8, 16, 32])
+def test_sinks_count_once_a_window_has_left_them(isa, kv_bits):
+    q, k, v = random_case(np.random.default_rng(5), 600, 9, 2, 2, 16)
+    plain = _core.attend_rows(q, k, v, kv_bits, isa)
+    for window, sinks in ((600, 4), (596, 4), (1, 599), (0, 4)):  # nothing is left out, and so nothing is different
+        assert np.array_equal(_core.attend_rows(q, k, v, kv_bits, isa, window, sinks), plain)
+    assert not np.array_equal(_core.attend_rows(q, k, v, kv_bits, isa, 595, 4)[-1], plain[-1])
+    assert np.array_equal(_core.attend_rows(q, k, v, kv_bits, isa, 595, 4)[:-1], plain[:-1])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -110,6 +139,46 @@ def test_what_a_window_has_left_does_not_count(isa, kv_bits, window):
     v[597 - window] += 1  # what the first row, at 596, has just not left
     assert np.array_equal(_core.attend_rows(q, k, v, kv_bits, isa, window)[1:], before[1:])
     assert not np.array_equal(_core.attend_rows(q, k, v, kv_bits, isa, window)[0], before[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 32), (8, 64), (8, 128)])
+def test_affine_codes_against_float64(isa, bits, group):
+    from oracle.model import affine_groups
+
+    rng = np.random.default_rng(bits)
+    for S, M, dim in ((1, 1, 128), (9, 3, 128), (515, 9, 128), (1301, 4, 256), (300, 2, 32), (70, 2, 96)):
+        if dim % group:
+            continue
+        q, k, v = random_case(rng, S, M, 4, 2, dim)
+        out = _core.attend_rows(q, k, v, bits, isa, group=group)
+        inputs = q, affine_groups(k, bits, group), affine_groups(v, bits, group)
+        assert np.abs(out - attention(*inputs)).max() < 2e-5 * np.abs(v).max()
+        if bits == 4 and S > 1:
+            assert np.abs(out - attention(q, k, v)).max() > 1e-3
+        for m in range(M):
+            end = S - M + m + 1
+            alone = _core.attend_rows(q[m : m + 1], k[:end], v[:end], bits, isa, group=group)
+            assert np.array_equal(alone[0], out[m])
+        windowed = _core.attend_rows(q, k, v, bits, isa, 33, 3, group)
+        assert np.abs(windowed - attention(*inputs, 33, 3)).max() < 2e-5 * np.abs(v).max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_special_vectors_in_affine_codes(isa):
+    q, k, v = random_case(np.random.default_rng(3), 300, 9, 2, 2, 64)
+    k[7], v[9], k[11] = 0, 0, 3  # groups of one value
+    from oracle.model import affine_groups
+
+    exact = attention(q, affine_groups(k, 8, 32), affine_groups(v, 8, 32))
+    assert np.abs(_core.attend_rows(q, k, v, 8, isa, group=32) - exact).max() < 1e-4
+    for broken in (k, v):
+        kept, broken[295, 0, 2] = broken[295, 0, 2], np.nan
+        out = _core.attend_rows(q, k, v, 8, isa, group=32)
+        assert np.isnan(out[4:, 0]).any()
+        assert np.isfinite(out[:4]).all()
+        assert np.isfinite(out[:, 1]).all()
+        broken[295, 0, 2] = kept
 
 
 def test_a_later_key_would_be_caught():

@@ -128,12 +128,12 @@ def test_auto_config_falls_back_to_a_suggestion_that_fits(tmp_path, monkeypatch)
 def test_auto_config_passes_over_a_draft_that_does_not_fit_in_memory(tmp_path, monkeypatch):
     target, draft = write_pair(tmp_path)
     monkeypatch.setattr("specfast.hub.resolve", lambda name, **_: target if name == "llama-3.1-70b" else draft)
-    monkeypatch.setattr("specfast.models._free_bytes", lambda: 3e9)
+    monkeypatch.setattr("specfast.models.free_bytes", lambda: 3e9)
     told = []
     engine = specfast.load("llama-3.1-70b", auto_config=True, notify=told.append)
     assert engine.pair.draft_name == "llama-3.2-3b"
     assert engine.resolved.sources["gamma"] == "family"
-    monkeypatch.setattr("specfast.models._free_bytes", lambda: 1e9)
+    monkeypatch.setattr("specfast.models.free_bytes", lambda: 1e9)
     engine = specfast.load("llama-3.1-70b", auto_config=True, notify=told.append)
     assert engine.pair.draft is None
     assert "llama-3.2-3b needs about 1.8 GB, and 1.0 GB are free" in told[0]

@@ -8,11 +8,15 @@ import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+from gguf_writer import decoder_metadata, decoder_tensors, write_gguf
 from random_checkpoints import write_checkpoint
 from specfast import hub
+from specfast.checkpoint import load_model
 from specfast.errors import ModelFormatError
+from tiny_models import random_decoder
 
 COMMIT = "a" * 40
 SCRIPT = """
@@ -190,6 +194,39 @@ def test_a_repository_of_pickled_weights(tmp_path, files):
         answer = resolve("org/model", endpoint, tmp_path / "home")
         assert answer.startswith("DownloadError org/model: no *.safetensors")
         assert not resolve("org/model", endpoint, tmp_path / "home", "metadata").startswith("DownloadError")
+
+
+@pytest.fixture
+def gguf_files(tmp_path):
+    decoder = random_decoder(3, V=96, hidden=64, heads=2, kv_heads=1, head_dim=32, layers=2)
+    files = {"README.md": b"", "mmproj-Q8_0.gguf": b"never fetched", "config.json": b"{}"}
+    for kind in ("Q4_0", "Q8_0"):
+        path = tmp_path / "written.gguf"
+        write_gguf(path, decoder_metadata(decoder, "llama"), decoder_tensors(decoder, "llama", kind)[0])
+        files[f"tiny-{kind}.gguf"] = path.read_bytes()
+    return files
+
+
+def test_gguf_files(tmp_path, gguf_files):
+    with serving(gguf_files) as (endpoint, handler):
+        for name in ("org/model/tiny-Q8_0.gguf", "org/model:Q8_0", "org/model:q8_0"):
+            path = resolve(name, endpoint, tmp_path / "home")
+            assert path.endswith("/tiny-Q8_0.gguf")
+            assert load_model(Path(path)).config.vocab == 96
+        assert not [path for _, path in handler.requests if "resolve" in path and "tiny-Q8_0" not in path]
+        wrong = resolve("org/model:Q2_K", endpoint, tmp_path / "home")
+        assert wrong.startswith(
+            "DownloadError no file 'org/model:Q2_K' is here, and on the hub: org/model has no GGUF file"
+        )
+        assert "org/model/file.gguf or org/model:Q4_K_M" in resolve("org/model", endpoint, tmp_path / "home")
+    assert resolve("org/model:Q8_0", "http://127.0.0.1:9", tmp_path / "home", HF_HUB_OFFLINE="1") == path
+
+
+def test_a_gguf_name_that_stands_for_several(tmp_path, gguf_files):
+    files = {**gguf_files, "other-Q8_0.gguf": gguf_files["tiny-Q8_0.gguf"]}
+    with serving(files) as (endpoint, _):
+        answer = resolve("org/model:Q8_0", endpoint, tmp_path / "home")
+    assert answer.endswith("stands for other-Q8_0.gguf, tiny-Q8_0.gguf; name one, as org/model/other-Q8_0.gguf")
 
 
 def test_refusals(tmp_path, files):

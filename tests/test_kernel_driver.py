@@ -35,6 +35,13 @@ def test_native(native_build):
     assert "0 failures" in run(native_build / "kernel_driver", *(["--full"] if FULL else []))
 
 
+@pytest.mark.skipif(not FULL, reason="a second compiler runs with SPECFAST_FULL=1")
+def test_clang(tmp_path):
+    if not shutil.which("clang++"):
+        pytest.skip("needs clang (apt)")
+    assert "0 failures" in run(build(tmp_path, "-DCMAKE_CXX_COMPILER=clang++") / "kernel_driver")
+
+
 def check_exports(directory, nm="nm"):
     """An inline function compiled for one instruction set must never be the copy the rest of the program uses."""
     objects = list(directory.rglob("unit_*.o"))

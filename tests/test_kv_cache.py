@@ -2,6 +2,7 @@
 tokens kept, bit for bit, in every kind of cache."""
 
 import os
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -19,22 +20,36 @@ KINDS = {
     "window in 8 bits": {"windows": (70,), "kv_bits": 8},
     "windows of some layers": {"windows": (None, 9, 260)},
     "windows of some layers in 8 bits": {"windows": (None, 9, 260), "kv_bits": 8},
+    "sinks": {"cache": {"windows": [66, 66], "sinks": [4, 4], "undo": 64}},
+    "many sinks in bf16": {"cache": {"windows": [20, 20], "sinks": [300, 300]}, "precision": "bf16"},
+    "sinks in 8 bits": {"cache": {"windows": [300, 300], "sinks": [1, 1], "undo": 1}, "kv_bits": 8},
+    "sinks of some layers": {"windows": (None, 9, 260), "cache": {"windows": [0, 9, 250], "sinks": [0, 3, 257]}},
 }
 
 
-def model_of(windows=(None,), **options):
+@dataclass
+class Kind:
+    """A model and the kind of caches it has."""
+
+    model: _core.Model
+    options: dict = field(default_factory=dict)  # of caches
+
+    def cache(self, capacity=0):
+        return _core.Cache(self.model, capacity, **self.options)
+
+    def logits_after(self, tokens):
+        return self.model.forward(self.cache(), np.asarray(tokens, dtype=np.int32), 1)[0]
+
+
+def kind_of(windows=(None,), cache=None, **options):
     decoder = random_decoder(3, V=40, hidden=32, architecture="qwen3", layers=max(2, len(windows)), windows=windows)
-    return native(decoder, max_context=CONTEXT, **options)
+    return Kind(native(decoder, max_context=CONTEXT, **options), cache or {})
 
 
-MODELS = {kind: model_of(**options) for kind, options in KINDS.items()}
-MODEL = MODELS["full"]
+KIND = {kind: kind_of(**options) for kind, options in KINDS.items()}
+MODEL = KIND["full"].model
 GREEDY = _core.Law(temperature=0.0)
 ACTIONS = ("append", "append", "append", "commit", "commit", "rollback", "truncate", "end", "fail", "draft", "draft")
-
-
-def logits_after(model, tokens):
-    return model.forward(_core.Cache(model), np.asarray(tokens, dtype=np.int32), 1)[0]
 
 
 def draft_early(model, cache, pending, rng):
@@ -48,8 +63,8 @@ def draft_early(model, cache, pending, rng):
     return tokens
 
 
-def run_random_steps(model, rng):
-    cache, kept, open_tokens = _core.Cache(model), [], []
+def run_random_steps(kind, rng):
+    model, cache, kept, open_tokens = kind.model, kind.cache(), [], []
     for _ in range(rng.integers(5, 25)):
         action, n = rng.choice(ACTIONS), int(rng.integers(1, rng.choice([22, 400])))
         if action == "append":
@@ -78,27 +93,28 @@ def run_random_steps(model, rng):
                 kept, open_tokens = kept[:length], []
             except _core.ShapeError as error:
                 assert "window has moved on" in str(error)
+                assert n > kind.options.get("undo", 0)
         else:
             with pytest.raises(_core.SpecfastError):
                 model.forward(cache, np.array([1, 99], dtype=np.int32), 1)  # no such token
         assert (cache.length, cache.provisional) == (len(kept), len(open_tokens))
     if len(kept) + len(open_tokens) < CONTEXT:
         last = model.forward(cache, np.array([7], dtype=np.int32), 1)[0]
-        assert np.array_equal(last, logits_after(model, [*kept, *open_tokens, 7]))
+        assert np.array_equal(last, kind.logits_after([*kept, *open_tokens, 7]))
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KIND.values(), ids=KIND)
 def test_random_transactions_equal_recomputation(kind):
     for seed in range(SEQUENCES):
-        run_random_steps(MODELS[kind], np.random.default_rng(seed))
+        run_random_steps(kind, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KIND.values(), ids=KIND)
 def test_rounds_far_beyond_a_window(kind):
     """Rounds of gamma + 1 rows of which some are kept, as speculation makes them, over many wraps."""
-    model, rng = MODELS[kind], np.random.default_rng(1)
-    cache, kept = _core.Cache(model), []
+    model, rng = kind.model, np.random.default_rng(1)
+    cache, kept = kind.cache(), []
     while len(kept) < CONTEXT - 30:
         M = int(rng.integers(1, 22))
         rows = rng.integers(0, 40, M).astype(np.int32)
@@ -107,25 +123,25 @@ def test_rounds_far_beyond_a_window(kind):
         cache.commit(n)
         kept += rows[:n].tolist()
         if rng.random() < 0.1:
-            assert np.array_equal(logits[0], logits_after(model, [*kept[: len(kept) - n], rows[0]]))
-    assert np.array_equal(model.forward(cache, np.array([7], dtype=np.int32), 1)[0], logits_after(model, [*kept, 7]))
+            assert np.array_equal(logits[0], kind.logits_after([*kept[: len(kept) - n], rows[0]]))
+    assert np.array_equal(model.forward(cache, np.array([7], dtype=np.int32), 1)[0], kind.logits_after([*kept, 7]))
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KIND.values(), ids=KIND)
 def test_provisional_rows_push_nothing_out(kind):
     """However many rows are provisional, a rollback finds all that the next row sees."""
-    model, tokens = MODELS[kind], np.arange(200, dtype=np.int32) % 40
-    cache = _core.Cache(model)
+    model, tokens = kind.model, np.arange(200, dtype=np.int32) % 40
+    cache = kind.cache()
     model.prefill(cache, tokens)
     for count in (400, 300, 100, 21):
         model.forward(cache, np.full(count, 3, dtype=np.int32), 0)
     cache.rollback()
     last = model.forward(cache, np.array([7], dtype=np.int32), 1)[0]
-    assert np.array_equal(last, logits_after(model, [*tokens, 7]))
+    assert np.array_equal(last, kind.logits_after([*tokens, 7]))
 
 
 def test_memory_is_that_of_the_window():
-    model = MODELS["window"]
+    model = KIND["window"].model
     cache, one = _core.Cache(model), _core.Cache(model)
     model.forward(one, np.zeros(1, dtype=np.int32), 0)
     for _ in range(CONTEXT // 20):
@@ -133,6 +149,7 @@ def test_memory_is_that_of_the_window():
     assert (
         cache.nbytes <= 3 * one.nbytes
     )  # a window of 70 and a round of 20 lie in two pages, and a third is freed late
+    assert cache.kv_bytes(0).size <= cache.nbytes // 2  # of two layers
     full = _core.Cache(MODEL)
     MODEL.prefill(full, np.zeros(CONTEXT, dtype=np.int32))
     assert full.nbytes == 6 * one.nbytes
@@ -153,9 +170,69 @@ def test_8_bits_are_a_quarter_of_32_and_half_of_16():
         native(decoder, kv_bits=4)
 
 
+def test_undo_and_sinks_need_little_memory():
+    kind = KIND["sinks"]
+    cache = kind.cache()
+    kind.model.prefill(cache, np.zeros(1, dtype=np.int32))
+    one = cache.nbytes
+    for _ in range(CONTEXT // 20 - 1):
+        kind.model.prefill(cache, np.zeros(20, dtype=np.int32))
+    assert cache.nbytes <= 4 * one  # a page of sinks besides
+
+
+@pytest.mark.parametrize("kind", ["sinks", "sinks in 8 bits"])
+def test_what_can_be_undone(kind):
+    """Also by calls of many rows, and then again up to the same length."""
+    kind = KIND[kind]
+    cache, undo = kind.cache(), kind.options["undo"]
+    tokens = np.arange(1380, dtype=np.int32) * 7 % 40
+    kind.model.prefill(cache, tokens[:300])
+    while cache.length < 1380:
+        first = cache.length
+        kind.model.prefill(cache, tokens[first : first + 30])
+        if cache.length < 1300:
+            cache.truncate(first + 30 - undo % 30)
+    cache.truncate(cache.length - undo)
+    last = kind.model.forward(cache, np.array([7], dtype=np.int32), 1)[0]
+    assert np.array_equal(last, kind.logits_after([*tokens[: 1380 - undo], 7]))
+    assert not np.array_equal(last, kind.logits_after([*tokens[: 1381 - undo], 7]))
+
+
+def test_sinks_are_the_oracles():
+    from oracle.model import forward
+
+    decoder = random_decoder(3, V=40, hidden=32, architecture="qwen3", layers=2)
+    tokens = np.random.default_rng(2).integers(0, 40, 903).astype(np.int32)
+    for layer in decoder.layers:
+        layer.window, layer.sinks = 66, 4
+    exact = forward(decoder, tokens)
+    kind = KIND["sinks"]
+    cache = kind.cache()
+    for first in range(0, 903, 21):
+        logits = kind.model.forward(cache, tokens[first : first + 21], 21)
+        assert np.abs(logits - exact[first : first + 21]).max() < 1e-4 * np.abs(exact).max()
+        cache.commit(21)
+    for layer in decoder.layers:
+        layer.sinks = 3
+    assert np.abs(logits - forward(decoder, tokens)[-len(logits) :]).max() > 1e-3 * np.abs(exact).max()
+
+
+def test_impossible_windows_are_refused():
+    for options, words in (
+        ({"windows": [1]}, "of 2 layers are needed, got 1 and 1"),
+        ({"windows": [1, 1], "sinks": [1]}, "got 2 and 1"),
+        ({"windows": [1, -1]}, "are -1, outside"),
+        ({"windows": [1, 1], "sinks": [1 << 31, 0]}, "are 2147483648, outside"),
+        ({"sinks": [1, 1]}, "are those of windows"),
+        ({"undo": -1}, "undo is -1"),
+    ):
+        with pytest.raises(_core.ShapeError, match=words):
+            _core.Cache(MODEL, **options)
+
+
 def test_what_a_window_gave_up_cannot_come_back():
-    model = MODELS["window"]
-    cache = _core.Cache(model)
+    kind = KIND["window"]
+    model, cache = kind.model, kind.cache()
     model.prefill(cache, np.arange(700, dtype=np.int32) % 40)
     model.prefill(cache, np.zeros(1, dtype=np.int32))
     with pytest.raises(_core.ShapeError, match="shortest possible length is 581, or 0"):
@@ -163,17 +240,16 @@ def test_what_a_window_gave_up_cannot_come_back():
     assert cache.length == 701
     cache.truncate(581)
     tokens = np.arange(582) % 40
-    assert np.array_equal(model.forward(cache, np.array([581 % 40], dtype=np.int32), 1)[0], logits_after(model, tokens))
+    assert np.array_equal(model.forward(cache, np.array([581 % 40], dtype=np.int32), 1)[0], kind.logits_after(tokens))
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KIND.values(), ids=KIND)
 def test_a_lost_rollback_would_be_caught(kind):
-    model = MODELS[kind]
-    cache = _core.Cache(model)
+    model, cache = kind.model, kind.cache()
     model.forward(cache, np.array([1, 2, 3], dtype=np.int32), 0)
     cache.commit(3)
     wrong = model.forward(cache, np.array([7], dtype=np.int32), 1)[0]
-    assert not np.array_equal(wrong, logits_after(model, [1, 2, 7]))
+    assert not np.array_equal(wrong, kind.logits_after([1, 2, 7]))
 
 
 def test_a_full_cache_is_refused_and_unchanged():
@@ -192,23 +268,23 @@ def test_a_full_cache_is_refused_and_unchanged():
 BROKEN = 39  # a token of which nothing but NaN comes
 
 
-def broken_model_of(windows=(None,), **options):
+def broken_kind_of(windows=(None,), cache=None, **options):
     decoder = random_decoder(
         3, V=40, hidden=32, architecture="qwen3", layers=max(2, len(windows)), windows=windows, tied=False
     )
     decoder.embed[BROKEN] = np.nan
-    return native(decoder, max_context=CONTEXT, **options)
+    return Kind(native(decoder, max_context=CONTEXT, **options), cache or {})
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 700])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_round_that_raises_leaves_the_cache_as_it_was(kind, length):
     """Whatever raises, and in whatever row: lengths, and the bits of a draft and a pass afterwards."""
-    model = broken_model_of(**KINDS[kind])
+    kind = broken_kind_of(**KINDS[kind])
     tokens, pending = np.arange(length, dtype=np.int32) % 39, np.array([7, 8, 9], dtype=np.int32)
     damaged = np.array([7, BROKEN, 9], dtype=np.int32)
-    cache, proposal = _core.Cache(model, length + 24), _core.Proposal()
-    fresh = _core.Cache(model)
+    model, cache, proposal = kind.model, kind.cache(length + 24), _core.Proposal()
+    fresh = kind.cache()
     model.prefill(fresh, tokens)
     model.draft_early(fresh, pending, 20, 1, GREEDY, 0, 0, proposal)
     drafted = proposal.tokens.tolist()

@@ -89,13 +89,44 @@ def test_bad_rows_are_refused():
     assert cache.length == 0
 
 
-def test_caches_without_plain_rows_are_refused():
-    windowed = random_decoder(1)
-    windowed.layers[0].window = 4
-    for decoder in (native(random_decoder(1), kv_bits=8), native(windowed)):
-        cache = _core.Cache(decoder)
-        decoder.prefill(cache, TOKENS[:9])
-        rows = [np.zeros((2, 9, 16), np.float32)] * 2
-        for read, arguments in ((cache.keys, (0,)), (cache.values, (1,)), (cache.assign, (rows, rows))):
-            with pytest.raises(ShapeError, match="without a sliding window"):
-                read(*arguments)
+def test_8_bits_are_refused():
+    decoder = native(random_decoder(1), kv_bits=8)
+    cache = _core.Cache(decoder)
+    decoder.prefill(cache, TOKENS[:9])
+    rows = [np.zeros((2, 9, 16), np.float32)] * 2
+    for read, arguments in ((cache.keys, (0,)), (cache.values, (1,)), (cache.assign, (rows, rows))):
+        with pytest.raises(ShapeError, match="in bf16 and f32"):
+            read(*arguments)
+
+
+WINDOWS = {"windows": [40, 0], "sinks": [5, 0], "undo": 1}
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("length", [30, 45, 46, 300, 600])
+def test_rows_of_a_window(precision, length):
+    """They are the sinks and the last ones; a copy of these continues with the same bits."""
+    decoder = model(precision)
+    every, ours, copy = _core.Cache(decoder), _core.Cache(decoder, **WINDOWS), _core.Cache(decoder, **WINDOWS)
+    for cache in (every, ours):
+        for first in range(0, length, 7):
+            decoder.prefill(cache, TOKENS[first : min(first + 7, length)])
+    keys, values = ([widened(read(layer)) for layer in range(2)] for read in (ours.keys, ours.values))
+    kept = [*range(5), *range(length - 40, length)] if length > 45 else list(range(length))
+    np.testing.assert_array_equal(ours.keys(0), every.keys(0)[:, kept])
+    np.testing.assert_array_equal(ours.values(0), every.values(0)[:, kept])
+    decoder.prefill(copy, TOKENS[:500])  # is replaced
+    copy.assign(keys, values, length)
+    assert copy.length == length
+    for step in range(3):  # of 1, 100 and 200 rows
+        following = TOKENS[: 100 * step or 1]
+        expected = decoder.forward(ours, following, len(following))
+        np.testing.assert_array_equal(decoder.forward(copy, following, len(following)), expected)
+        ours.commit(1), copy.commit(1)
+    assert copy.length == length + 3
+    values[0][0, 2, 5] += 1  # a sink
+    copy.assign(keys, values, length)
+    assert not np.array_equal(decoder.forward(copy, TOKENS[:200], 200), expected)
+    if length > 45:
+        with pytest.raises(ShapeError, match="window has moved on"):
+            copy.truncate(length - 2)  # which needs more than was assigned

@@ -26,6 +26,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-Werror",
+    "-Wno-pass-failed",  # Clang, of loops that are not vectorised
     "-pthread",
     f"-I{ROOT / 'csrc'}",
 ]

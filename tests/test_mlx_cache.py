@@ -9,9 +9,8 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-import specfast.mlx  # noqa: E402
 from mlx_lm.models import cache as stock  # noqa: E402
-from mlx_models import logits_of, random_model  # noqa: E402
+from mlx_models import CACHE, PATH, logits_of, random_model  # noqa: E402
 from specfast import ShapeError  # noqa: E402
 from specfast.mlx import accelerate, report, restore  # noqa: E402
 
@@ -56,7 +55,7 @@ def test_what_user_code_reads(model, plain):
     ours, theirs = filled(model), filled(plain)
     for mine, other in zip(ours, theirs, strict=True):
         assert isinstance(mine, stock.KVCache)
-        assert type(mine) is specfast.mlx.KVCache
+        assert type(mine) is CACHE
         assert mine.offset == other.offset == 300
         assert mine.is_trimmable()
         assert mine.nbytes > 0
@@ -68,7 +67,7 @@ def test_what_user_code_reads(model, plain):
             assert not mine.empty()
         if hasattr(other, "size"):
             assert mine.size() == other.size()
-    assert report(model).native_calls == 1
+    assert report(model).native_calls + report(model).graph_calls == 1
 
 
 def test_a_cache_no_one_used(model):
@@ -101,7 +100,7 @@ def test_stock_caches_are_taken_over(model, plain):
     objects = list(cache)
     close(logits_of(model, NEXT[:10], cache), expected[:10])
     assert all(a is b for a, b in zip(cache, objects, strict=True))
-    assert type(cache[0]) is specfast.mlx.KVCache
+    assert type(cache[0]) is CACHE
     close(logits_of(plain, NEXT[10:], cache), expected[10:])
     assert type(cache[0]) is stock.KVCache
     assert cache[0].offset == 320
@@ -194,8 +193,9 @@ def test_impossible_offsets(model):
     for c in cache:
         c.offset = 300
     expected = logits_of(model, NEXT, filled(model))
-    with pytest.raises(ShapeError, match="outside the vocabulary"):
-        logits_of(model, [1, 96], cache)
+    if PATH == "native":
+        with pytest.raises(ShapeError, match="outside the vocabulary"):
+            logits_of(model, [1, 96], cache)
     same(logits_of(model, NEXT, cache), expected)
 
 

@@ -6,9 +6,10 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_models import random_model  # noqa: E402
 from specfast import ConfigurationError, UnsupportedModelError, embedded  # noqa: E402
-from specfast.mlx import accelerate, stream_generate  # noqa: E402
+from specfast.mlx import accelerate, generate, report, stream_generate  # noqa: E402
 
 PROMPT = "import os\n\ndef count_lines(path):\n"
 
@@ -141,5 +142,62 @@ def test_refusals(pair):
             stream_generate(target, tokenizer, PROMPT, draft_model=draft, **options)
     with pytest.raises(ConfigurationError, match="0 tokens"):
         stream_generate(target, tokenizer, [])
-    with pytest.raises(UnsupportedModelError, match=r"bias.*mlx_lm\.stream_generate"):
-        stream_generate(random_model("llama", "f32", attention_bias=True), tokenizer, PROMPT)
+    with pytest.raises(ConfigurationError, match="needs a draft model"):
+        stream_generate(target, tokenizer, PROMPT, drafter="combined")
+    with pytest.raises(ConfigurationError, match="early_exit is 9, outside 1 to"):
+        stream_generate(target, tokenizer, PROMPT, early_exit=9)
+    with pytest.raises(UnsupportedModelError, match=r"early exit needs the native path.*bias"):
+        stream_generate(random_model("llama", "f32", attention_bias=True), tokenizer, PROMPT, early_exit=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"drafter": "suffix"},
+        {"drafter": "prompt-lookup", "num_draft_tokens": 5},
+        {"drafter": "combined", "num_draft_tokens": 4, "draft": True},
+        {"early_exit": 1, "num_draft_tokens": 3},
+        {"early_exit": "auto"},
+        {"prompt_cache": [], "draft": True, "num_draft_tokens": 4},
+        {"logprobs": True, "drafter": "suffix"},
+    ],
+)
+def test_every_drafter_leaves_the_text_alone(pair, options):
+    target, tokenizer, drafter = pair
+    expected = run(pair, max_tokens=48)
+    draft = drafter if options.pop("draft", False) else None
+    if "prompt_cache" in options:
+        options["prompt_cache"] = make_prompt_cache(target)
+    stream = stream_generate(target, tokenizer, PROMPT, 48, draft, **options)
+    responses = list(stream)
+    assert seen(responses) == seen(expected)
+    stats = stream.stats
+    assert stats["path"] == "native"
+    assert stats["precision"] == report(target).precision
+    assert stats["tokens"] == 48
+    assert responses[-1].acceptance == stats["acceptance_rate"]
+    assert stream.terms.drafter == stats["drafter"]
+    assert (responses[0].logprobs is None) == (not options.keys() & {"logprobs", "prompt_cache"})
+
+
+def test_generate_is_the_whole_text(pair, capsys):
+    target, tokenizer, drafter = pair
+    expected = "".join(r.text for r in run(pair, max_tokens=24))
+    assert generate(target, tokenizer, PROMPT, max_tokens=24) == expected
+    assert capsys.readouterr().out == ""
+    assert generate(target, tokenizer, PROMPT, verbose=True, max_tokens=24, draft_model=drafter) == expected
+    printed = capsys.readouterr().out
+    assert expected in printed
+    assert f"Path: native, precision {report(target).precision}, drafter model, acceptance" in printed
+
+
+def test_a_bounded_cache_runs_natively(pair):
+    """After it has wrapped several times drafts still leave the text alone, and it is not that of the whole context."""
+    bounded = [r.token for r in run(pair, max_tokens=90, max_kv_size=24)]
+    stream = stream_generate(pair[0], pair[1], PROMPT, 90, pair[2], max_kv_size=24, num_draft_tokens=4)
+    assert [r.token for r in stream] == bounded
+    assert stream.stats["path"] == "native"
+    assert stream.stats["accepted"] > 0
+    assert bounded != [r.token for r in run(pair, max_tokens=90)]
+    with pytest.raises(ConfigurationError, match="max_kv_size is 4"):
+        run(pair, max_tokens=4, max_kv_size=4)

@@ -220,10 +220,11 @@ void attend_batch(const AttendPage& args, int first_query, int queries, Ahead& a
     b.scales[i] = args.scale * Kv::round_query(from, b.q + i * args.head_dim, args.head_dim);
     b.stats[i] = args.partial + m * args.partial_stride + static_cast<int64_t>(g) * (args.padded_dim + 2);
     b.acc[i] = b.stats[i] + 2;
-    const int end = args.first_valid + m, start = args.window ? end - args.window : -1;
-    b.first_page[i] = args.first_page || start >= 0;
-    b.begin[i] = start > 0 ? start : 0;
-    b.valid[i] = smaller(end, kPagePositions);
+    const int end = args.first_valid + m, start = end - args.window;
+    const bool begins = args.window && start >= 0 && start > args.sinks;  // its window does, in this page or later
+    b.first_page[i] = begins ? !args.sinks_done : args.first_page;
+    b.begin[i] = begins ? start : 0;
+    b.valid[i] = smaller(end, args.last_valid);
     if (b.begin[i] >= b.valid[i]) b.begin[i] = b.valid[i] = 0;
     if (b.valid[i] > longest) longest = b.valid[i];
     if (b.valid[i] > 0) earliest = smaller(earliest, b.begin[i]);
@@ -275,11 +276,21 @@ void attend_all(const AttendPage& args) {
   for (int n = 0; n < queries; n += kBatch) attend_batch<Kv>(args, n, smaller(kBatch, queries - n), ahead);
 }
 
+/// Codes become float32 first, once for all rows and heads.
+void attend_codes(AttendPage args) {
+  const int end = smaller(args.first_valid + args.M - 1, args.last_valid), start = args.first_valid - args.window;
+  const int begin = args.window && start > args.sinks ? larger(start, 0) / 2 * 2 : 0;
+  if (begin >= end) return;
+  args.kv = widen_codes(args.kv, begin, end, args.head_dim, args.wide);
+  attend_all<F32Kv>(args);
+}
+
 void attend_rows(const AttendPage& args) {
   switch (args.kv.format) {
     case KvFormat::bf16: return attend_all<Bf16Kv>(args);
     case KvFormat::f32: return attend_all<F32Kv>(args);
     case KvFormat::int8: return attend_all<Int8Kv>(args);
+    case KvFormat::affine: return attend_codes(args);
   }
 }
 
@@ -310,6 +321,7 @@ void append_head(const KvPage& page, const float* k, const float* v, int head_di
     case KvFormat::bf16: return append_head_as<Bf16Kv>(page, k, v, head_dim, padded_dim, position);
     case KvFormat::f32: return append_head_as<F32Kv>(page, k, v, head_dim, padded_dim, position);
     case KvFormat::int8: return append_head_as<Int8Kv>(page, k, v, head_dim, padded_dim, position);
+    case KvFormat::affine: return append_codes(page, k, v, head_dim, position);
   }
 }
 

@@ -120,16 +120,16 @@ void packed_bf16(const Matrix* const* w, const int* n, Bf16Input in, float* cons
 /// M rows times the panel of w that starts at row n, read in place.
 template <int M>
 void bf16_in_place(const Matrix& w, int n, Bf16Input in, float* tile) {
-  constexpr int kAhead = 256;  // bytes
   const RowOffsets<M> rows(in.stride);
   const uint8_t* weights[kPanel];
   for (int r = 0; r < kPanel; r++) weights[r] = panel_row(w, n, r);
+  const uint8_t* next = weights[0] + 2 * kPanel * static_cast<size_t>(w.K);  // its panel is fetched, line by line
   Vec acc[1][M];
   SPECFAST_UNROLL
   for (int m = 0; m < M; m++) acc[0][m] = zero();
   for (int k = 0; k < w.K; k += kBf16Block) {
     alignas(64) __m512i block[kPanel];
-    for (int r = 0; r < kPanel; r++) _mm_prefetch(weights[r] + 2 * static_cast<size_t>(k) + kAhead, _MM_HINT_T0);
+    for (int r = 0; r < kPanel; r++) _mm_prefetch(next + 2 * kPanel * static_cast<size_t>(k) + 64 * r, _MM_HINT_T1);
     transpose_bf16(weights, w.K, k, block);
     const int count = smaller(kPanel, (w.K - k + 1) / 2);
     for (int j = 0; j < count; j++) dot_bf16<1, M>({block + j}, in.x + k + 2 * j, rows, acc);

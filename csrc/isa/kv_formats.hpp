@@ -139,4 +139,105 @@ struct Int8Kv {
   static void keep_sum(float* acc, Sum a, float step) { store(acc, fma(to_floats(a), broadcast(step), load(acc))); }
 };
 
+/// Rounds n floats to MLX's affine codes: x ~= scale * code + bias, as mlx.core.quantize does. Of the smallest and the
+/// largest value, the one further from 0 is exact, and 0 is a multiple of the scale away from it.
+inline void round_to_codes(const float* x, int n, int bits, bool bf16_scales, uint8_t* codes, float* scale,
+                           float* bias) {
+  const float most = static_cast<float>((1 << bits) - 1);
+  float least = x[0], largest = x[0], poison = 0;
+  for (int i = 0; i < n; i++) {
+    least = x[i] < least ? x[i] : least;
+    largest = x[i] > largest ? x[i] : largest;
+    poison += x[i] * 0.0f;
+  }
+  float step = (largest - least) / most;
+  step = step > 1e-7f ? step : 1e-7f;
+  float edge = least;
+  if (!(-least > largest)) {
+    edge = largest;
+    step = -step;
+  }
+  const float steps = __builtin_rintf(edge / step);
+  if (steps != 0.0f) step = edge / steps;
+  const float zero_point = steps != 0.0f ? edge : 0.0f;
+  for (int i = 0; i < n; i++) {
+    const float code = __builtin_rintf((x[i] - zero_point) / step);
+    codes[i] = static_cast<uint8_t>(code > 0.0f ? (code < most ? code : most) : 0.0f);
+  }
+  const auto kept = [&](float a) {
+    if (!bf16_scales) return a;
+    uint16_t half;
+    store_bf16_part(&half, broadcast(a), 1);
+    return from_bf16(half);
+  };
+  *scale = kept(step) + poison;
+  *bias = kept(zero_point);
+}
+
+/// Appends a vector of keys and one of values to a page of affine codes.
+inline void append_codes(const KvPage& page, const float* k, const float* v, int head_dim, int position) {
+  const int groups = head_dim / page.group, biases = groups * kPagePositions;
+  alignas(64) uint8_t keys[kMaxHeadDim], values[kMaxHeadDim];
+  for (int g = 0; g < groups; g++) {
+    const int first = g * page.group;
+    float* k_scale = page.k_scales + g * kPagePositions + position;
+    float* v_scale = page.v_scales + position * groups + g;
+    round_to_codes(k + first, page.group, page.bits, page.bf16_scales, keys + first, k_scale, k_scale + biases);
+    round_to_codes(v + first, page.group, page.bits, page.bf16_scales, values + first, v_scale, v_scale + biases);
+  }
+  const auto put = [&](KvPage::Place place, uint8_t code) {
+    if (page.bits == 4) code = static_cast<uint8_t>((*place.byte & ~(15 << place.shift)) | code << place.shift);
+    *place.byte = code;
+  };
+  for (int d = 0; d < head_dim; d++) {
+    put(page.key_code(head_dim, position, d), keys[d]);
+    put(page.value_code(head_dim, position, d), values[d]);
+  }
+}
+
+/// A page of affine codes as a page of float32 in `wide`, positions [begin, end).
+inline KvPage widen_codes(const KvPage& page, int begin, int end, int head_dim, float* wide) {
+  const int groups = head_dim / page.group, biases = groups * kPagePositions;
+  const auto* codes = static_cast<const uint8_t*>(page.k);
+  for (int tile = begin / kKeyTile * kKeyTile; tile < end; tile += kKeyTile) {
+    for (int d = 0; d < head_dim; d++) {
+      const float* scales = page.k_scales + d / page.group * kPagePositions + tile;
+      float* out = wide + tile * head_dim + d * kKeyTile;
+      if (page.bits == 8) {
+        const uint8_t* from = codes + tile * head_dim + d * kKeyTile;
+        for (int i = 0; i < kKeyTile; i++) out[i] = static_cast<float>(from[i]) * scales[i] + scales[i + biases];
+      } else {
+        const uint8_t* from = codes + (tile * head_dim + d / 2 * 2 * kKeyTile) / 2;
+        const int shift = d % 2 * 4;
+        for (int i = 0; i < kKeyTile; i++)
+          out[i] = static_cast<float>((from[i] >> shift) & 15) * scales[i] + scales[i + biases];
+      }
+    }
+  }
+  codes = static_cast<const uint8_t*>(page.v);
+  float* v = wide + kPagePositions * head_dim;
+  for (int first = 0; first < head_dim; first += kValueSlice) {
+    const int width = smaller(kValueSlice, head_dim - first), half = width / 2;
+    for (int i = begin; i < end; i++) {
+      const float* scales = page.v_scales + i * groups;
+      float* out = v + i * width;
+      for (int part = 0; part < 2; part++) {
+        const int group = (first + part * half) / page.group;
+        const float scale = scales[group], bias = scales[group + biases];
+        if (page.bits == 8) {
+          const uint8_t* from = codes + i * width + part * half;
+          for (int d = 0; d < half; d++) out[part * half + d] = static_cast<float>(from[d]) * scale + bias;
+        } else {
+          const uint8_t* from = codes + i * half;
+          for (int d = 0; d < half; d++)
+            out[part * half + d] = static_cast<float>((from[d] >> (part * 4)) & 15) * scale + bias;
+        }
+      }
+    }
+    codes += width * kPagePositions * page.bits / 8;
+    v += width * kPagePositions;
+  }
+  return {wide, wide + kPagePositions * head_dim, nullptr, nullptr, KvFormat::f32};
+}
+
 }  // namespace

@@ -118,6 +118,8 @@ class Proposal:
 class Verdict:
     """tau drafted tokens are kept and next_token follows them."""
 
+    def __init__(self, tau: int, next_token: int) -> None: ...
+
     @property
     def tau(self) -> int: ...
 
@@ -164,6 +166,11 @@ def noise(seed: int, position: int, token: int) -> float:
     least noise / p is chosen.
     """
 
+def noise_row(seed: int, position: int, count: int) -> NDArray[numpy.float32]:
+    """
+    noise of the tokens below count, (count,) float32: for drafts that a host draws in its own graph.
+    """
+
 def sample_token(p: Annotated[NDArray[Any], dict(device='cpu', writable=False)], u: float, isa: str | None = None) -> int:
     """
     Inverse CDF of p (V,) float32 at u in [0, 1), in token order; never a token without mass.
@@ -184,9 +191,12 @@ class Model:
     memory is given back once packed; other arrays are let go. Results of a row are the same bits for any
     number of rows and threads, packed or not. A layer's "window" is how many positions up to its own a row attends to. kv_bits 8 keeps keys and values as int8 with a float32 scale for each vector; 16 keeps them as bf16, or as float32
     when the precision is f32. rope_pairs says that RoPE turns neighbours (2 i, 2 i + 1) of a head.
+
+    A range of a model's layers has no embed where layers come before it, and neither norm nor head where layers follow; it
+    runs by forward_range and verify_range. A head that is None with a norm is the embed.
     """
 
-    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False, kv_bits: int = 16, rope_pairs: bool = False) -> None: ...
+    def __init__(self, *, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, rms_eps: float, rope_inv_freq: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], max_context: int, embed: Matrix | None, head: Matrix | None, norm: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)] | None, layers: list[dict[str, object]], precision: str = 'int8', isa: str | None = None, pack: bool = True, mapped: bool = False, kv_bits: int = 16, rope_pairs: bool = False) -> None: ...
 
     def forward(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], logits_rows: int = 1) -> NDArray[numpy.float32]:
         """
@@ -200,6 +210,20 @@ class Model:
         Appends tokens (M,) int32 provisionally and writes the logits of the last rows to out (rows, vocab) float32.
 
         Raises ContextFullError or ShapeError with the cache unchanged.
+        """
+
+    def forward_range(self, cache: Cache, rows: NDArray[numpy.int32] | NDArray[numpy.float32]) -> NDArray[numpy.float32]:
+        """
+        Appends rows provisionally to a range of layers that is not the last: token ids (M,) int32 for the first, else what
+        the range before returned. Returns (M, hidden) float32, what the next range takes; ranges give the bits of the whole.
+
+        Raises ContextFullError or ShapeError with the cache unchanged.
+        """
+
+    def verify_range(self, cache: Cache, rows: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], proposal: Proposal, law: Law, seed: int, round: int, rule: str = 'token') -> Verdict:
+        """
+        verify, at lenience 1, by the last range of layers: rows (M, hidden) float32 of the pending and the drafted tokens, as
+        the range before returned them. Raises what verify raises, with the cache unchanged.
         """
 
     def prefill(self, cache: Cache, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
@@ -237,6 +261,11 @@ class Model:
         Raises NumericalError on logits that are not finite, with the cache unchanged.
         """
 
+    def graph_handle(self) -> object:
+        """
+        The model's regions for specfast._mlx. The weights' memory must be kept by whoever holds it.
+        """
+
     @property
     def hidden(self) -> int: ...
 
@@ -257,6 +286,12 @@ class Model:
 
     @property
     def layers(self) -> int: ...
+
+    @property
+    def windows(self) -> list[int]:
+        """
+        For each layer, how many positions up to its own a row attends to; 0: all.
+        """
 
     @property
     def max_context(self) -> int: ...
@@ -297,9 +332,12 @@ class Cache:
 
     capacity 0 means the model's context. Memory is taken in pages of 256 positions when needed; layers with a
     window need no more of them than the window and the provisional rows.
+
+    windows (layers,) replace the model's, 0 for none; a row then sees as many positions up to its own and the layer's
+    sinks (layers,), which are first positions that never leave. The last undo committed positions can be dropped again.
     """
 
-    def __init__(self, model: Model, capacity: int = 0) -> None: ...
+    def __init__(self, model: Model, capacity: int = 0, windows: Sequence[int] | None = None, sinks: Sequence[int] | None = None, undo: int = 0, kv_codes: tuple[int, int] | None = None) -> None: ...
 
     @property
     def length(self) -> int:
@@ -321,7 +359,8 @@ class Cache:
 
     def kv_bytes(self, layer: int) -> NDArray[numpy.uint8]:
         """
-        A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8. Positions after the last hold anything.
+        A copy of a layer's keys and values as they lie in memory, (pages * kv heads, bytes) uint8: of the pages that a window has
+        not given up. Positions after the last hold anything.
         """
 
     def commit(self, n: int) -> None:
@@ -330,21 +369,41 @@ class Cache:
     def rollback(self) -> None:
         """Drops every provisional row."""
 
-    def keys(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
+    def keys(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
         """
-        A copy of a layer's committed keys, rotated: (kv_heads, length, head_dim), float32 or the bits of bf16.
+        A copy of a layer's committed keys, rotated: (kv_heads, rows, head_dim), float32 or the bits of bf16.
+
+        Rows are all positions or, of a layer with a window, its sinks and the last of the window's size. length reads as if
+        the cache had been truncated to it.
         """
 
-    def values(self, layer: int) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
+    def values(self, layer: int, length: int | None = None) -> NDArray[numpy.float32] | NDArray[numpy.uint16]:
         """
-        A copy of a layer's committed values: (kv_heads, length, head_dim), float32 or the bits of bf16.
+        A copy of a layer's committed values: (kv_heads, rows, head_dim), as for keys.
         """
 
-    def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]]) -> None:
+    def assign(self, keys: list[NDArray[numpy.float32]], values: list[NDArray[numpy.float32]], length: int | None = None) -> None:
         """
-        Replaces what the cache holds by rows per layer, rotated keys and values (kv_heads, rows, head_dim) float32,
-        rounded to bf16 unless the precision is f32, and commits them. Raises ContextFullError, or ShapeError.
+        Replaces what the cache holds by length positions, committed: rotated keys and values (kv_heads, rows, head_dim)
+        float32 per layer, rounded to bf16 unless the precision is f32. Rows are all positions or, of a layer with a window,
+        its sinks and the last ones, down to what the next row sees. Raises ContextFullError, or ShapeError.
         """
+
+    def codes(self, layer: int, keys: bool, length: int | None = None) -> tuple[NDArray[numpy.uint8], NDArray[numpy.float32], NDArray[numpy.float32]]:
+        """
+        A copy of a layer's committed keys, or values, of a cache with kv_codes: codes (kv_heads, rows, head_dim), scales
+        and biases (kv_heads, rows, groups). Raises ShapeError for other caches.
+        """
+
+    def assign_codes(self, keys: list[tuple[NDArray[numpy.uint8], NDArray[numpy.float32], NDArray[numpy.float32]]], values: list[tuple[NDArray[numpy.uint8], NDArray[numpy.float32], NDArray[numpy.float32]]]) -> None:
+        """
+        Replaces what a cache with kv_codes holds by rows per layer, as codes gives them, committed. Raises ContextFullError,
+        or ShapeError.
+        """
+
+    @property
+    def least_length(self) -> int:
+        """The least length, besides 0, that truncate allows."""
 
     def truncate(self, length: int) -> None:
         """Drops committed positions from the end, and everything provisional."""
@@ -384,11 +443,11 @@ def read_bandwidth(buffer: Annotated[NDArray[numpy.uint8], dict(order='C', devic
 def matmul_rows(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], matrix: Matrix, precision: str = 'int8', isa: str | None = None) -> NDArray[numpy.float32]:
     """x (M, K) float32 times matrix (N, K) transposed: (M, N) float32."""
 
-def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], kv_bits: int = 16, isa: str | None = None, window: int = 0) -> NDArray[numpy.float32]:
+def attend_rows(q: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], kv_bits: int = 16, isa: str | None = None, window: int = 0, sinks: int = 0, group: int = 0) -> NDArray[numpy.float32]:
     """
     Causal attention of the last M positions: q (M, heads, head_dim), k and v (S, kv_heads, head_dim), all float32.
 
-    kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it; window 0 is all.
+    kv_bits: keys and values are stored as int8 with a scale for each vector (8), bf16 (16) or float32 (32). A row sees itself and the window - 1 positions before it, and the first of all, sinks many; window 0 is all. With a group they are MLX's affine codes of 4 or 8 bits, a scale and a bias for each group.
     """
 
 class SuffixAutomaton:

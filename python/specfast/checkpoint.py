@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ BLOCK_FORMATS = (*BITS, "Q6_K")
 PRECISIONS = ("int8", "bf16", "f32")
 KV_BITS = (8, 16)
 _SAMPLE_BYTES = 1 << 16
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
 _PREFIXES = ("model.", "language_model.model.", "")
 _PROJECTIONS = {
     "q": "self_attn.q_proj",
@@ -90,8 +91,21 @@ class LoadedModel:
             file.require_unchanged()
 
 
-def open_weights(directory: Path) -> dict[str, TensorView]:
+def _in_range(name: str, layers: range, names: Collection[str], total: int) -> bool:
+    """Whether a range of a model's layers needs a tensor: the first also the embedding, the last norm and head."""
+    if found := _LAYER.search(name):
+        return int(found[1]) in layers
+    last = total - 1 in layers
+    if "embed_tokens" in name:
+        return 0 in layers or (last and not any("lm_head" in other for other in names))
+    return last
+
+
+def open_weights(directory: Path, layers: range | None = None, total: int = 0) -> dict[str, TensorView]:
     """All tensors of a directory's *.safetensors files, single or sharded.
+
+    Args:
+        layers: only what these need, of `total` layers; files without anything of it may be missing.
 
     Raises:
         ModelFormatError: no weights, a shard the index names is missing, a file is damaged, or a name occurs twice.
@@ -102,7 +116,8 @@ def open_weights(directory: Path) -> dict[str, TensorView]:
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) and "/" not in v for v in names.values()):
             raise ModelFormatError(f"{index}: 'weight_map' is not a map from tensors to files; download it again")
-        files = [directory / name for name in sorted(set(names.values()))]
+        needed = [file for name, file in names.items() if layers is None or _in_range(name, layers, names, total)]
+        files = [directory / name for name in sorted(set(needed))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelFormatError(
@@ -128,7 +143,9 @@ def open_weights(directory: Path) -> dict[str, TensorView]:
             if name in tensors:
                 raise ModelFormatError(f"{file}: tensor {name!r} is in another file as well; download the model again")
             tensors[name] = tensor
-    return tensors
+    if layers is None:
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if _in_range(name, layers, tensors, total)}
 
 
 class _Weights:
@@ -137,7 +154,7 @@ class _Weights:
     def __init__(self, source: Path | str, config: ModelConfig, tensors: Mapping[str, TensorView]) -> None:
         self.source, self.config, self.tensors = source, config, tensors
         for prefix in _PREFIXES:
-            if any(f"{prefix}embed_tokens.{part}" in tensors for part in ("weight", "scales")):
+            if any(name.startswith((f"{prefix}embed_tokens.", f"{prefix}layers.")) for name in tensors):
                 self.prefix = prefix
                 break
         else:
@@ -291,13 +308,14 @@ def build_model(
     pack: bool = False,
     mapped: bool = False,
     kv_bits: int | None = None,
+    layers: range | None = None,
     rope_pairs: bool = False,
 ) -> _core.Model:
     """A native model of tensors under the names of a checkpoint; matrices are used where they lie, and kept alive.
 
     Args:
         source: what messages call the tensors' origin.
-        precision, isa, max_context, pack, kv_bits: as for `load_model`.
+        precision, isa, max_context, pack, kv_bits, layers: as for `load_model`.
         mapped: all tensors lie in read-only mappings of files, whose memory may be given back once packed.
         rope_pairs: RoPE turns neighbours (2 i, 2 i + 1) of a head.
 
@@ -305,11 +323,18 @@ def build_model(
         ModelFormatError, UnsupportedModelError: a tensor is missing, does not fit the config, or is of a kind not supported.
     """
     weights = _Weights(source, config, tensors)
-    embed = weights.matrix(f"{weights.prefix}embed_tokens", config.vocab, config.hidden)
+    part = range(config.layers) if layers is None else layers
+    first, last = part.start == 0, part.stop == config.layers
+    head = weights.head() if last else None
+    embed = None
+    if first or (last and head is None):
+        embed = weights.matrix(f"{weights.prefix}embed_tokens", config.vocab, config.hidden)
     weights.require_no_more_layers()
-    head = weights.head()
-    layers = [weights.layer(index) for index in range(config.layers)]
-    matrices = [embed, *([head] if head else []), *(layer[key] for layer in layers for key in _PROJECTIONS)]
+    if not first:
+        embed, head = None, head or embed
+    decoded = [weights.layer(index) for index in part]
+    matrices = [each for each in (embed, head) if each]
+    matrices += [layer[key] for layer in decoded for key in _PROJECTIONS]
     try:
         return _core.Model(
             hidden=config.hidden,
@@ -323,8 +348,8 @@ def build_model(
             max_context=max_context or config.max_context,
             embed=embed,
             head=head,
-            norm=weights.vector(f"{weights.prefix}norm.weight", config.hidden),
-            layers=layers,
+            norm=weights.vector(f"{weights.prefix}norm.weight", config.hidden) if last else None,
+            layers=decoded,
             precision=precision or default_precision({matrix.format for matrix in matrices}),
             isa=isa,
             pack=pack,
@@ -345,14 +370,29 @@ def model_config(path: Path) -> ModelConfig:
     return gguf_config(open_gguf(path)) if is_gguf(path) else read_config(path)
 
 
-def _open(path: Path, *, in_place: bool) -> tuple[ModelConfig, dict[str, TensorView], tuple[MappedFile, ...]]:
-    """Configuration and tensors of a model, and the files they lie in; those of a GGUF file converted unless in_place."""
+def _open(
+    path: Path, layers: range | None, *, in_place: bool = False
+) -> tuple[ModelConfig, dict[str, TensorView], tuple[MappedFile, ...]]:
+    """Configuration and tensors of a model or some of its layers, and the files they lie in; those of a GGUF file
+    converted unless in_place."""
     if not is_gguf(path):
-        config, tensors = read_config(path), open_weights(path)
+        config = read_config(path)
+        if layers is not None and not 0 <= layers.start < layers.stop <= config.layers:
+            raise ConfigurationError(
+                f"layers {layers.start} to {layers.stop - 1} are not all among the {config.layers} of {path}"
+            )
+        tensors = open_weights(path, layers, config.layers)
         return config, tensors, _files(tensors)
+    if layers is not None:
+        raise UnsupportedModelError(f"{path}: a GGUF file is loaded whole, not by ranges of layers")
     file = open_gguf(path)
     config = gguf_config(file)
     return config, gguf_weights(file, config, in_place=in_place), _files(file.tensors)
+
+
+def weight_bytes(path: Path, layers: range | None = None) -> int:
+    """Bytes of the weights `load_model` would read; raises what it raises for the files."""
+    return sum(tensor.data.nbytes for tensor in _open(path, layers)[1].values())
 
 
 def load_model(
@@ -363,6 +403,7 @@ def load_model(
     max_context: int | None = None,
     pack: bool = True,
     kv_bits: int | None = None,
+    layers: range | None = None,
 ) -> LoadedModel:
     """Loads a model directory in Hugging Face or MLX layout, or a GGUF file.
 
@@ -379,6 +420,7 @@ def load_model(
         max_context: bounds the context below the model's own.
         kv_bits: of keys and values: 8 stores them as int8 with a scale for each vector, in about half the memory; None and
             16 as bf16, or f32 with f32 activations.
+        layers: only these of its layers, with what comes before the first or after the last of them; None is all.
         pack: False keeps all weights in the mapping, which processes share; a pass is slower, its bits are the same.
 
     Raises:
@@ -389,13 +431,13 @@ def load_model(
     if kv_bits is not None and (not isinstance(kv_bits, int) or kv_bits not in KV_BITS):
         raise ConfigurationError(f"kv_bits is {kv_bits!r}, but must be 8 or 16")
     check_isa(isa)
-    config, tensors, files = _open(directory, in_place=not pack)
+    config, tensors, files = _open(directory, layers, in_place=not pack)
     whole = isinstance(max_context, int) and not isinstance(max_context, bool)
     if max_context is not None and not (whole and 1 <= max_context <= config.max_context):
         raise ConfigurationError(f"a context of {max_context!r} is outside 1 to the model's {config.max_context}")
     model = build_model(
         directory, config, tensors, precision=precision, isa=isa, max_context=max_context, pack=pack,
-        mapped=all(tensor.file for tensor in tensors.values()), kv_bits=kv_bits,
+        mapped=all(tensor.file for tensor in tensors.values()), kv_bits=kv_bits, layers=layers,
         rope_pairs=not pack and is_gguf(directory) and turns_pairs(config),
     )  # fmt: skip
     said = f"{model.precision}, kv 8 bit" if kv_bits == 8 else model.precision

@@ -21,7 +21,7 @@ from .measurements_file import load_measurements, measurements_path, save_measur
 from .models import ModelPair, Notify, Prompt, Resolve, check_prompt, print_notice
 from .sampling import Mask, SamplingParams
 from .stats import SpeculationStats
-from .targets import NativeTarget, Progress
+from .targets import MakeTarget, NativeTarget, Progress
 from .text import StopStrings, StreamDecoder, TextStream
 
 WORTH_KEEPING = 32  # passes of a request from which measurements are written down
@@ -40,6 +40,8 @@ class Engine:
         notify: told, once each, what people should know.
         resolve: finds a model's directory by its name; None is `hub.resolve`.
         kv_bits: of keys and values, 8 or 16; None is 16 (f32 with f32 activations).
+        layers: only these of the target's layers are run here; `make_target` has the others run elsewhere.
+        make_target: makes a request's target, from what NativeTarget takes.
 
     Raises:
         ConfigurationError: something this version cannot do, a context below 1, or a kernel table that cannot be used.
@@ -54,6 +56,8 @@ class Engine:
         notify: Notify = print_notice,
         resolve: Resolve | None = None,
         kv_bits: int | None = None,
+        layers: range | None = None,
+        make_target: MakeTarget = NativeTarget,
     ) -> None:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
@@ -67,6 +71,7 @@ class Engine:
         self._precision, self._max_context, self._isa, self._notify = precision, max_context, isa, notify
         self._resolve = resolve or hub.resolve
         self._kv_bits = kv_bits
+        self.layers, self._make_target = layers, make_target
         self._pair: ModelPair | None = None
         self._said: set[str] = set()
         self._measured: dict[Path | None, Measurements] = {}
@@ -88,13 +93,30 @@ class Engine:
         return self._pair
 
     @property
+    def max_context(self) -> int:
+        """Most tokens of a request, prompt included; loads the models."""
+        return self.pair.target.model.max_context
+
+    @property
+    def precision(self) -> str:
+        """Of the target's activations; loads the models."""
+        return self.pair.target.precision
+
+    @property
     def drafter(self) -> str:
         """Who drafts: "model", "suffix", "prompt-lookup", "combined" or "none"; loads the models."""
         return self._drafter_name(self.resolved, self.pair)
 
     def _load(self, config: SpeculativeConfig) -> ModelPair:
         pair = ModelPair.load(
-            config, self._precision, self._max_context, self._isa, self._say_once, self._resolve, self._kv_bits
+            config,
+            self._precision,
+            self._max_context,
+            self._isa,
+            self._say_once,
+            self._resolve,
+            self._kv_bits,
+            self.layers,
         )
         asked, started = _core.num_threads(), _core.start_threads()
         if started < asked:
@@ -274,16 +296,18 @@ class Engine:
                 f"can get up to {config.lenience:g} times its probability. Lenience 1 is exact."
             )
         lenience = config.lenience if native_rule == "token" else 1.0
-        target = NativeTarget(pair.target.model, law, lenience, sampling.seed, capacity, native_rule, adjustments)
+        target = self._make_target(pair.target.model, law, lenience, sampling.seed, capacity, native_rule, adjustments)
         gamma, ceiling = self._gamma(resolved, name) if name != "none" else (0, 0)
         if gamma == "auto" and seed is not None and rule not in ("greedy", "coupled"):
             gamma = min(ceiling, 5)
             self._say_once(
                 f"gamma is fixed at {gamma}: with a seed, timing must not change the text; the coupled rule lets gamma vary"
             )
-        path = measurements_path(pair.target, pair.draft, pair.early_exit) if gamma == "auto" else None
+        alone = gamma == "auto" and self.layers is None  # times of a ring are its network's
+        path = measurements_path(pair.target, pair.draft, pair.early_exit) if alone else None
 
         def ended(stats: SpeculationStats) -> None:
+            target.close()
             self.stats.add(stats)
             if gamma == "auto" and stats.target_passes >= WORTH_KEEPING:
                 save_measurements(path, self._measured[path])

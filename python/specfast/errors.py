@@ -11,6 +11,7 @@ __all__ = [
     "IncompatibleDraftError",
     "ModelFormatError",
     "NumericalError",
+    "RingError",
     "ShapeError",
     "SpecfastError",
     "UnsupportedModelError",
@@ -31,6 +32,10 @@ class UnsupportedModelError(SpecfastError):
 
 class IncompatibleDraftError(SpecfastError):
     """A draft whose tokens are not the target's."""
+
+
+class RingError(SpecfastError):
+    """A ring of nodes that cannot go on: a node left, or nodes that do not agree."""
 
 
 class DownloadError(SpecfastError):

@@ -59,7 +59,10 @@ class Terms:
         drafter: who drafts: "model", "suffix", "prompt-lookup", "combined" (suffix and model), or "none".
         lossless: whether the tokens follow the target's law at this precision.
         precision: of the target's activations.
-        rule: how drafted tokens are accepted: "greedy", "token", "block" or "coupled".
+        rule: how drafted tokens are accepted: "greedy", "token", "block", "coupled", or "equality" (with the target's own
+            sample, where only samples of its law are known).
+        path: whose bits the logits are: "native", another of specfast's ("primitives" or "metal" in MLX), or "host" (a host's
+            own layers).
     """
 
     seed: int = 0
@@ -68,6 +71,7 @@ class Terms:
     lossless: bool = True
     precision: str = "unknown"
     rule: str = "unknown"
+    path: str = "native"
 
 
 @dataclass(frozen=True)

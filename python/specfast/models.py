@@ -109,10 +109,12 @@ class ModelPair:
         notify: Notify,
         resolve: Resolve,
         kv_bits: int | None = None,
+        layers: range | None = None,
     ) -> ModelPair:
         """Finds and loads what a configuration names; a draft that does not fit is refused with a warning.
 
-        The draft's weights are fetched only once its tokens are known to be the target's.
+        The draft's weights are fetched only once its tokens are known to be the target's. With `layers` the target is a
+        range of its layers.
 
         Raises:
             ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
@@ -122,13 +124,15 @@ class ModelPair:
         early_exit = None if config.disabled else config.early_exit
         if early_exit is not None:
             require_exit(early_exit, model_config(directory).layers, _target_name(config))
-        target = load_model(directory, precision=precision, isa=isa, max_context=max_context, kv_bits=kv_bits)
+        target = load_model(
+            directory, precision=precision, isa=isa, max_context=max_context, kv_bits=kv_bits, layers=layers
+        )
         tokenizer = Tokenizer(directory)
         choice = choose_draft(config, directory, notify, resolve)
         draft = None
         if choice.directory:
             draft = load_model(choice.directory, isa=isa, precision=_draft_precision(precision), kv_bits=kv_bits)
-            if draft.model.weight_bytes >= target.model.weight_bytes:
+            if layers is None and draft.model.weight_bytes >= target.model.weight_bytes:
                 notify(
                     f"check that the draft model is actually smaller: {choice.name} has {draft.model.weight_bytes / 1e6:.0f} MB "
                     f"of weights, {_target_name(config)} {target.model.weight_bytes / 1e6:.0f} MB; expect no speed-up"
@@ -230,7 +234,7 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
         )
         notify(f"{name} has no draft: its own text so far is copied where that pays (the suffix drafter); {hint}")
         return typed
-    free = _free_bytes()
+    free = free_bytes()
     for candidate in ranked_drafts(name):
         needed = 0.6e9 * (parameters(candidate) or 0.0)  # 4 bit weights with scales
         if needed > free:
@@ -249,7 +253,7 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
     return typed
 
 
-def _free_bytes() -> float:
+def free_bytes() -> float:
     """Memory that can still be had, as far as the system tells."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():

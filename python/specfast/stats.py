@@ -60,7 +60,8 @@ class SpeculationStats:
     Attributes:
         requests: requests begun.
         prompt_tokens, tokens: tokens read, and tokens generated.
-        target_passes: passes of the target that generated tokens, one per round.
+        target_passes: passes of the target that generated tokens, one per round, and those that only read tokens again.
+        reread_tokens: kept tokens that the target read again, because a host's cache could only be put back to before them.
         rounds: those that checked drafted tokens.
         drafted, accepted: drafted tokens that were checked, and those of them in the text.
         fallbacks: times a draft failed and plain decoding went on.
@@ -77,6 +78,7 @@ class SpeculationStats:
     prompt_tokens: int = 0
     tokens: int = 0
     target_passes: int = 0
+    reread_tokens: int = 0
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0

@@ -13,6 +13,7 @@ from .sampling import follow
 
 PREFILL_CHUNK = 256
 Progress = Callable[[int, int], None]
+MakeTarget = Callable[..., "NativeTarget"]
 
 
 @runtime_checkable
@@ -82,3 +83,6 @@ class NativeTarget:
 
     def commit(self, kept: int) -> None:
         self.cache.commit(kept)
+
+    def close(self) -> None:
+        """Called when the request ends. What is here goes with the object."""

@@ -218,10 +218,25 @@ void round_vector(float* x, int n) {
   for (int i = 0; i < n; i++) x[i] = std::rint(x[i] * (127.0f / largest)) * (largest / 127.0f);
 }
 
+/// What a group of a vector becomes in affine codes.
+void round_group(float* x, int n, int bits) {
+  const float least = *std::min_element(x, x + n), largest = *std::max_element(x, x + n);
+  const float far = -least > largest ? least : largest;
+  float step = std::max((largest - least) / static_cast<float>((1 << bits) - 1), 1e-7f);
+  if (!(-least > largest)) step = -step;
+  if (const float steps = std::rint(far / step); steps != 0) step = far / steps;
+  const float bias = std::rint(far / step) != 0 ? far : 0;
+  for (int i = 0; i < n; i++) {
+    const float code = std::min(std::max(std::rint((x[i] - bias) / step), 0.0f), static_cast<float>((1 << bits) - 1));
+    x[i] = code * step + bias;
+  }
+}
+
 /// Attention of M rows at the end of S positions against float64 on what the cache rounds to.
-void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S, int M, int64_t window) {
-  const int heads = 6, kv_heads = 2;
-  KvCache cache({1, kv_heads, dim, format}, {window}, S);
+void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S, int M, Window window, int bits = 0) {
+  const int heads = 6, kv_heads = 2, group = bits ? 32 : 0;
+  const KvShape shape{1, kv_heads, dim, format, bits, group};
+  KvCache cache(shape, {window}, S);
   cache.append(S);
   const auto random_rows = [&](int rows, int columns) {
     std::vector<float> x(static_cast<size_t>(rows) * columns);
@@ -247,6 +262,8 @@ void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S
   a.q_stride = a.out_stride = heads * dim;
   a.partial = partial.data();
   a.out = out.data();
+  std::vector<float> wide(shape.wide_page_floats());
+  a.wide = wide.data();
   attend_rows(Team{}, kernels, cache, a);
 
   if (format == KvFormat::int8) {
@@ -254,15 +271,19 @@ void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S
       for (size_t at = 0; at < x->size(); at += static_cast<size_t>(dim)) round_vector(&(*x)[at], dim);
     }
   }
+  for (std::vector<float>* x : {&k, &v}) {
+    for (size_t at = 0; bits && at < x->size(); at += 32) round_group(&(*x)[at], 32, bits);
+  }
   double worst = 0;
   for (int m = 0; m < M; m++) {
-    const int end = S - M + m + 1, begin = window ? std::max(0, end - static_cast<int>(window)) : 0;
+    const int end = S - M + m + 1, begin = window.size ? std::max(0, end - static_cast<int>(window.size)) : 0;
     for (int head = 0; head < heads; head++) {
       const float* query = &q[static_cast<size_t>((m * heads + head) * dim)];
       const size_t kv_head = static_cast<size_t>(head / (heads / kv_heads) * dim);
       std::vector<double> exact(static_cast<size_t>(dim));
       double total = 0;
-      for (int i = begin; i < end; i++) {
+      for (int i = 0; i < end; i++) {
+        if (i >= window.sinks && i < begin) continue;
         const size_t at = static_cast<size_t>(i * kv_heads * dim) + kv_head;
         double score = 0;
         for (int d = 0; d < dim; d++) score += static_cast<double>(query[d]) * k[at + static_cast<size_t>(d)];
@@ -275,12 +296,13 @@ void check_attention(const KernelTable& kernels, KvFormat format, int dim, int S
                                           out[static_cast<size_t>((m * heads + head) * dim + d)]));
     }
   }
-  expect(worst < (format == KvFormat::f32    ? 3e-5
-                  : format == KvFormat::bf16 ? 0.01
-                                             : 4e-4),
+  expect(worst < (format == KvFormat::f32 || bits ? 3e-5
+                  : format == KvFormat::bf16      ? 0.01
+                                                  : 4e-4),
          kernels.isa,
          "attention of head " + std::to_string(dim) + ", " + std::to_string(S) + " positions, window " +
-             std::to_string(window) + ": error " + std::to_string(worst));
+             std::to_string(window.size) + ", sinks " + std::to_string(window.sinks) + ": error " +
+             std::to_string(worst));
 }
 
 void check_attentions(const KernelTable& kernels) {
@@ -288,8 +310,15 @@ void check_attentions(const KernelTable& kernels) {
     for (const int dim : {6, 16, 80, 128}) {
       for (const auto& [S, M] : {std::pair{3, 3}, std::pair{270, 16}, std::pair{1300, 6}}) {
         if (!full && S == 1300 && dim != 16) continue;
-        for (const int64_t window : {0, 1, 5, 258, 700}) check_attention(kernels, format, dim, S, M, window);
+        for (const Window window : {Window{0}, {1}, {5}, {258}, {700}, {1, 4}, {5, 1}, {258, 4}, {700, 300}})
+          check_attention(kernels, format, dim, S, M, window);
       }
+    }
+  }
+  for (const int bits : {4, 8}) {
+    for (const int dim : {32, 96, 128}) {
+      for (const Window window : {Window{0}, {5}, {258, 4}})
+        check_attention(kernels, KvFormat::affine, dim, 270, 6, window, bits);
     }
   }
 }

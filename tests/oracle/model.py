@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 class Layer:
     """Weights (outputs, inputs); biases only in Qwen2, q_norm and k_norm (head_dim,) only in Qwen3.
 
-    window: positions up to its own that a row attends to; None is all.
+    window: positions up to its own that a row attends to, and `sinks` first ones besides; None is all.
     """
 
     input_norm: Array
@@ -30,6 +30,7 @@ class Layer:
     q_norm: Array | None = None
     k_norm: Array | None = None
     window: int | None = None
+    sinks: int = 0
 
 
 @dataclass
@@ -65,17 +66,20 @@ def rotate(x: Array, inv_freq: Array) -> Array:
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
 
-def attend(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
+def attend(q: Array, k: Array, v: Array, window: int | None = None, sinks: int = 0) -> Array:
     """Causal attention. q: (M, heads, d); k, v: (M, kv_heads, d), each shared by heads / kv_heads neighbours.
 
-    Row i sees key j if j <= i and, with a window, i - j < window (Jiang et al. 2023, Sec. 2, arXiv:2310.06825).
+    Row i sees key j if j <= i and, with a window, i - j < window (Jiang et al. 2023, Sec. 2, arXiv:2310.06825) or
+    j < sinks (Xiao et al. 2023, Sec. 3.2, arXiv:2309.17453).
     """
     share = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, share, 1), np.repeat(v, share, 1)
     scores = np.einsum("mhd,nhd->hmn", q, k) / np.sqrt(q.shape[-1])
     scores += np.triu(np.full(scores.shape[1:], -np.inf), 1)
     if window is not None:
-        scores += np.tril(np.full(scores.shape[1:], -np.inf), -window)
+        left = np.tril(np.full(scores.shape[1:], -np.inf), -window)
+        left[:, :sinks] = 0
+        scores += left
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hmn,nhd->mhd", weights / weights.sum(-1, keepdims=True), v)
 
@@ -91,6 +95,21 @@ def round_to_int8(x: Array, group: int, most: int = 64) -> Array:
 def round_vectors(x: Array) -> Array:
     """x (M, heads, d) as an 8-bit cache keeps it: per vector, scale max|x| / 127, ties to even."""
     return round_to_int8(x.reshape(len(x), -1), x.shape[-1], x.shape[-1]).reshape(x.shape)
+
+
+def affine_groups(x: Array, bits: int, group: int) -> Array:
+    """x (..., d) as MLX's affine codes keep it: per group, of the ends of its range the one further from 0 is exact and 0
+    a whole number of steps away, ties to even. In the type of x: a code next to a tie depends on it."""
+    groups = x.reshape(*x.shape[:-1], -1, group)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    far = np.where(-low > high, low, high)
+    step = np.maximum((high - low) / (2**bits - 1), 1e-7)
+    step = np.where(-low > high, step, -step)
+    steps = np.rint(far / step)
+    step = np.where(steps != 0, far / np.where(steps != 0, steps, 1), step)
+    bias = np.where(steps != 0, far, 0 * far)
+    codes = np.clip(np.rint((groups - bias) / step), 0, 2**bits - 1)
+    return (codes * step + bias).reshape(x.shape)
 
 
 def dequantise(packed: ArrayLike, scales: ArrayLike, biases: ArrayLike, bits: int, group: int) -> Array:
@@ -121,7 +140,7 @@ def forward(model: Decoder, tokens: ArrayLike) -> Array:
         q, k = rotate(q, model.inv_freq), rotate(k, model.inv_freq)
         if model.int8_kv:
             k, v = round_vectors(k), round_vectors(v)
-        attended = attend(q, k, v, w.window)
+        attended = attend(q, k, v, w.window, w.sinks)
         x = x + project(attended.reshape(M, -1), w.o, "o")
         h = rmsnorm(x, w.post_norm, model.rms_eps)
         gate = project(h, w.gate, "gate")

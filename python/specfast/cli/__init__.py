@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .. import __version__
 from ..errors import ConfigurationError, SpecfastError
@@ -43,17 +43,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    return guarded("specfast", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = build_parser().parse_args(arguments)
+    return guarded(f"specfast {options.command}", lambda: int(options.run(options)))
+
+
+def guarded(command: str, run: Callable[[], int]) -> int:
+    """Runs a command; errors become one line on stderr that begins with its name, and an exit code."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: what is printed has nowhere to go
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no failure
-    command = "specfast"
     try:
-        options = build_parser().parse_args(arguments)
-        command = f"specfast {options.command}"
-        code = int(options.run(options))
+        code = run()
         sys.stdout.flush()
         return code
     except SpecfastError as error:

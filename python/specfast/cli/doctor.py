@@ -12,10 +12,9 @@ import platform
 from typing import Any
 
 from .. import _core, build_info, embedded
-from ..exo.detection import find_exo
+from ..exo.detection import find_exo, packaged_apps
 
 _NATIVE_READS_THE_SAME = "this version runs every model natively, from the same checkpoints"
-_MLX_PATH = "specfast.mlx.accelerate runs a forward pass as one native call on the CPU; there are no Metal kernels yet"
 
 
 def add_parser(commands: Any) -> None:
@@ -79,13 +78,16 @@ def _look_for(module: str, distribution: str, why: str) -> dict[str, Any]:
 
 
 def _look_for_mlx() -> dict[str, dict[str, Any]]:
-    hosts = {"mlx": _look_for("mlx", "mlx", _MLX_PATH), "mlx_lm": _look_for("mlx_lm", "mlx-lm", _MLX_PATH)}
+    hosts = {"mlx": _look_for("mlx", "mlx", ""), "mlx_lm": _look_for("mlx_lm", "mlx-lm", "")}
     if any(host["found"] for host in hosts.values()):
         try:
-            importlib.import_module("specfast.mlx")
+            primitives = importlib.import_module("specfast.mlx.primitives")
         except ImportError as error:
             return {name: host | {"why": str(error)} if host["found"] else host for name, host in hosts.items()}
-        return {name: host | {"used": True} for name, host in hosts.items()}
+        why_not = primitives.why_not()
+        path = f"as one native call ({why_not})" if why_not else "as primitives of MLX's graph"
+        why = f"specfast.mlx.accelerate runs a forward pass on the CPU {path}; on an Apple GPU as Metal kernels (never measured)"
+        return {name: host | {"used": True, "why": why} for name, host in hosts.items()}
     return hosts
 
 
@@ -99,6 +101,7 @@ def _look_for_exo() -> dict[str, Any]:
         "generation": exo.kind,
         "path": None if exo.path is None else str(exo.path),
         "hook": exo.hooked,
+        "packaged": [str(path) for path in packaged_apps()],
     }
 
 
@@ -126,6 +129,8 @@ def run(options: argparse.Namespace) -> int:
     for name, host in report["hosts"].items():
         version = f" {host['version']}" if host["version"] else ""
         print(f"  {name}{version}: {'used' if host['used'] else 'not used'}, {host['why']}")
+    for path in report["hosts"]["exo"]["packaged"]:
+        print(f"  {path}: not supported, it has a Python of its own; install exo with pip or uv beside specfast")
     print(
         f"embedded pair: {'there' if report['embedded_pair'] else 'missing; install a release wheel, or name a model'}"
     )

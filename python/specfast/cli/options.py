@@ -18,8 +18,9 @@ EPILOG = """examples:
   echo "class Stack:" | specfast generate --json | tail -n 1
   specfast generate --compare --temperature 0
 
-A model is a directory (Hugging Face or MLX layout), a GGUF file, a short name (llama-3.2-1b) or a repo id (org/name),
-which is downloaded. Exit codes: 0, 2 for usage, 1 for failures and for --compare when greedy tokens differ, 130 after Ctrl-C.
+A model is a directory (Hugging Face or MLX layout), a GGUF file, a short name (llama-3.2-1b), a repo id (org/name) or a
+GGUF file of a repository (org/name:Q4_K_M or org/name/file.gguf), which are downloaded. Exit codes: 0, 2 for usage, 1 for
+failures and for --compare when greedy tokens differ, 130 after Ctrl-C.
 """
 
 
@@ -103,7 +104,7 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
     add(
         *("--target-engine", "--speculative-target-engine"),
         **{"dest": "target_engine", **engine},
-        help="native in this version" if short else "mlx or tinygrad; this version runs their checkpoints natively",
+        help="native in this version" if short else "mlx (the MLX host), or tinygrad (its checkpoints, natively)",
     )
     add(
         *("--draft-engine", "--speculative-draft-engine"),

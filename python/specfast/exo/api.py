@@ -41,7 +41,7 @@ def honour_requests(module: Any) -> None:
             return await original(self, request)
         try:
             body = await request.json()
-            caller = Caller(_options_of(body))
+            caller = Caller(_options_of(body), watched=True)
         except ConfigurationError as error:
             return module.web.json_response({"detail": str(error)}, status=400)
         except ValueError as error:
@@ -49,14 +49,14 @@ def honour_requests(module: Any) -> None:
         waiting = CALLER.set(caller)
         answer = asyncio.ensure_future(original(self, request))
         try:
-            while not answer.done() and not _gone(request):
+            while not answer.done() and not _gone(request) and caller.error is None:
                 await asyncio.wait({answer}, timeout=POLL_SECONDS)
-            if not answer.done():
-                return module.web.Response(status=499)
-            response = await answer
-            if isinstance(caller.error, ConfigurationError | ContextFullError) and response.status == 500:
-                return module.web.json_response({"detail": str(caller.error)}, status=400)
-            return response
+            if caller.error is not None:
+                if body.get("stream") and request.transport is not None:
+                    request.transport.abort()  # what was begun as a success must not end as one
+                refused = isinstance(caller.error, ConfigurationError | ContextFullError)
+                return module.web.json_response({"detail": str(caller.error)}, status=400 if refused else 500)
+            return (await answer) if answer.done() else module.web.Response(status=499)
         finally:
             CALLER.reset(waiting)
             answer.cancel()

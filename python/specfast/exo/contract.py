@@ -31,6 +31,16 @@ SIGNATURES: Final[Mapping[str, Mapping[str, str]]] = {
         "Node.broadcast_supported_engines": "self supported_engines_names",
         "Node.trigger_on_token_callbacks": "self request_id tokens is_finished",
         "Node.broadcast_result": "self request_id result is_finished",
+        "Node.process_tensor": "self base_shard tensor request_id inference_state",
+        "Node.process_prompt": "self base_shard prompt request_id inference_state",
+        "Node.forward_prompt": "self base_shard prompt request_id target_index inference_state",
+        "Node.get_current_shard": "self base_shard index",
+        "Node.broadcast_opaque_status": "self request_id status",
+    },
+    "exo.networking.grpc.grpc_peer_handle": {
+        "GRPCPeerHandle.send_tensor": "self shard tensor inference_state request_id",
+        "GRPCPeerHandle.serialize_inference_state": "self inference_state",
+        "GRPCPeerHandle.id": "self",
     },
     "exo.api.chatgpt_api": {
         "ChatGPTAPI.__init__": "self node inference_engine_classname response_timeout on_chat_completion_request default_model system_prompt",
@@ -57,9 +67,10 @@ ATTRIBUTES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "exo.orchestration.node": {
         "Node.__init__": (
             *("inference_engine", "buffered_token_output", "outstanding_requests", "max_generate_tokens"),
-            "device_capabilities",
+            *("device_capabilities", "partitioning_strategy", "peers", "topology", "shard_downloader"),
         ),
     },
+    "exo.networking.grpc.grpc_peer_handle": {"": ("GRPCPeerHandle", "mx")},
     "exo.api.chatgpt_api": {"": ("ChatGPTAPI", "web"), "ChatGPTAPI.__init__": ("node", "app", "token_queues")},
     "exo.models": {"": ("model_cards",)},
 }
@@ -74,17 +85,23 @@ def differences(module: ModuleType, name: str | None = None) -> list[str]:
         name: what it is called, if not by its own name.
     """
     name = name or module.__name__
+    found = compare(module, name, SIGNATURES.get(name, {}))
+    for path, names in ATTRIBUTES.get(name, {}).items():
+        function = _find(module, path) if path else None
+        known = vars(module) if not path else getattr(getattr(function, "__code__", None), "co_names", ())
+        found += [f"{name}{path and '.' + path} has no {needed}" for needed in names if needed not in known]
+    return found
+
+
+def compare(module: ModuleType, name: str, signatures: Mapping[str, str]) -> list[str]:
+    """How a module's functions depart from signatures."""
     found: list[str] = []
-    for path, expected in SIGNATURES.get(name, {}).items():
+    for path, expected in signatures.items():
         function = _find(module, path)
         if function is None:
             found.append(f"{name}.{path} is missing")
         elif (got := " ".join(inspect.signature(function).parameters)) != expected:
             found.append(f"{name}.{path} takes ({got}), not ({expected})")
-    for path, names in ATTRIBUTES.get(name, {}).items():
-        function = _find(module, path) if path else None
-        known = vars(module) if not path else getattr(getattr(function, "__code__", None), "co_names", ())
-        found += [f"{name}{path and '.' + path} has no {needed}" for needed in names if needed not in known]
     return found
 
 

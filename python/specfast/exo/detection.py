@@ -12,6 +12,8 @@ from typing import Literal
 
 Kind = Literal["first generation", "second generation", "another program", "none"]
 KILL_SWITCH = "SPECFAST_EXO_HOOK"
+SWITCH = "SPECFAST_EXO"
+APPS = (Path("/Applications/EXO.app"), Path("~/Applications/EXO.app"))
 
 _FILES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("first generation", ("inference/inference_engine.py", "orchestration/node.py", "main.py")),
@@ -39,7 +41,7 @@ class FoundExo:
     @property
     def usable(self) -> bool:
         """Whether `exo --inference-engine speculative` works."""
-        return self.kind == "first generation" and self.hooked
+        return self.kind in ("first generation", "second generation") and self.hooked
 
     def explain(self) -> str:
         """What specfast does about it, and what to do."""
@@ -48,14 +50,28 @@ class FoundExo:
         if self.kind == "another program":
             return f"another program of this name, at {self.path}: left alone"
         if self.kind == "second generation":
-            return (
-                "the second generation, which has no --inference-engine: this version of specfast works with the first"
-            )
+            return self._explain_second()
         if self.hooked:
-            return "first generation: `exo --inference-engine speculative` works (start-up hook)"
+            return "first generation: `exo --inference-engine speculative` works, on rings too (start-up hook)"
         if os.environ.get(KILL_SWITCH) == "0":
             return f"first generation, and the start-up hook is switched off ({KILL_SWITCH}=0): use `specfast-exo`"
         return "first generation, but the start-up hook is not installed here: use `specfast-exo`, or install a wheel"
+
+    def _explain_second(self) -> str:
+        if self.hooked:
+            return (
+                f"second generation: {SWITCH}=1 or a --speculative-* flag speculates on models of a single node (start-up hook); "
+                "models spread over several nodes are not supported and decoded plainly by exo"
+            )
+        return (
+            "second generation, whose processes only the start-up hook reaches, and that is not active: install a wheel, and "
+            f"do not set {KILL_SWITCH}=0"
+        )
+
+
+def packaged_apps() -> list[Path]:
+    """exo as an application: it has a Python of its own, into which nothing can be installed."""
+    return [path for app in APPS if (path := app.expanduser()).exists()]
 
 
 def find_exo() -> FoundExo:

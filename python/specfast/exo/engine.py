@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,13 @@ import numpy.typing as npt
 
 from ..config import ResolvedConfig
 from ..errors import ConfigurationError
+from .mlx_engine import asks_for_mlx
 from .models import model_cards, register_models
 from .options import unknown_model, without_engines
 from .requests import CALLER, MOST_CACHED, Caller, Request, Requests
-from .serving import ServedModel, ServedModels, say
+from .ring import Ring
+from .serving import ServedModel, ServedModels, is_whole, say
+from .wire import Asked
 
 
 class SpeculativeEngine:
@@ -34,6 +37,7 @@ class SpeculativeEngine:
     Attributes:
         emits_many: whether exo's node takes several tokens a step (set by the node's patch); else one at a time.
         shard, tokenizer: of the model asked for last, as exo's own engines have them.
+        ring: this node's part in rings, once it has a node.
     """
 
     emits_many = False
@@ -50,6 +54,7 @@ class SpeculativeEngine:
         self.shard: Any = None
         self.tokenizer: Any = None
         self.session: dict[str, Any] = {}
+        self.ring: Ring | None = None
         self.shard_downloader = shard_downloader
         self.resolved = resolved
         self._max_tokens = max_tokens
@@ -58,6 +63,7 @@ class SpeculativeEngine:
         self._requests = Requests(self._ended)
         self._admission = asyncio.Semaphore(MOST_CACHED)  # with one token a step exo does not say when a request ends
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="specfast")
+        self._leading = ThreadPoolExecutor(MOST_CACHED, thread_name_prefix="specfast-ring")  # each waits for its laps
         register_models(resolved.config.target_engine)
         say(self.describe())
 
@@ -66,7 +72,7 @@ class SpeculativeEngine:
         config = self.resolved.config
         engine = "native"
         if config.target_engine not in (None, "native"):
-            engine = f"native, from {config.target_engine}'s checkpoints (this version runs them itself)"
+            engine = "mlx" if asks_for_mlx(self.resolved) else f"native, from {config.target_engine}'s checkpoints"
         if config.draft_engine not in (None, "native", config.target_engine):
             engine += f", drafts from {config.draft_engine}'s"
         automatic = "by auto-config" if config.auto_config and not config.disabled else "none"
@@ -118,13 +124,15 @@ class SpeculativeEngine:
             SpecfastError: what `Engine.stream` raises.
         """
         if self._requests.get(request_id) is None:
+            asked = Asked.from_state(inference_state)
             served = await self._serve(shard)
             if served.host is not None:
                 self._host_requests.add(request_id)
-                return tuple(await served.host.infer_tensor(request_id, shard, input_data, inference_state))
+                state = inference_state if asked is None else None  # exo's own engines know no foreign state
+                return tuple(await served.host.infer_tensor(request_id, shard, input_data, state))
             if self.emits_many:
                 await self._admission.acquire()
-            self._begin(request_id, served, np.asarray(input_data).reshape(-1).tolist())
+            self._begin(request_id, served, np.asarray(input_data).reshape(-1).tolist(), asked)
         tokens = await self.step(request_id)
         return np.array([tokens], dtype=np.int64), inference_state
 
@@ -154,8 +162,14 @@ class SpeculativeEngine:
         """Ends all requests and the thread they run in."""
         self.cancel_all()
         self._executor.shutdown(wait=True)
+        self._leading.shutdown(wait=True)
 
     # Requests.
+
+    def caller(self, request_id: str) -> Caller:
+        """Who asked for a request under way."""
+        request = self._requests.get(request_id)
+        return request.caller if request else Caller()
 
     def owns(self, request_id: str) -> bool:
         """Whether a request is under way natively."""
@@ -167,7 +181,8 @@ class SpeculativeEngine:
         if request is None:
             raise ConfigurationError(f"request {request_id} is not under way; send its prompt again")
         try:
-            tokens: list[int] = await self._compute(self._step, request)
+            executor = self._executor if request.engine.layers is None else self._leading
+            tokens: list[int] = await _within(executor, self._step, request)
         except asyncio.CancelledError:
             request.cancel()
             raise
@@ -195,8 +210,8 @@ class SpeculativeEngine:
         for request in self._requests.all():
             request.cancel()
 
-    def _begin(self, request_id: str, served: ServedModel, prompt: list[int]) -> None:
-        caller = CALLER.get() or Caller()
+    def _begin(self, request_id: str, served: ServedModel, prompt: list[int], asked: Asked | None) -> None:
+        caller = CALLER.get() or Caller(asked.options if asked else {}, watched=asked is not None)
         caller.request_id = request_id
         engine = served.engine
         assert engine is not None
@@ -206,7 +221,7 @@ class SpeculativeEngine:
                 served.shard.model_id,
                 engine,
                 prompt,
-                self._max_tokens or engine.pair.target.model.max_context,
+                self._max_tokens or engine.max_context,
                 caller,
                 singly=not self.emits_many,
                 eos=served.tokenizer.eos_token_id,
@@ -215,6 +230,8 @@ class SpeculativeEngine:
 
     def _ended(self, request: Request) -> None:
         self._models.count(request)
+        if self.ring:
+            self.ring.tell_ended(request.id, request.caller.error)
         if self.emits_many:
             self._admission.release()
 
@@ -237,7 +254,16 @@ class SpeculativeEngine:
         self._models.clear()
 
     async def _serve(self, shard: Any) -> ServedModel:
-        served = await self._models.serve(shard, self.resolved, {request.model for request in self._requests.all()})
+        resolved, make_target = self.resolved, None
+        leads = self.ring is not None and self.emits_many and shard.is_first_layer() and not is_whole(shard)
+        if leads and self.ring and (plan := await self.ring.join(shard)):
+            try:
+                resolved, make_target = self.ring.settings(resolved, plan), self.ring.make_target(shard)
+            except ConfigurationError as error:
+                (CALLER.get() or Caller()).error = error
+                raise
+        in_use = {request.model for request in self._requests.all()}
+        served = await self._models.serve(shard, resolved, in_use, make_target)
         self.shard, self.tokenizer = shard, served.tokenizer
         return served
 
@@ -258,7 +284,7 @@ class SpeculativeEngine:
             "model_family_compatibility": served.compatibility if served else "unknown",
             "lossless": config.lossless or (native is not None and native.drafter == "none"),
             "lenience": config.lenience,
-            "precision": pair.target.precision if pair else "unknown",
+            "precision": native.precision if native else "unknown",
             "target_model": name,
             "draft_model": (pair.draft_name if pair else config.draft_model),
             "fallback": served.why_plain if served else None,
@@ -269,7 +295,15 @@ class SpeculativeEngine:
         }
 
     async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, partial(function, *arguments))
+        return await _within(self._executor, function, *arguments)
+
+    def join_rings(self, node: Any) -> None:
+        """Takes part in the rings of a node of exo's, whose engine this is."""
+        self.ring = Ring(node, self.resolved, self._compute, self._models.say_once)
+
+
+async def _within(executor: Executor, function: Callable[..., Any], *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(executor, partial(function, *arguments))
 
 
 def _no_training(what: str) -> ConfigurationError:

@@ -14,7 +14,7 @@ from .api import add_speculation_route, honour_requests
 from .contract import CLASS_NAME, differences
 from .engine import SpeculativeEngine
 from .models import model_cards
-from .node import emit_many, keep_engine
+from .node import emit_many, join_rings, keep_engine, let_state_travel
 from .options import CommandLine, command_line, watch_parser
 from .run_command import replace_run_command
 from .serving import say
@@ -73,7 +73,8 @@ def add_engine(module: Any) -> None:
 
 _ADDITIONS: Mapping[str, tuple[Callable[[ModuleType], None], ...]] = {
     "exo.inference.inference_engine": (add_engine,),
-    "exo.orchestration.node": (keep_engine, emit_many),
+    "exo.orchestration.node": (keep_engine, emit_many, join_rings),
+    "exo.networking.grpc.grpc_peer_handle": (let_state_travel,),
     "exo.api.chatgpt_api": (add_speculation_route, honour_requests),
     "exo.main": (replace_run_command,),
 }
@@ -84,7 +85,8 @@ _ALSO_NEEDED: Mapping[str, tuple[str, ...]] = {
 }
 _WITHOUT: Mapping[str, str] = {
     "exo.inference.inference_engine": "there is no engine 'speculative'",
-    "exo.orchestration.node": "one token a step, and a change of peers may swap the engine",
+    "exo.orchestration.node": "one token a step, no rings, and a change of peers may swap the engine",
+    "exo.networking.grpc.grpc_peer_handle": "no speculation over several machines",
     "exo.api.chatgpt_api": "requests are decoded with the options typed, and run on when their client goes",
     "exo.main": "`exo run` is exo's own, without --time",
 }

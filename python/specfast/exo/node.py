@@ -1,8 +1,10 @@
-"""Additions to exo's node: all tokens of a step at once, and an engine that stays when peers come and go."""
+"""Additions to exo's node: all tokens of a step at once, an engine that stays when peers come and go, and rings."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ConfigurationError, RingError
+from .contract import CLASS_NAME
 from .engine import SpeculativeEngine
+from .requests import CALLER, Caller
+from .ring import Ring, details_of
+from .wire import Asked, Lap
+
+POLL_SECONDS = 0.2
 
 
 def keep_engine(module: Any) -> None:
@@ -20,6 +29,8 @@ def keep_engine(module: Any) -> None:
     async def select_best_inference_engine(self: Any) -> None:
         if isinstance(self.inference_engine, SpeculativeEngine):
             await self.broadcast_supported_engines(self.get_supported_inference_engines())
+            if ring := _ring(self):
+                await ring.greet()
         else:
             await original(self)
 
@@ -36,7 +47,7 @@ def emit_many(module: Any) -> None:
         engine = self.inference_engine
         tokens = np.asarray(result)
         native = isinstance(engine, SpeculativeEngine) and np.issubdtype(tokens.dtype, np.integer)
-        if not native or request_id is None or not shard.is_last_layer():
+        if not native or request_id is None:
             return await original(self, shard, result, request_id, inference_state)
         if not _emit(self, request_id, tokens.reshape(-1).tolist(), not engine.owns(request_id)):
             _keep(asyncio.create_task(_continue(self, engine, request_id)))
@@ -47,16 +58,19 @@ def emit_many(module: Any) -> None:
 
 
 async def _continue(node: Any, engine: SpeculativeEngine, request_id: str) -> None:
-    """Steps until a request ends. An error ends it too, with an end token so that nobody waits in vain."""
+    """Steps until a request ends. An error ends it too, with an end token where nobody looks at the error."""
     finished = False
     while not finished:
         node.outstanding_requests[request_id] = "processing"
+        caller = engine.caller(request_id)
         try:
             tokens = await engine.step(request_id)
         except Exception as error:
             print(f"specfast: request {request_id} failed and ends here: {error}", file=sys.stderr, flush=True)
-            traceback.print_exception(error, limit=-3, file=sys.stderr)
-            tokens = [int(engine.tokenizer.eos_token_id)]
+            if not isinstance(error, RingError):
+                traceback.print_exception(error, limit=-3, file=sys.stderr)
+            caller.error = caller.error or error
+            tokens = [] if caller.watched else [int(engine.tokenizer.eos_token_id)]
         finished = _emit(node, request_id, tokens, not engine.owns(request_id))
 
 
@@ -77,6 +91,96 @@ def _emit(node: Any, request_id: str, tokens: Sequence[int], finished: bool) -> 
         node.trigger_on_token_callbacks(request_id, list(tokens), finished)
         _keep(asyncio.create_task(node.broadcast_result(request_id, list(tokens), finished)))
     return finished
+
+
+def join_rings(module: Any) -> None:
+    """Nodes with the speculative engine form rings: laps go through it, and prompts go to the first node with their options."""
+    make, process_tensor = module.Node.__init__, module.Node.process_tensor
+    process_prompt, forward_prompt = module.Node.process_prompt, module.Node.forward_prompt
+
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:  # noqa: N807 - replaces the class's own
+        make(self, *arguments, **options)
+        if isinstance(self.inference_engine, SpeculativeEngine):
+            self.inference_engine.join_rings(self)
+
+    async def take_tensor(
+        self: Any, base_shard: Any, tensor: Any, request_id: str | None = None, inference_state: Any = None
+    ) -> Any:
+        ring, lap = _ring(self), Lap.from_state(inference_state)
+        if ring is None or lap is None:
+            return await process_tensor(self, base_shard, tensor, request_id, inference_state)
+        return await ring.take(tensor, lap)
+
+    async def take_prompt(
+        self: Any, base_shard: Any, prompt: str, request_id: str | None = None, inference_state: Any = None
+    ) -> Any:
+        ring = _ring(self)
+        state = {} if inference_state is None else inference_state
+        if ring is None or request_id is None or Asked.from_state(inference_state) is None:
+            return await process_prompt(self, base_shard, prompt, request_id, state)
+        ending = ring.watch(request_id)  # who sent it learns from this call how it ended
+        try:
+            await process_prompt(self, base_shard, prompt, request_id, state)
+            if self.inference_engine.owns(request_id) or ending.done():
+                await ending
+        except asyncio.CancelledError:
+            self.inference_engine.cancel(request_id)
+            raise
+        finally:
+            ring.unwatch(request_id)
+        return None
+
+    async def send_prompt(
+        self: Any, base_shard: Any, prompt: str, request_id: str, target_index: int, inference_state: Any = None
+    ) -> None:
+        ring = _ring(self)
+        if ring is None or not await ring.knows(base_shard, target_index):
+            await forward_prompt(self, base_shard, prompt, request_id, target_index, inference_state)
+            return
+        caller = CALLER.get() or Caller()
+        caller.request_id = request_id
+        options = {"max_tokens": self.max_generate_tokens, **caller.options}
+        sending = forward_prompt(self, base_shard, prompt, request_id, target_index, Asked(options).as_state())
+        _keep(asyncio.create_task(_await_answer(self, base_shard, request_id, caller, asyncio.ensure_future(sending))))
+
+    module.Node.__init__ = __init__
+    module.Node.process_tensor, module.Node.process_prompt = take_tensor, take_prompt
+    module.Node.forward_prompt = send_prompt
+
+
+async def _await_answer(
+    node: Any, base_shard: Any, request_id: str, caller: Caller, sending: asyncio.Future[None]
+) -> None:
+    """Until another node has decoded a prompt that came in here; its tokens come as results. What goes wrong is told here."""
+    while not sending.done():
+        await asyncio.wait({sending}, timeout=POLL_SECONDS)
+        if caller.gone:
+            sending.cancel()
+    node.outstanding_requests.pop(request_id, None)
+    if sending.cancelled() or (error := sending.exception()) is None:
+        return
+    text = details_of(error)
+    refused = "ConfigurationError" in text or "ContextFullError" in text
+    text = re.sub(r"^Unexpected <class '[^']*'>: ", "", text)  # as gRPC puts another process's exception
+    caller.error = ConfigurationError(text) if refused else RingError(f"the ring's first node: {text}")
+    print(f"specfast: request {request_id} failed and ends here: {caller.error}", file=sys.stderr, flush=True)
+    if not caller.watched:
+        tokenizers, models = importlib.import_module("exo.inference.tokenizers"), importlib.import_module("exo.models")
+        tokenizer = await tokenizers.resolve_tokenizer(models.get_repo(base_shard.model_id, CLASS_NAME))
+        node.trigger_on_token_callbacks(request_id, [int(tokenizer.eos_token_id)], True)
+
+
+def let_state_travel(module: Any) -> None:
+    """exo asks of a value in a state whether it is an `mx.array`; where mlx is not there NumPy stands for it, and has no such
+    type."""
+    if not isinstance(module.mx.array, type):
+        module.mx = type("mx", (), {"array": np.ndarray})
+    Ring.can_send = True
+
+
+def _ring(node: Any) -> Ring | None:
+    engine = node.inference_engine
+    return engine.ring if isinstance(engine, SpeculativeEngine) else None
 
 
 _tasks: set[asyncio.Task[Any]] = set()

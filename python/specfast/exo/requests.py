@@ -30,12 +30,14 @@ class Caller:
         request_id: once exo has given it one.
         gone: the client does not wait any more.
         error: what ended the request, if that was an error.
+        watched: whether who asked looks at `error`; else an end token tells them that nothing more will come.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     request_id: str | None = None
     gone: bool = False
     error: Exception | None = None
+    watched: bool = False
 
 
 CALLER: ContextVar[Caller | None] = ContextVar("specfast_exo_caller", default=None)

@@ -10,13 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import weight_bytes
 from ..compatibility import Status
-from ..config import NO_DRAFT, ResolvedConfig, resolve_config
+from ..config import NO_DRAFT, ResolvedConfig, SpeculativeConfig, resolve_config
 from ..engine import Engine
 from ..errors import UnsupportedModelError
+from ..families import parameters
 from ..models import choose_draft
 from ..stats import SpeculationStats
+from ..targets import MakeTarget
 from .contract import CLASS_NAME
+from .held import layers_of, require_memory
+from .mlx_engine import MlxEngine, asks_for_mlx
 from .models import ENGINE_CLASSES, ExoModels
 from .options import without_engines
 from .requests import Request, why_plain
@@ -42,6 +47,7 @@ class ServedModel:
         fallback: why exo's own does.
         compatibility: of its draft.
         hinted: whether the hint at low acceptance was given.
+        resolved: the configuration it was loaded for.
     """
 
     shard: Any
@@ -52,6 +58,14 @@ class ServedModel:
     compatibility: Status = "unknown"
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     hinted: bool = False
+    resolved: ResolvedConfig | None = None
+
+    def serves(self, shard: Any, resolved: ResolvedConfig, *, ring: bool) -> bool:
+        """Whether it is what a shard needs: whole models go on when options change, parts follow their ring's."""
+        if is_whole(shard):
+            return bool(self.shard == shard)
+        known = self.host is not None or self.resolved == resolved
+        return bool(self.shard == shard) and ring == (self.host is None) and known
 
     @property
     def why_plain(self) -> str | None:
@@ -62,7 +76,7 @@ class ServedModel:
         """Its draft, whether that fits, and the counters."""
         pair = self.engine.pair if self.engine else None
         return {
-            "engine": "native" if pair else "exo",
+            "engine": "mlx" if isinstance(self.engine, MlxEngine) else "native" if pair else "exo",
             "draft": pair.draft_name if pair else None,
             "compatibility": self.compatibility,
             "fallback": self.why_plain,
@@ -97,21 +111,25 @@ class ServedModels:
         """A model that is loaded."""
         return self._served.get(model) if model else None
 
-    async def serve(self, shard: Any, resolved: ResolvedConfig, in_use: Collection[str]) -> ServedModel:
+    async def serve(
+        self, shard: Any, resolved: ResolvedConfig, in_use: Collection[str], make_target: MakeTarget | None = None
+    ) -> ServedModel:
         """The model of a shard, loaded now if it is not yet; others that nobody uses make room.
 
         Args:
             shard: exo's.
             resolved: the configuration.
             in_use: models with requests under way.
+            make_target: of requests on a ring whose first layers these are; a part of a model without one is exo's own
+                engine's.
 
         Raises:
             SpecfastError: it cannot be had.
         """
         async with self._loading:
             served = self._served.get(shard.model_id)
-            if served is None or served.shard != shard:
-                served = await self._load(shard, resolved)
+            if served is None or not served.serves(shard, resolved, ring=make_target is not None):
+                served = await self._load(shard, resolved, make_target)
                 self._drop(shard.model_id)
                 for name in [name for name in self._served if name not in in_use][:-1]:
                     self._drop(name)
@@ -128,35 +146,41 @@ class ServedModels:
         if served := self._served.pop(name, None):
             self._past.add(served.stats)
 
-    async def _load(self, shard: Any, resolved: ResolvedConfig) -> ServedModel:
+    async def _load(self, shard: Any, resolved: ResolvedConfig, make_target: MakeTarget | None) -> ServedModel:
         engine = resolved.config.target_engine
-        if not (shard.is_first_layer() and shard.is_last_layer()):
+        if not is_whole(shard) and make_target is None:
             part = f"layers {shard.start_layer} to {shard.end_layer} of {shard.n_layers} are this node's"
-            reason = f"{part}, and speculation over several machines is not in this version"
-            return await self._load_host(shard, engine, reason)
+            return await self._load_host(shard, engine, f"{part}, in a ring that does not speculate")
         path = Path(await self._downloader.ensure_shard(shard, CLASS_NAME))
         self._paths[shard.model_id] = path
         config = _config_of(shard.model_id, resolved)
         locate = ExoModels(self._downloader, _draft_engine(resolved), asyncio.get_running_loop(), self._paths)
-        native = Engine(config, notify=self._say_once, resolve=locate)
+        own = asks_for_mlx(resolved) and make_target is None
+        native = (MlxEngine if own else Engine)(config, notify=self.say_once, resolve=locate)
+        if make_target is not None:
+            layers = layers_of(shard)
+            native = Engine(config, notify=self.say_once, resolve=locate, layers=layers, make_target=make_target)
         try:
+            if make_target is not None:
+                await self._compute(_require_memory, config.config, path, layers)
             pair = await self._compute(lambda: native.pair)
         except UnsupportedModelError as error:
-            choice = await self._compute(choose_draft, config.config, path, self._say_once, locate.metadata)
+            choice = await self._compute(choose_draft, config.config, path, self.say_once, locate.metadata)
             return await self._load_host(shard, engine, str(error), choice.status)
         copying = "no draft, plain decoding" if native.drafter == "none" else f"no draft, {native.drafter} drafter"
         draft = f"draft {pair.draft_name} ({pair.compatibility})" if pair.draft_name else copying
         exact = config.config.lossless or native.drafter == "none"
         lossless = "lossless" if exact else "not lossless: lenience above 1"
-        say(f"{shard.model_id}: {draft}, {pair.target.precision} activations, {lossless}")
+        where = "" if is_whole(shard) else f" in a ring, layers {shard.start_layer} to {shard.end_layer} here"
+        say(f"{shard.model_id}{where}: {draft}, {native.precision} activations, {lossless}")
         tokenizer = await importlib.import_module("exo.inference.tokenizers").resolve_tokenizer(path)
-        return ServedModel(shard, tokenizer, native, compatibility=pair.compatibility)
+        return ServedModel(shard, tokenizer, native, compatibility=pair.compatibility, resolved=resolved)
 
     async def _load_host(
         self, shard: Any, engine: str | None, reason: str, compatibility: Status = "unknown"
     ) -> ServedModel:
         name = engine if engine in ENGINE_CLASSES else "mlx"
-        self._say_once(
+        self.say_once(
             f"{shard.model_id} is decoded plainly by exo's {name} engine, which takes of a request's options its temperature "
             f"only, and on one machine: {reason}"
         )
@@ -195,10 +219,23 @@ class ServedModels:
         """Each loaded model by id."""
         return {name: served.describe() for name, served in self._served.items()}
 
-    def _say_once(self, message: str) -> None:
+    def say_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
             say(message)
+
+
+def is_whole(shard: Any) -> bool:
+    """Whether all of a model's layers are on this machine."""
+    return bool(shard.is_first_layer() and shard.is_last_layer())
+
+
+def _require_memory(config: SpeculativeConfig, path: Path, layers: range) -> None:
+    """Before layers of a target and the draft that was named for it are loaded."""
+    named = not config.disabled and config.draft_model not in (None, NO_DRAFT)
+    draft = 0.6e9 * (parameters(config.draft_model or "") or 0.0) if named else 0.0  # 4 bit weights with scales
+    target = f"layers {layers.start} to {layers.stop - 1} of {config.target_model}"
+    require_memory([(target, weight_bytes(path, layers)), (f"the draft {config.draft_model}", draft)])
 
 
 def _draft_engine(resolved: ResolvedConfig) -> str | None:

@@ -17,7 +17,23 @@ except ImportError as error:
     ) from error
 
 from .accelerate import Report, accelerate, report, restore
-from .cache import KVCache
-from .generate import GenerationResponse, stream_generate
+from .cache import KVCache, QuantizedKVCache, RotatingKVCache
+from .difference import Difference, compare
+from .stream import GenerationResponse, Stream, generate, generate_step, stream_generate
 
-__all__ = ["GenerationResponse", "KVCache", "Report", "accelerate", "report", "restore", "stream_generate"]
+__all__ = [
+    "Difference",
+    "GenerationResponse",
+    "KVCache",
+    "QuantizedKVCache",
+    "Report",
+    "RotatingKVCache",
+    "Stream",
+    "accelerate",
+    "compare",
+    "generate",
+    "generate_step",
+    "report",
+    "restore",
+    "stream_generate",
+]

@@ -16,9 +16,14 @@ from mlx import nn
 
 from .. import _core
 from ..checkpoint import check_precision
-from ..errors import SpecfastError
+from ..errors import ConfigurationError, SpecfastError
+from . import metal, primitives
 from .cache import adopt
-from .weights import Watch, native_model
+from .graph import GraphForward
+from .graph import KVCache as GraphKVCache
+from .weights import Watch, config_of, native_model
+
+_Name = Literal["native", "primitives", "metal"]
 
 
 @dataclass(frozen=True)
@@ -26,56 +31,84 @@ class Report:
     """What runs when a model is called.
 
     Attributes:
-        path: "native" (one call into specfast's kernels for the whole forward pass) or "stock" (mlx-lm's own layers).
+        path: "native" (one call into specfast's kernels for the whole forward pass), "primitives" (the same kernels as
+            primitives of MLX's graph, a few per layer), "metal" (Metal kernels in MLX's graph) or "stock" (mlx-lm's own
+            layers).
         reason: why the path is "stock"; "" if it is not.
-        precision: of the activations on the native path.
-        isa: the instruction set of its kernels.
+        precision: of the activations on specfast's paths.
+        isa: the instruction set of its kernels; "metal" on a GPU.
         weight_bytes: bytes of weights a pass reads, in MLX's own memory.
-        native_calls: calls that ran natively.
+        graph_calls: calls that became primitives.
+        native_calls: calls that ran as one native call.
+        metal_calls: calls that became Metal kernels.
         stock_calls: calls that ran mlx-lm's layers, by reason.
     """
 
-    path: Literal["native", "stock"]
+    path: Literal["native", "primitives", "metal", "stock"]
     reason: str = ""
     precision: str | None = None
     isa: str | None = None
     weight_bytes: int = 0
+    graph_calls: int = 0
     native_calls: int = 0
+    metal_calls: int = 0
     stock_calls: Mapping[str, int] = field(default_factory=dict)
 
 
-def accelerate(model: nn.Module, precision: str | None = None) -> nn.Module:
-    """Makes an mlx-lm model's forward pass one native call on the CPU, on the weights where MLX holds them.
+def accelerate(model: nn.Module, precision: str | None = None, path: str | None = None) -> nn.Module:
+    """Gives an mlx-lm model a forward pass on specfast's kernels on the CPU, on the weights where MLX holds them.
 
     `model(inputs, cache=cache)` works as before: logits (1, M, vocab) of all rows for inputs (1, M), always as float32,
     computed when the call returns; a row's logits have the same bits whatever M is. The KV caches it is called with
-    become `specfast.mlx.KVCache`, in place. A call this path cannot take (several sequences, input embeddings, a rotating
-    or quantised cache, inside a function transformation) runs mlx-lm's layers, and `report` counts it with the reason. So
-    does every call once a weight or a module has been replaced; accelerate the model again to use the new one. Values
-    written into an array in place are not noticed.
+    become `specfast.mlx.KVCache`, `RotatingKVCache` and `QuantizedKVCache`, in place. A call this path cannot take (several
+    sequences, input embeddings, inside a function transformation) runs mlx-lm's layers, and `report` counts it with the
+    reason. So does every call once a weight or a module has been replaced; accelerate the model again
+    to use the new one. Values written into an array in place are not noticed.
+
+    That is the path of every installation. Where `specfast._mlx` was built for the mlx in use, the forward pass is
+    primitives of MLX's graph instead, with the same bits: lazy, on the stream of the call, inside `mx.compile`. The caches
+    then become `specfast.mlx.graph.KVCache`; tokens outside the vocabulary give NaN, as no value is looked at before it is
+    computed. Calls with other caches take the native path.
+
+    Where MLX's default device is an Apple GPU, the forward pass is specfast's Metal kernels in MLX's graph, through
+    `mx.fast.metal_kernel`, in the weights' own type and on mlx-lm's caches; a row's logits have the same bits whatever M is.
+    More than 27 rows run mlx-lm's layers.
 
     A model that is not supported is left alone: `report` says why.
 
     Args:
-        model: from `mlx_lm.load`: Llama, Mistral without a sliding window, Qwen2, Qwen2.5 or Qwen3 (dense); MLX affine 4 or
+        model: from `mlx_lm.load`: Llama, Mistral, Qwen2, Qwen2.5 or Qwen3 (dense); MLX affine 4 or
             8 bit at groups of 32, 64 or 128, bf16, f16 or f32.
         precision: of the activations: "int8", "bf16" or "f32" (exact); None chooses by the weights.
+        path: "primitives" or "native"; None takes primitives where there are any.
 
     Returns:
         The model itself.
 
     Raises:
-        ConfigurationError: an unknown precision.
+        ConfigurationError: an unknown precision or path, or primitives that this installation does not have.
     """
     check_precision(precision)
+    if path not in (None, "native", "primitives"):
+        raise ConfigurationError(f"unknown path {path!r}; known: native, primitives")
+    if path == "primitives" and primitives.why_not():
+        raise ConfigurationError(primitives.why_not())
     restore(model)
     stock: Any = type(model)
     try:
-        path = _NativePath(native_model(model, precision), Watch(model), inspect.signature(stock.__call__))
+        watch, signature = Watch(model), inspect.signature(stock.__call__)
+        made: _FusedPath | _MetalPath
+        if metal.available() and path is None:
+            made = _MetalPath(metal.MetalForward(model, config_of(model)), watch, signature)
+        else:
+            native = native_model(model, precision)
+            whole = path == "native" or any(native.windows)  # the primitives attend to all positions
+            graph = None if whole else primitives.graph_of(model, native)
+            made = _FusedPath(native, GraphForward(graph, native) if graph else None, watch, signature)
     except SpecfastError as error:
         object.__setattr__(model, "_specfast", _Accelerator(None, str(error)))
     else:
-        object.__setattr__(model, "_specfast", _Accelerator(path))  # not in the dict of parameters
+        object.__setattr__(model, "_specfast", _Accelerator(made))  # not in the dict of parameters
         model.__class__ = _accelerated(stock)
     return model
 
@@ -99,7 +132,7 @@ def native_model_of(model: nn.Module) -> _core.Model | None:
     """The native model behind an accelerated one; None where mlx-lm's layers would run."""
     accelerator = vars(model).get("_specfast")
     path = accelerator.path if accelerator else None
-    return path.native if path and path.watch.unchanged(model) else None
+    return path.native if isinstance(path, _FusedPath) and path.watch.unchanged(model) else None
 
 
 class _Accelerated:
@@ -119,29 +152,35 @@ def _accelerated(stock: Any) -> type:
 
 
 @dataclass(frozen=True)
-class _NativePath:
-    """A native model over a model's arrays, for as long as these are the model's."""
+class _FusedPath:
+    """A native model over a model's arrays, for as long as these are the model's, and its primitives if there are any."""
 
     native: _core.Model
+    graph: GraphForward | None
     watch: Watch
     signature: inspect.Signature
 
-    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | str:
-        """The logits (1, M, vocab), or why mlx-lm's layers must run."""
-        given = {k: v for k, v in self.signature.bind(model, *args, **kwargs).arguments.items() if v is not None}
-        extra = set(given) - {"self", "inputs", "cache"}
-        if extra:
-            return f"called with {', '.join(sorted(extra))}"
-        inputs, caches = given["inputs"], given.get("cache")
-        if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] < 1:
-            return f"inputs of shape {tuple(inputs.shape)}; supported: (1, M)"
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Name, mx.array] | str:
+        """The path taken and the logits (1, M, vocab), or why mlx-lm's layers must run."""
+        given = _rows_and_caches(self.signature, model, args, kwargs)
+        if isinstance(given, str):
+            return given
+        inputs, caches = given
+        if self.graph and mx.default_device() == mx.cpu and self.graph.takes(caches):
+            return "primitives", self.graph(inputs, caches)
+        return self._natively(inputs, caches)
+
+    def _natively(self, inputs: mx.array, caches: Any) -> tuple[_Name, mx.array] | str:
         try:
             mx.eval(inputs)
         except ValueError:  # a placeholder has no values
             return "inside a function transformation"
         tokens = np.asarray(inputs)[0].astype(np.int32)
         if caches is None:
-            return self._logits(_core.Cache(self.native), tokens)
+            return "native", self._logits(_core.Cache(self.native), tokens)
+        for cache in caches:
+            if type(cache) is GraphKVCache:
+                cache.become_stock()
         store = adopt(self.native, caches)
         if isinstance(store, str):
             return store
@@ -149,7 +188,14 @@ class _NativePath:
         store.cache.commit(len(tokens))
         for cache in caches:
             cache.offset += len(tokens)
-        return logits
+        return "native", logits
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says of this path."""
+        native = self.native
+        shared = {"precision": native.precision, "isa": native.isa, "weight_bytes": native.weight_bytes}
+        return {"path": "primitives" if self.graph else "native", **shared}
 
     def _logits(self, cache: _core.Cache, tokens: npt.NDArray[np.int32]) -> mx.array:
         logits = mx.zeros((1, len(tokens), self.native.vocab), mx.float32)
@@ -158,12 +204,51 @@ class _NativePath:
         return logits
 
 
+@dataclass(frozen=True)
+class _MetalPath:
+    """A model's weights as the Metal kernels take them, for as long as these are the model's."""
+
+    forward: metal.MetalForward
+    watch: Watch
+    signature: inspect.Signature
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Name, mx.array] | str:
+        """The path taken and the logits (1, M, vocab), or why mlx-lm's layers must run."""
+        given = _rows_and_caches(self.signature, model, args, kwargs)
+        if isinstance(given, str):
+            return given
+        inputs, caches = given
+        caches = self.forward.new_caches() if caches is None else caches
+        reason = self.forward.why_not(inputs, caches)
+        return reason or ("metal", self.forward(inputs, caches))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says of this path."""
+        forward = self.forward
+        return {"path": "metal", "precision": forward.activations, "isa": "metal", "weight_bytes": forward.weight_bytes}
+
+
+def _rows_and_caches(
+    signature: inspect.Signature, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[mx.array, Any] | str:
+    """The inputs (1, M) and the caches or None of a call, or why neither of specfast's paths takes it."""
+    given = {k: v for k, v in signature.bind(model, *args, **kwargs).arguments.items() if v is not None}
+    extra = set(given) - {"self", "inputs", "cache"}
+    if extra:
+        return f"called with {', '.join(sorted(extra))}"
+    inputs = given["inputs"]
+    if inputs.ndim != 2 or inputs.shape[0] != 1 or inputs.shape[1] < 1:
+        return f"inputs of shape {tuple(inputs.shape)}; supported: (1, M)"
+    return inputs, given.get("cache")
+
+
 class _Accelerator:
     """What an accelerated model carries: its native path or the reason why there is none, and counters."""
 
-    def __init__(self, path: _NativePath | None, reason: str = "") -> None:
+    def __init__(self, path: _FusedPath | _MetalPath | None, reason: str = "") -> None:
         self.path, self._reason = path, reason
-        self._native_calls = 0
+        self._calls: Counter[_Name] = Counter()
         self._stock_calls: Counter[str] = Counter()
 
     def __reduce__(self) -> Any:
@@ -171,22 +256,25 @@ class _Accelerator:
         return _Accelerator, (None, "this is a copy of an accelerated model; call specfast.mlx.accelerate on it")
 
     def report(self) -> Report:
-        counted = Report("stock", self._reason, native_calls=self._native_calls, stock_calls=dict(self._stock_calls))
-        if self.path is None:
-            return counted
-        native = self.path.native
-        return replace(
-            counted, path="native", precision=native.precision, isa=native.isa, weight_bytes=native.weight_bytes
+        counted = Report(
+            "stock",
+            self._reason,
+            graph_calls=self._calls["primitives"],
+            native_calls=self._calls["native"],
+            metal_calls=self._calls["metal"],
+            stock_calls=dict(self._stock_calls),
         )
+        return replace(counted, **self.path.facts) if self.path else counted
 
     def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | None:
         """The logits, or None where mlx-lm's layers must run."""
         if self.path and not self.path.watch.unchanged(model):
             self.path = None  # lets go of the old weights
             self._reason = "a weight or module has been replaced; call specfast.mlx.accelerate again"
-        logits = self.path.run(model, args, kwargs) if self.path else self._reason
-        if isinstance(logits, str):
-            self._stock_calls[logits] += 1
+        done = self.path.run(model, args, kwargs) if self.path else self._reason
+        if isinstance(done, str):
+            self._stock_calls[done] += 1
             return None
-        self._native_calls += 1
+        name, logits = done
+        self._calls[name] += 1
         return logits

@@ -11,7 +11,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from .. import _core
-from ..architecture import SUPPORTED_MODELS, Quantisation, parse_config
+from ..architecture import SUPPORTED_MODELS, ModelConfig, Quantisation, parse_config
 from ..checkpoint import build_model
 from ..errors import UnsupportedModelError
 from ..safetensors_file import TensorView
@@ -32,9 +32,19 @@ def native_model(model: nn.Module, precision: str | None) -> _core.Model:
         UnsupportedModelError, ModelFormatError, ShapeError: an architecture, a module or a format that the native decoder
             does not have.
     """
-    source = f"{type(model).__module__}.{type(model).__name__}"
     if mx.default_device() != mx.cpu:
         raise UnsupportedModelError("MLX's default device is a GPU; this path needs mx.set_default_device(mx.cpu)")
+    config = config_of(model)
+    return build_model(_source(model), config, _tensors(model), precision=precision, max_context=_UNBOUNDED)
+
+
+def config_of(model: nn.Module) -> ModelConfig:
+    """The configuration of a model all of whose modules are known.
+
+    Raises:
+        UnsupportedModelError, ModelFormatError: an architecture or a module that specfast's kernels do not have.
+    """
+    source = _source(model)
     if type(model).__module__ not in _MODELS:
         raise UnsupportedModelError(f"{source} is not supported; supported: {SUPPORTED_MODELS}")
     quantised = {}
@@ -42,12 +52,14 @@ def native_model(model: nn.Module, precision: str | None) -> _core.Model:
         _check_module(source, path, module)
         if hasattr(module, "group_size"):
             quantised[path] = (module.bits, module.group_size)
-    # mlx-lm writes its own layer_types into the arguments, full attention even where Mistral's config has a window
-    config = parse_config(source, {"sliding_window": None, **vars(model.args), "layer_types": None})
-    if any(config.windows):
-        raise UnsupportedModelError(f"{source} has a sliding window in its config; supported: full attention")
-    config = replace(config, quantisation=Quantisation(0, 0, quantised))
-    return build_model(source, config, _tensors(model), precision=precision, max_context=_UNBOUNDED)
+    # mlx-lm gives a window to the layers whose layer_types say so, and to no others of a Mistral config with a window
+    config = parse_config(source, {**vars(model.args), "sliding_window": None, "layer_types": None})
+    windows = tuple(model.model.sliding_window if _slides(layer) else 0 for layer in model.layers)
+    return replace(config, windows=windows, quantisation=Quantisation(0, 0, quantised))
+
+
+def _source(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__name__}"
 
 
 def _check_module(source: str, path: str, module: nn.Module) -> None:
@@ -59,10 +71,12 @@ def _check_module(source: str, path: str, module: nn.Module) -> None:
         raise UnsupportedModelError(f"{path} is quantised in mode {module.mode!r}; supported: 'affine'")
     if getattr(module, "traditional", False):
         raise UnsupportedModelError(f"{path} rotates neighbouring pairs (rope_traditional), which is not supported")
-    if getattr(module, "use_sliding", False):
-        raise UnsupportedModelError(f"{path} attends to a sliding window; supported: full attention")
     if getattr(module, "pipeline_size", 1) > 1:
         raise UnsupportedModelError(f"{path or source} is one part of a pipeline of {module.pipeline_size} machines")
+
+
+def _slides(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "use_sliding", False))
 
 
 def _tensors(model: nn.Module) -> dict[str, TensorView]:

@@ -9,6 +9,7 @@ from exo.download.new_shard_download import new_shard_downloader
 from exo.inference.inference_engine import get_inference_engine
 from exo.inference.tokenizers import resolve_tokenizer
 from exo.models import build_base_shard, get_repo
+from exo.networking.grpc.grpc_peer_handle import GRPCPeerHandle  # noqa: F401 - peers are made of it
 from exo.orchestration.node import Node
 
 parser = argparse.ArgumentParser(prog="exo")

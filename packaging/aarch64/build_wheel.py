@@ -1,0 +1,88 @@
+"""Cross-builds the manylinux wheel for aarch64 with zig: `build_wheel.py DIRECTORY`, run by `make wheel-aarch64`.
+
+Needs scikit-build-core, nanobind, ninja, wheel and ziglang installed where it runs. Python's headers are this machine's: both are LP64.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import zig  # noqa: E402
+
+ROOT = HERE.parents[1]
+WORK = ROOT / "build" / "aarch64"
+GLIBC = (2, 28)  # of zig.TARGETS
+
+
+def build(target: Path) -> Path:
+    """The wheel, in `target`."""
+    suffix = f"cpython-{sys.version_info.major}{sys.version_info.minor}-aarch64-linux-gnu"
+    environment = {
+        **os.environ,
+        "SPECFAST_TOOLS": str(zig.write_tools("aarch64", WORK / "tools")),
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+        "SETUPTOOLS_EXT_SUFFIX": f".{suffix}.so",
+    }
+    defines = {
+        "CMAKE_TOOLCHAIN_FILE": HERE / "toolchain.cmake",
+        "NB_SUFFIX": f".{suffix}.so",
+        "SKBUILD_SOABI": suffix,
+        "Python_INCLUDE_DIR": sysconfig.get_path("include"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(target),
+    ]
+    command += [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
+    command += [f"--config-settings=build-dir={WORK / 'cmake'}", str(ROOT)]
+    for old in target.glob("*_aarch64.whl"):
+        old.unlink()
+    subprocess.run(command, env=environment, check=True)
+    (made,) = target.glob("*_aarch64.whl")
+    retag = [
+        sys.executable,
+        "-m",
+        "wheel",
+        "tags",
+        "--remove",
+        f"--platform-tag=manylinux_{GLIBC[0]}_{GLIBC[1]}_aarch64",
+        str(made),
+    ]
+    subprocess.run(retag, check=True, stdout=subprocess.DEVNULL)
+    (wheel,) = target.glob("*_aarch64.whl")
+    return wheel
+
+
+def problems(wheel: Path) -> list[str]:
+    """Whether its extension is an aarch64 one that needs nothing newer than its tag says."""
+    with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(wheel) as archive:
+        archive.extractall(directory)
+        (extension,) = Path(directory).rglob("_core*.so")
+        text = subprocess.run(["readelf", "-hdV", extension], capture_output=True, text=True, check=True).stdout
+    found = [] if "AArch64" in text else ["the extension is not for AArch64"]
+    versions = {tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_([\d.]+)", text)}
+    found += [f"needs glibc {'.'.join(map(str, v))}" for v in versions if v > GLIBC]
+    libraries = set(re.findall(r"NEEDED.*\[(.*)\]", text))
+    allowed = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-aarch64.so.1"}
+    return found + [f"needs {library}" for library in sorted(libraries - allowed)]
+
+
+if __name__ == "__main__":
+    built = build(Path(sys.argv[1]))
+    bad = problems(built)
+    print(built, *bad, sep="\n")
+    sys.exit(bool(bad))

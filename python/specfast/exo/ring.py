@@ -1,0 +1,321 @@
+"""exo's ring with speculation: the first shard's node drafts and leads, the last one's verifies, and all of them roll back.
+
+A lap carries the rows of a request's unread and drafted tokens from shard to shard. What the last shard decides comes back
+as the answers to the calls that carried them, so that a node that fails, or leaves, fails the lap at once. Above
+temperature 0 the rule is the coupled one: it needs a seed and no law of the draft, and gives the text of plain decoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import uuid
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import TimeoutError as StillWaiting
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import _core
+from ..config import ResolvedConfig, resolve_config
+from ..context import Context
+from ..errors import ConfigurationError, RingError
+from ..targets import MakeTarget, NativeTarget, Progress
+from .held import HeldLayers
+from .wire import (
+    PROTOCOL,
+    Ending,
+    Greeting,
+    Lap,
+    Stop,
+    differing,
+    law_fields,
+    read_status,
+    read_verdict,
+    write_error,
+    write_verdict,
+)
+
+CHUNK = 1024  # rows of a prompt that travel together
+GREETING_SECONDS = 3.0
+Plan = tuple[Stop, ...]
+Say = Callable[[str], None]
+
+
+class RingTarget(NativeTarget):
+    """The first shard of a model as a request's target: the others' work is a lap away. Called from a thread of its own.
+
+    Args:
+        send: sends rows and their lap around, and waits for what comes of it.
+        end: told the key when the request is over.
+        lap: of the request, with position 0 and nothing drafted.
+        *arguments: as for NativeTarget.
+    """
+
+    def __init__(
+        self, send: Callable[..., _core.Verdict | None], end: Callable[[str], None], lap: Lap, *arguments: Any
+    ) -> None:
+        super().__init__(*arguments)
+        self._send, self._end, self._lap = send, end, lap
+        self._pending = 1
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
+        """Reads whole chunks; what is left of the prompt goes around with the first drafted tokens."""
+        while len(tokens) - self.cache.length > CHUNK:
+            first = self.cache.length
+            self._go(tokens[first : first + CHUNK], None)
+            self.cache.commit(CHUNK)
+            if progress:
+                progress(self.cache.length, len(tokens))
+
+    def verify(self, context: Context, proposal: _core.Proposal | None) -> _core.Verdict:
+        pending = context.tokens[self.cache.length :]
+        drafted = proposal.tokens.tolist() if proposal else []
+        self._pending = len(pending)
+        verdict = self._go([*pending, *drafted], drafted)
+        if verdict is None:
+            raise RingError("the last node of the ring decided nothing; start all nodes with the same version")
+        return verdict
+
+    def commit(self, kept: int) -> None:
+        self.cache.commit(self._pending + kept - 1)
+
+    def close(self) -> None:
+        """Lets the other nodes' caches go."""
+        self._end(self._lap.key)
+
+    def _go(self, tokens: Sequence[int], drafted: Sequence[int] | None) -> _core.Verdict | None:
+        self.cache.rollback()
+        rows = self.model.forward_range(self.cache, np.asarray(tokens, dtype=np.int32))
+        return self._send(rows, self._lap.of(self.cache.length, drafted))
+
+
+class Ring:
+    """A node's part in rings: whom it has met, the laps it sends, and the layers it runs for others.
+
+    Args:
+        node: exo's.
+        resolved: what was typed at this node.
+        compute: runs a function in the thread that computes.
+        say: tells people something, once.
+    """
+
+    can_send = False
+    """Whether exo's messages carry state between nodes (set by the peer handle's patch)."""
+
+    def __init__(self, node: Any, resolved: ResolvedConfig, compute: Callable[..., Any], say: Say) -> None:
+        self._node, self._resolved, self._say = node, resolved, say
+        self._met: dict[str, Greeting] = {}
+        self._strangers: set[str] = set()
+        self._heard = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._endings: dict[str, asyncio.Future[None]] = {}
+        self.held = HeldLayers(node.shard_downloader, compute)
+        node.on_opaque_status.register("specfast").on_next(self._hear)
+
+    # Greetings.
+
+    async def greet(self, *, answer: bool = True) -> None:
+        """Tells the peers that this node has specfast; those that are gone are forgotten."""
+        present = {peer.id() for peer in self._node.peers}
+        self._met = {node: greeting for node, greeting in self._met.items() if node in present}
+        self._strangers &= present
+        greeting = Greeting(self._node.id, self._resolved.typed, self._resolved.host, answer)
+        await self._node.broadcast_opaque_status("", greeting.as_status())
+
+    def _hear(self, _request_id: str, status: str) -> None:
+        message = read_status(status)
+        if isinstance(message, Ending):
+            self.held.end(message.key)
+        elif isinstance(message, Greeting) and message.node != self._node.id:
+            self._met[message.node] = message
+            self._strangers.discard(message.node)
+            self._heard.set()
+            if message.answer:
+                self._later(self.greet(answer=False))
+
+    async def _meet(self, others: Set[str]) -> None:
+        """Greets nodes not heard of, and waits a moment; those who stay silent are strangers until peers change."""
+        deadline = asyncio.get_running_loop().time() + GREETING_SECONDS
+        while missing := others - self._met.keys() - self._strangers:
+            self._heard.clear()
+            await self.greet()
+            if others <= self._met.keys() | self._strangers:
+                return
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(self._heard.wait(), max(left, 0.0))
+            except TimeoutError:
+                self._strangers |= missing
+
+    def plan(self, shard: Any) -> Plan:
+        """The nodes of a model's ring, as this node sees them now."""
+        node = self._node
+        partitions = node.partitioning_strategy.partition(node.topology)
+        shards = [node.get_current_shard(shard, i) for i in range(len(partitions))]
+        parts = zip(partitions, shards, strict=True)
+        return tuple(Stop(part.node_id, each.start_layer, each.end_layer) for part, each in parts)
+
+    async def join(self, shard: Any) -> Plan | None:
+        """The ring of a model whose first layers are here; None where a node in it is without specfast, which is said."""
+        plan = self.plan(shard)
+        others = {stop.node for stop in plan} - {self._node.id}
+        await self._meet(others)
+        protocol = {self._met[node].protocol for node in others & self._met.keys()}
+        if not self.can_send or others & self._strangers or protocol - {PROTOCOL}:
+            without = ", ".join(sorted(others & self._strangers)) or ", ".join(sorted(others))
+            self._say(
+                f"node {without} of the ring does not run this specfast: plain decoding, by exo's own engines; install "
+                "specfast there and start it with --inference-engine speculative"
+            )
+            return None
+        return plan
+
+    async def knows(self, shard: Any, index: int) -> bool:
+        """Whether the node with a part of a model takes state with a prompt."""
+        stop = self.plan(shard)[index]
+        if stop.node not in self._met and stop.node != self._node.id:
+            await self._meet({stop.node})
+        return self.can_send and stop.node in self._met
+
+    def settings(self, resolved: ResolvedConfig, plan: Plan) -> ResolvedConfig:
+        """What was typed at any node of a ring; what nobody typed is the default.
+
+        Raises:
+            ConfigurationError: two nodes were given different values.
+        """
+        given: dict[str, list[tuple[str, Any]]] = {}
+        merged: list[dict[str, Any]] = []
+        greetings = [self._met[stop.node] for stop in plan if stop.node in self._met]
+        own = Greeting(self._node.id, resolved.typed, resolved.host)
+        for source in ("typed", "host"):
+            values: dict[str, Any] = {}
+            for greeting in (own, *greetings):
+                for name, value in getattr(greeting, source).items():
+                    given.setdefault(f"{source} {name}", []).append((greeting.node, value))
+                    values[name] = value
+            merged.append(values)
+        if found := differing(given):
+            name, node, value, other, another = found
+            raise ConfigurationError(
+                f"{name.split()[1]} is {value!r} at node {node} and {another!r} at node {other}; give it at one of them, or the "
+                "same at both"
+            )
+        typed, host = merged
+        return self._travelling(typed, host)
+
+    def _travelling(self, typed: Mapping[str, Any], host: Mapping[str, Any]) -> ResolvedConfig:
+        """The options with what a ring cannot do replaced, which is said where it was asked for."""
+        lenience = resolve_config(typed, host=host).config.lenience
+        if typed.get("rule", "coupled") != "coupled" or lenience != 1.0:
+            self._say(
+                "the ring accepts drafts by the coupled rule, which is exact: other rules and leniences have no effect"
+            )
+        if typed.get("early_exit") is not None:
+            self._say(
+                "early exit needs all layers on one node: in the ring the text so far is copied, or a draft model drafts"
+            )
+        kept = {name: value for name, value in typed.items() if name != "early_exit"}
+        return resolve_config({**kept, "rule": "coupled", "lenience": 1.0}, host=host)
+
+    # Laps of requests that this node leads.
+
+    def make_target(self, shard: Any) -> MakeTarget:
+        """Makes targets of requests on a model whose first shard is this one."""
+        return partial(self._target, shard, asyncio.get_running_loop())
+
+    def _target(
+        self, shard: Any, loop: asyncio.AbstractEventLoop, model: _core.Model, law: _core.Law, *arguments: Any
+    ) -> RingTarget:
+        _lenience, seed, capacity, rule, _adjustments = arguments
+        stops = self.plan(shard)
+        if stops[0] != Stop(self._node.id, shard.start_layer, shard.end_layer):
+            raise RingError("the ring has just changed; send the request again")
+        lap = Lap(
+            uuid.uuid4().hex, shard.model_id, shard.n_layers, stops, 0, None, law_fields(law), seed, rule, model.precision,
+            capacity,
+        )  # fmt: skip
+        return RingTarget(partial(self._wait, loop), partial(self._end, loop), lap, model, law, *arguments)
+
+    def _wait(self, loop: asyncio.AbstractEventLoop, rows: npt.NDArray[np.float32], lap: Lap) -> _core.Verdict | None:
+        """Sends a lap around, from a thread; ends with exo's loop where that ends."""
+        coming = asyncio.run_coroutine_threadsafe(self._send(rows, lap), loop)
+        while True:
+            try:
+                return read_verdict(coming.result(1.0))
+            except StillWaiting:
+                if not loop.is_running():
+                    raise RingError("exo was stopped in the middle of a request") from None
+
+    def _end(self, loop: asyncio.AbstractEventLoop, key: str) -> None:
+        loop.call_soon_threadsafe(lambda: self._later(self._node.broadcast_opaque_status("", Ending(key).as_status())))
+
+    # Requests that came in at other nodes.
+
+    def watch(self, request_id: str) -> asyncio.Future[None]:
+        """What tells when a request that this node leads has ended."""
+        ending = self._endings[request_id] = asyncio.get_running_loop().create_future()
+        return ending
+
+    def tell_ended(self, request_id: str, error: Exception | None) -> None:
+        """A request that this node leads has ended."""
+        ending = self._endings.pop(request_id, None)
+        if ending is None or ending.done():
+            return
+        if error is None:
+            ending.set_result(None)
+        else:
+            ending.set_exception(error)
+
+    def unwatch(self, request_id: str) -> None:
+        """Nobody looks at how a request ends any more."""
+        self._endings.pop(request_id, None)
+
+    # Laps of other nodes.
+
+    async def take(self, tensor: npt.NDArray[np.float32], lap: Lap) -> npt.NDArray[np.uint8]:
+        """Runs a lap's rows through this node's layers and sends them on; what came of it."""
+        try:
+            if lap.stop.node != self._node.id:
+                raise RingError(f"a lap for node {lap.stop.node} came to node {self._node.id}")
+            found = await self.held.take(lap, np.ascontiguousarray(tensor[0], dtype=np.float32))
+            if isinstance(found, np.ndarray):
+                return await self._send(found, lap.next())
+            return write_verdict(found)
+        except Exception as error:  # whatever it is, it is the first node's to hear
+            return write_error(error, self._node.id)
+
+    async def _send(self, rows: npt.NDArray[np.float32], lap: Lap) -> npt.NDArray[np.uint8]:
+        """Has the next stop run a lap's rows; what came of it.
+
+        Raises:
+            RingError: it is out of reach.
+        """
+        stop = lap.stop
+        peer = next((peer for peer in self._node.peers if peer.id() == stop.node), None)
+        if peer is None:
+            raise RingError(f"node {stop.node} has left the ring; send the request again")
+        shard = importlib.import_module("exo.inference.shard").Shard(lap.model, stop.first, stop.last, lap.layers)
+        try:
+            answer: npt.NDArray[np.uint8] = await peer.send_tensor(
+                shard, rows[np.newaxis], inference_state=lap.as_state(), request_id=lap.key
+            )
+        except Exception as error:  # exo's transport raises many kinds
+            raise RingError(
+                f"node {stop.node} left the ring in the middle of a request ({details_of(error)}); send it again"
+            ) from error
+        return answer
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def details_of(error: BaseException) -> str:
+    """A line about a transport's exception."""
+    details = getattr(error, "details", None)
+    text = details() if callable(details) else str(error)
+    return (str(text) or type(error).__name__).splitlines()[0]

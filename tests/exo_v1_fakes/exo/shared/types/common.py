@@ -1,0 +1,8 @@
+"""Ids."""
+
+
+class ModelId(str):
+    """A repository."""
+
+    def normalize(self):
+        return self.replace("/", "--")

@@ -1,0 +1,217 @@
+"""mlx-lm models on the Metal kernels through `mx.fast.metal_kernel`, whose generated sources run on the CPU."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+import specfast.mlx  # noqa: E402
+from mlx_lm.models.cache import KVCache, trim_prompt_cache  # noqa: E402
+from mlx_metal import ExecutedLaunches, ExecutedMetalKernel, generated_source, whole  # noqa: E402
+from mlx_models import generate_step, random_model  # noqa: E402
+from specfast import metal  # noqa: E402
+from specfast.mlx import metal as mlx_metal  # noqa: E402
+from specfast.mlx import primitives  # noqa: E402
+
+
+@pytest.fixture
+def on_metal(monkeypatch):
+    """The package believes that MLX has a GPU; its kernels run in the executor."""
+    monkeypatch.setattr(mx.fast, "metal_kernel", ExecutedMetalKernel)
+    monkeypatch.setattr(mlx_metal, "available", lambda: True)
+    monkeypatch.setattr(primitives, "module", lambda: None)
+    mlx_metal._function.cache_clear()
+    ExecutedMetalKernel.launches.clear()
+    yield
+    mlx_metal._function.cache_clear()
+
+
+def traced(launch, inputs, outputs):
+    """What MLX prints as the source of a launch: tracing builds it without a GPU."""
+    import contextlib
+    import os
+    import tempfile
+
+    made = metal.generated(launch.kernel)
+    kernel = mx.fast.metal_kernel(
+        name=made.name,
+        input_names=list(made.inputs),
+        output_names=list(made.outputs),
+        source=made.body,
+        header=made.header,
+    )
+
+    def call(x):
+        threads = tuple(a * b for a, b in zip(launch.grid, launch.threadgroup, strict=True))
+        given = [x, *inputs[1:]]
+        return kernel(
+            inputs=given,
+            grid=threads,
+            threadgroup=launch.threadgroup,
+            output_shapes=[s for s, _ in outputs],
+            output_dtypes=[t for _, t in outputs],
+            verbose=True,
+        )
+
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out:
+        before = os.dup(1)
+        os.dup2(out.fileno(), 1)
+        with contextlib.suppress(RuntimeError):
+            mx.export_function(folder + "/f.mlxfn", call, inputs[0])
+        os.dup2(before, 1)
+        out.seek(0)
+        return made, out.read().decode()
+
+
+def test_the_signature_is_mlx_own():
+    launch = metal.matmul_rows(metal.Weights(4, 64), "bf16", M=2, N=16, K=128)
+    w, s, x = mx.zeros((16, 16), mx.uint32), mx.zeros((16, 2), mx.bfloat16), mx.zeros((2, 128), mx.bfloat16)
+    inputs = [w, s, s, x, x, mx.array(launch.dims, mx.int32)]
+    made, printed = traced(launch, inputs, [((2, 16), mx.bfloat16)])
+    named = list(zip(made.inputs, inputs, strict=True))
+    _, rebuilt = generated_source(made.name, named, [(made.outputs[0], mx.bfloat16)], made.body, "")
+
+    def words(text):
+        signature = text[text.index("[[kernel]] void custom_kernel") :]
+        return re.sub(r"\s+", " ", signature.replace("```", "")).strip()
+
+    assert words(printed) == words(rebuilt)
+
+
+def forward(model, tokens, cache):
+    logits = model(mx.array([tokens]), cache=cache)
+    mx.eval(logits)
+    return np.array(logits.astype(mx.float32))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("llama", "q4g64"), ("qwen2", "f32"), ("qwen3", "q8g32"), ("mistral", "f16"), ("llama-linear", "bf16")],
+)
+def test_logits_are_those_of_mlx_lm(on_metal, name, weights):
+    model = random_model(name, weights)
+    tokens = list(range(3, 15))
+    stock_cache = [KVCache() for _ in model.layers]
+    wanted = forward(model, tokens, stock_cache)
+    specfast.mlx.accelerate(model)
+    assert specfast.mlx.report(model).path == "metal"
+    cache = [KVCache() for _ in model.layers]
+    parts = [forward(model, tokens[a:b], cache) for a, b in ((0, 4), (4, 5), (5, 12))]
+    found = np.concatenate(parts)
+    assert found.dtype == np.float32
+    tolerance = {"f32": 1e-4, "f16": 2e-2}.get(weights, 8e-2)
+    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+    assert [c.offset for c in cache] == [12] * len(cache)
+    assert specfast.mlx.report(model).metal_calls == 3
+    specfast.mlx.restore(model)
+    assert np.array_equal(forward(model, tokens, [KVCache() for _ in model.layers]), wanted)
+
+
+def test_rows_have_the_same_bits_in_any_tiles(on_metal):
+    model = specfast.mlx.accelerate(random_model("llama", "q4g64"))
+    tokens = list(range(20, 32))
+    results = []
+    for cuts in ((0, 12), (0, 1, 12), (0, 5, 6, 12)):
+        cache = [KVCache() for _ in model.layers]
+        results.append(np.concatenate([forward(model, tokens[a:b], cache) for a, b in itertools.pairwise(cuts)]))
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+
+
+def test_greedy_text_is_that_of_the_native_host(on_metal):
+    prompt = mx.array([5, 9, 2, 77, 30])
+    model = random_model("llama-untied", "f32")
+
+    def text(given):
+        return [int(token) for token, _ in generate_step(prompt, given, max_tokens=24)]
+
+    found = text(specfast.mlx.accelerate(model))
+    assert specfast.mlx.report(model).metal_calls >= 24
+    mlx_metal.available = lambda: False  # undone by the fixture
+    native = specfast.mlx.accelerate(random_model("llama-untied", "f32"), precision="f32")
+    assert specfast.mlx.report(native).path == "native"
+    assert found == text(native)
+
+
+def test_the_cache_is_appended_in_place(on_metal):
+    """The array that a pass appends to is the one of the pass before; only a full cache grows by a copy, as mlx-lm's does."""
+    model = specfast.mlx.accelerate(random_model("llama", "q4g64"))
+    cache = [KVCache() for _ in model.layers]
+    forward(model, [1, 2, 3], cache)
+    places = set()
+    for token in range(4, 9):
+        forward(model, [token], cache)
+        mx.eval(cache[0].keys)
+        places.add(np.asarray(cache[0].keys.view(mx.uint16)).ctypes.data)
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize(("name", "weights"), [("llama", "q4g64"), ("qwen3", "f16")])
+def test_keys_are_written_by_their_own_kernel(on_metal, monkeypatch, name, weights):
+    """With specfast._mlx: the same bits, with the append inside the launch, also when the cache grows or is trimmed."""
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, 96, 12)]
+
+    def results():
+        model = specfast.mlx.accelerate(random_model(name, weights))
+        cache = [KVCache() for _ in model.layers]
+        for layer in cache:
+            layer.step = 8
+        parts = [forward(model, tokens[:5], cache), forward(model, tokens[5:8], cache)]
+        trim_prompt_cache(cache, 2)
+        parts.append(forward(model, tokens[6:12], cache))
+        assert 12 <= cache[0].keys.shape[2] <= 16
+        return np.concatenate(parts), *(
+            np.array(rows[..., : cache[1].offset, :].astype(mx.float32)) for rows in (cache[1].keys, cache[1].values)
+        )
+
+    expected = results()
+    assert ExecutedMetalKernel.launches["qkv_rope_append"] == 3 * 2
+    monkeypatch.setattr(primitives, "module", lambda: ExecutedLaunches)
+    for ours, theirs in zip(results(), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert ExecutedMetalKernel.launches["qkv_rope_append"] == 3 * 2  # no more
+    assert ExecutedLaunches.launches["qkv_rope_append"] >= 3 * 2
+
+
+def test_launches_of_a_pass(on_metal):
+    model = specfast.mlx.accelerate(random_model("llama", "q4g64"))
+    cache = [KVCache() for _ in model.layers]
+    forward(model, [1, 2, 3], cache)
+    layers = len(model.layers)
+    assert ExecutedMetalKernel.launches == {
+        "embed_rows": 1,
+        "norm_rows": 2 * layers + 1,
+        "qkv_rope_append": layers,
+        "attend_rows": layers,
+        "attend_spans": layers,
+        "matmul_rows": 2 * layers,
+        "swiglu_rows": layers,
+        "logits_rows": 1,
+    }
+
+
+def test_generated_sources_are_clean(on_metal):
+    from metal_emulator import EmulatorUnavailableError, lint
+
+    ExecutedMetalKernel.texts.clear()
+    for weights in ("q4g64", "f16"):
+        model = specfast.mlx.accelerate(random_model("qwen2", weights))
+        forward(model, [1, 2, 3], [KVCache() for _ in model.layers])
+    try:
+        assert [finding for text in ExecutedMetalKernel.texts.values() for finding in lint.lint(whole(text))] == []
+    except EmulatorUnavailableError as missing:
+        pytest.skip(str(missing))
+    assert len(ExecutedMetalKernel.texts) > 12
+
+
+def test_what_runs_mlx_lm_s_layers(on_metal):
+    model = specfast.mlx.accelerate(random_model("llama", "q4g64"))
+    forward(model, list(range(40)), [KVCache() for _ in model.layers])
+    assert "more than 27" in str(specfast.mlx.report(model).stock_calls)
+    small = specfast.mlx.accelerate(random_model("llama", "q4g64", head_dim=16))
+    assert specfast.mlx.report(small).path == "stock"
+    assert "head_dim is 16" in specfast.mlx.report(small).reason
