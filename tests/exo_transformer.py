@@ -29,7 +29,10 @@ class Attention:
         q, k, v = (w(x).reshape(1, M, -1, DIM) for w in (self.wq, self.wk, self.wv))
         q, k = turned(q, angles), turned(k, angles)
         cache.shrink((None, None, (start, start + M), None, None)).assign(Tensor.stack(k, v)).realize()
-        k, v = (cache[i].shrink((None, (0, start + M), None, None)).repeat_interleave(HEADS // KV_HEADS, 2).transpose(1, 2) for i in range(2))
+        k, v = (
+            cache[i].shrink((None, (0, start + M), None, None)).repeat_interleave(HEADS // KV_HEADS, 2).transpose(1, 2)
+            for i in range(2)
+        )
         mask = Tensor.full((1, 1, M, start + M), -1e8).triu(start + 1)
         out = q.transpose(1, 2).scaled_dot_product_attention(k, v, mask)
         return self.wo(out.transpose(1, 2).reshape(1, M, -1))
