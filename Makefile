@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc src python -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pth' 2>/dev/null) CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc src python -name '*.cpp' -o -name '*.hpp' -o -name '*.py' -o -name '*.pth' 2>/dev/null) $(wildcard metal/*) CMakeLists.txt pyproject.toml
 CPP := $(shell find csrc src tests/cpp tests/metal_emulator -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 APT ?= apt-get
 APT_PACKAGES := g++-aarch64-linux-gnu qemu-user-static clang libclang-rt-dev
@@ -14,7 +14,7 @@ CROSS_PACKAGES := nanobind==3.1.0 ninja scikit-build-core>=0.11 wheel ziglang==0
 .PHONY: help demo test test-full lint format stubs bench bench-compare wheel wheel-macos wheel-aarch64 apt-packages driver clean
 
 help: ## list the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)

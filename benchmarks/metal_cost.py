@@ -81,6 +81,62 @@ def simdgroups(M: int) -> int:
     return REGISTERS // (registers(M) * 4 * 32)
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a layer, a head or a verdict of Llama-3.1-8B at 4 bits, context 4096."""
+
+    name: str
+    weights: float  # read once
+    bytes_of_rows: float  # read and written for each row
+    shared_bytes: float  # read once beside the weights
+    operations_of_rows: float  # instructions of a row beside those of the weights
+    registers: int  # of a thread at M = 8
+
+    def megabytes(self, M: int) -> float:
+        return (self.weights * Q4.bits / 8 + self.shared_bytes + M * self.bytes_of_rows) / 1e6
+
+    def mega_operations(self, M: int) -> float:
+        unpacked = self.weights * Q4.instructions(M) if self.weights else 0.0
+        return (unpacked + M * self.operations_of_rows) / 1e6
+
+    def microseconds(self, gpu: Gpu, M: int) -> float:
+        streaming = self.megabytes(M) * 1e6 / (gpu.gb_s * 1e9 * STREAMED)
+        issuing = self.mega_operations(M) * 1e6 / (gpu.operations * ISSUED)
+        return 1e6 * max(streaming, issuing) + LAUNCH_US
+
+
+HIDDEN, HEADS, KV_HEADS, DIM, WIDE, V, CONTEXT = 4096, 32, 8, 128, 14336, 128256, 4096
+SPANS = CONTEXT // 256
+KERNELS = (
+    Kernel("`norm_rows`", 0, 4 * HIDDEN, 2 * HIDDEN, 4 * HIDDEN, 20),
+    Kernel("`qkv_rope_append`", (HEADS + 2 * KV_HEADS) * DIM * HIDDEN, 2 * HIDDEN, 0, 0, registers(8)),
+    Kernel(
+        "`attend_rows`", 0, 4 * SPANS * HEADS * (DIM + 2), 4 * CONTEXT * KV_HEADS * DIM, 2.6 * CONTEXT * HEADS * DIM, 80
+    ),
+    Kernel("`attend_spans`", 0, 4 * SPANS * HEADS * (DIM + 2), 0, 2 * SPANS * HEADS * DIM, 24),
+    Kernel("`matmul_rows` (o)", HIDDEN * HIDDEN, 6 * HIDDEN, 0, 0, registers(8)),
+    Kernel("`swiglu_rows`", 2 * WIDE * HIDDEN, 2 * HIDDEN + 2 * WIDE, 0, 0, registers(8) - 4),
+    Kernel("`matmul_rows` (down)", WIDE * HIDDEN, 2 * WIDE + 4 * HIDDEN, 0, 0, registers(8)),
+    Kernel("`logits_rows`", V * HIDDEN, 2 * HIDDEN + 4 * V, 0, 0, registers(8) + 8),
+    Kernel("`law_weights`", 0, 8 * V, 0, 90 * V, 40),
+    Kernel("`law_rows`", 0, 8 * V, 0, 70 * V, 30),
+    Kernel("`verify_masses`", 0, 8 * V, 0, 220 * V, 48),
+)
+
+
+def kernels() -> str:
+    """Bytes from device memory, instructions and predicted times of each kernel."""
+    shown = (GPUS[0], GPUS[8])
+    head = "| kernel | MB read and written, M = 1, 8 | million instructions, M = 1, 8 | registers, M = 8 |"
+    head += "".join(f" us on {gpu.name}, M = 1, 8 |" for gpu in shown)
+    lines = [head + "\n" + "|---|---|---|---|" + "---|" * len(shown) + "\n"]
+    for kernel in KERNELS:
+        amounts = [f"{f(1):.3g}, {f(8):.3g}" for f in (kernel.megabytes, kernel.mega_operations)]
+        times = [f"{kernel.microseconds(gpu, 1):.0f}, {kernel.microseconds(gpu, 8):.0f}" for gpu in shown]
+        lines.append(f"| {' | '.join((kernel.name, *amounts, str(kernel.registers), *times))} |\n")
+    return "".join(lines)
+
+
 def table() -> str:
     head = "| GPU | weights | " + " | ".join(f"M = {M}" for M in ROWS) + " |\n"
     lines = [head, "|---|---|" + "---|" * len(ROWS) + "\n"]
@@ -99,3 +155,4 @@ def occupancy() -> str:
 if __name__ == "__main__":
     print(table())
     print(occupancy())
+    print(kernels())

@@ -227,6 +227,8 @@ std::shared_ptr<ModelRegions> make_model_regions(std::shared_ptr<const Model> mo
   for (const LayerWeights& layer : model->layers) {
     if (layer.window) throw ShapeError("layers with a sliding window do not run region by region");
   }
+  if (model->kv_format != KvFormat::bf16 && model->kv_format != KvFormat::f32)
+    throw ShapeError("quantised keys and values do not run region by region");
   return std::make_shared<Regions>(std::move(model));
 }
 

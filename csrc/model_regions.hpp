@@ -56,7 +56,8 @@ class ModelRegions {
                                 int32_t gamma, const double* u, double lenience) noexcept = 0;
 };
 
-/// Throws ShapeError where a layer has a sliding window: the pages of a host hold all positions.
+/// Throws ShapeError where a layer has a sliding window, or keys and values are quantised: the pages of a host hold all
+/// positions, in bf16 or f32.
 std::shared_ptr<ModelRegions> make_model_regions(std::shared_ptr<const Model> model);
 
 }  // namespace specfast

@@ -1,5 +1,7 @@
 """Installing: what exo's environment sees of specfast, what start-up costs, and what uninstalling leaves."""
 
+import argparse
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +12,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from specfast.cli import doctor
+from specfast.exo import detection
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(sysconfig.get_paths()["purelib"])
@@ -122,6 +126,20 @@ def test_the_second_generation_is_named_and_left_alone(tmp_path):
     told = "from specfast.exo.detection import find_exo; print(find_exo().explain())"
     assert "False" in run(sys.executable, "-c", "import exo.main; print(exo.main.found)", PYTHONPATH=str(tmp_path))
     assert "second generation" in run(sys.executable, "-c", told, PYTHONPATH=str(tmp_path))
+
+
+def test_what_is_not_supported_is_named(tmp_path, monkeypatch, capsys):
+    app = tmp_path / "EXO.app"
+    app.mkdir()
+    monkeypatch.setattr(detection, "APPS", (app, tmp_path / "other.app"))
+    doctor.run(argparse.Namespace(json=False))
+    assert f"{app}: not supported" in capsys.readouterr().out
+    hooked = detection.FoundExo("second generation", tmp_path, "0.3", True)
+    assert "SPECFAST_EXO=1" in hooked.explain()
+    assert "several nodes are not supported" in hooked.explain()
+    assert "start-up hook" in dataclasses.replace(hooked, hooked=False).explain()
+    assert hooked.usable
+    assert not dataclasses.replace(hooked, hooked=False).usable
 
 
 def test_no_exo():

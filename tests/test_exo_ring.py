@@ -225,6 +225,11 @@ def test_a_node_that_leaves_ends_the_request_with_an_error_and_the_next_works(go
         with pytest.raises(RingError, match=f"node {gone}|first node"):
             await nodes.ask(asked, request_id="during", **GREEDY)
         await nodes.notice(gone)
+        assert all(
+            len(nodes[name].inference_engine.ring.held._models) == len(nodes[name].inference_engine.ring.held) == 0
+            for name in nodes.nodes
+            if name != gone
+        )
         assert nodes[asked].outstanding_requests == {}
         assert await nodes.ask(asked, request_id="after", **GREEDY) == expected
 

@@ -148,6 +148,7 @@ def test_the_predictions_in_the_document_are_the_model_s():
     document = (FOLDER.parent / "docs" / "metal.md").read_text()
     assert model.table() in document
     assert model.occupancy() in document
+    assert model.kernels() in document
     slow, fast = (model.ratios(model.GPUS[0], w)[-1] for w in (model.Q4, model.BF16))
     assert slow > 1.2 > fast >= 1  # unpacking 4 bits is what costs
 

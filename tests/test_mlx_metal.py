@@ -215,3 +215,21 @@ def test_what_runs_mlx_lm_s_layers(on_metal):
     small = specfast.mlx.accelerate(random_model("llama", "q4g64", head_dim=16))
     assert specfast.mlx.report(small).path == "stock"
     assert "head_dim is 16" in specfast.mlx.report(small).reason
+
+
+def test_speculation_over_the_metal_path(on_metal):
+    """specfast's loop on a model's own call: with a draft or without, the same text."""
+    model, draft = random_model("llama-untied", "q4g64"), random_model("llama-untied", "q4g64", seed=5)
+    prompt = [5, 9, 2, 77, 30, 5, 9, 2]
+    texts = []
+    for options in (
+        {"drafter": "none"},
+        {"drafter": "suffix", "num_draft_tokens": 4},
+        {"draft_model": draft, "num_draft_tokens": 3},
+    ):
+        steps = specfast.mlx.generate_step(prompt, model, max_tokens=20, temp=0.9, seed=4, rule="coupled", **options)
+        texts.append([step[0] for step in steps])
+        assert specfast.mlx.report(model).path == "metal"
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) > 3
+    assert specfast.mlx.report(model).metal_calls >= 10

@@ -59,8 +59,10 @@ def relative(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [(name, kind) for name in ("llama", "qwen3") for kind in KINDS if FULL or name == "llama" or kind == "Q4_0"],
+)
 def test_logits_are_tinygrads(tmp_path, architecture, kind):
     """At several positions, forward and back, under one TinyJit for each number of rows."""
     write_model(tmp_path / "m.gguf", architecture, kind, tied=kind == "Q8_0")
@@ -69,7 +71,7 @@ def test_logits_are_tinygrads(tmp_path, architecture, kind):
     assert held == {"file blocks": sum(held.values())}
     text = ids(64, fast.token_embd.weight.shape[0])
     jits = {}
-    for M in range(1, 17) if FULL else (16, 1, 5) if kind in ("Q4_0", "F16") else (16, 1):
+    for M in range(1, 17) if FULL else (16, 1, 5) if kind == "Q4_0" else (16, 1):
         own = TinyJit(lambda x, at: stock_logits(stock, x, at).contiguous())
         jits[M] = TinyJit(lambda x, at: st.logits(fast, x, at) + 0)
         for start in (0, M, 2 * M, M + 1, 3):
@@ -302,9 +304,9 @@ def test_models_of_any_build_run_in_tinygrad(tmp_path):
     result = st.generate(stock, PROMPT, 16, draft_model=draft, num_draft_tokens=3, **own)
     assert result.token_ids == expected
     assert result.stats.accepted > 0
-    sampled = {"temperature": 1.0, "seed": 4, "max_tokens": 8}
-    coupled = st.generate(stock, PROMPT, drafter="none", **sampled, **own).token_ids
-    assert st.generate(stock, PROMPT, draft_model=draft, **sampled, **own).token_ids[:3] == coupled[:3]
+    sampled = {"temperature": 1.0, "seed": 4, "max_tokens": 8, "num_draft_tokens": 3, "draft_model": draft}
+    texts = [st.generate(stock, PROMPT, **sampled, **own).token_ids for _ in range(2)]
+    assert texts[0] == texts[1] != expected[:8]
     with pytest.raises(UnsupportedModelError, match="early exit needs"):
         st.generate(stock, PROMPT, early_exit=1, **own)
     stock.has_recurrent_block = True

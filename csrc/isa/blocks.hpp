@@ -9,15 +9,16 @@ inline float half_at(const uint8_t* p) {
   return from_f16(bits);
 }
 
-/// 2 N bytes, low nibbles of a run of inputs and high nibbles of another, to two runs of N bytes in MLX's order.
-template <int N>
+/// 16 bytes, low nibbles of a run of inputs and high nibbles of another, to two runs of 8 bytes in MLX's order.
 inline void split_nibbles(const uint8_t* packed, uint8_t* low, uint8_t* high) {
-  uint16_t pairs[N];
-  std::memcpy(pairs, packed, 2 * N);
-  for (int i = 0; i < N; i++) {
-    low[i] = static_cast<uint8_t>((pairs[i] & 15) | ((pairs[i] >> 4) & 0xf0));
-    high[i] = static_cast<uint8_t>(((pairs[i] >> 4) & 15) | ((pairs[i] >> 8) & 0xf0));
-  }
+  typedef uint16_t Pairs __attribute__((vector_size(16)));
+  typedef uint8_t Half __attribute__((vector_size(8)));
+  Pairs pairs;
+  std::memcpy(&pairs, packed, 16);
+  const Pairs lows = (pairs & 15) | ((pairs >> 4) & 0xf0), highs = ((pairs >> 4) & 15) | ((pairs >> 8) & 0xf0);
+  const Half first = __builtin_convertvector(lows, Half), second = __builtin_convertvector(highs, Half);
+  std::memcpy(low, &first, 8);
+  std::memcpy(high, &second, 8);
 }
 
 /// The 6-bit factors of Q4_K and Q5_K: of the scale and of the minimum of each of 8 groups.
@@ -36,16 +37,20 @@ template <BlockType B>
 inline void unpack_block(const uint8_t* block, uint8_t* q, float* s, float* b, size_t stride) {
   if constexpr (B == BlockType::q4_0) {  // f16 d; 16 bytes of nibbles. w = d (q - 8)
     const float d = half_at(block);
-    split_nibbles<8>(block + 2, q, q + 8);
+    split_nibbles(block + 2, q, q + 8);
     *s = d;
     *b = -8 * d;
   } else if constexpr (B == BlockType::q4_1) {  // f16 d, f16 m; 16 bytes of nibbles. w = d q + m
-    split_nibbles<8>(block + 4, q, q + 8);
+    split_nibbles(block + 4, q, q + 8);
     *s = half_at(block);
     *b = half_at(block + 2);
   } else if constexpr (B == BlockType::q8_0) {  // f16 d; 32 int8. w = d q, with q + 128 as an unsigned byte
     const float d = half_at(block);
-    for (int i = 0; i < 32; i++) q[i] = block[2 + i] ^ 128;
+    typedef uint8_t Bytes __attribute__((vector_size(32)));
+    Bytes bytes;
+    std::memcpy(&bytes, block + 2, 32);
+    bytes ^= 128;
+    std::memcpy(q, &bytes, 32);
     *s = d;
     *b = -128 * d;
   } else {  // f16 d, f16 dmin; 12 bytes of factors; in Q5_K 32 bytes of fifth bits; nibbles. w = d s q - dmin m
@@ -58,7 +63,8 @@ inline void unpack_block(const uint8_t* block, uint8_t* q, float* s, float* b, s
     }
     for (int pair = 0; pair < 4; pair++) {  // groups 2 pair and 2 pair + 1
       if constexpr (B == BlockType::q4_k) {
-        split_nibbles<16>(block + 16 + 32 * pair, q + 32 * pair, q + 32 * pair + 16);
+        for (int i = 0; i < 2; i++)
+          split_nibbles(block + 16 + 32 * pair + 16 * i, q + 32 * pair + 8 * i, q + 32 * pair + 16 + 8 * i);
       } else {
         const uint8_t *fifth = block + 16, *nibbles = block + 48 + 32 * pair;
         for (int i = 0; i < 32; i++) {
@@ -80,9 +86,15 @@ inline void unpack_q6_k(const uint8_t* block, float* out) {
     const uint8_t* low = block + part / 4 * 64 + part % 2 * 32;
     const uint8_t* high = block + 128 + part / 4 * 32;
     const int nibble = part % 4 / 2 * 4, pair = part % 4 * 2;
-    for (int i = 0; i < 32; i++) {
-      const int q = (low[i] >> nibble & 15) | (high[i] >> pair & 3) << 4;
-      out[32 * part + i] = scales[2 * part + i / 16] * static_cast<float>(q - 32);
+    for (int half = 0; half < 2; half++) {
+      uint8_t l[16], h[16];  // copies, which nothing written can change
+      float values[16];
+      std::memcpy(l, low + 16 * half, 16);
+      std::memcpy(h, high + 16 * half, 16);
+      const float scale = scales[2 * part + half];
+      for (int i = 0; i < 16; i++)
+        values[i] = scale * static_cast<float>(((l[i] >> nibble & 15) | (h[i] >> pair & 3) << 4) - 32);
+      std::memcpy(out + 32 * part + 16 * half, values, sizeof values);
     }
   }
 }

@@ -40,6 +40,7 @@ def build(target: Path) -> Path:
     tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}-darwin"
     environment = {
         **os.environ,
+        "SPECFAST_MLX": "1",
         "SPECFAST_TOOLS": str(zig.write_tools("macos", WORK / "tools")),
         "SPECFAST_TBD": str(write_libraries()),
         "_PYTHON_HOST_PLATFORM": "macosx-14.0-arm64",
@@ -50,7 +51,6 @@ def build(target: Path) -> Path:
     defines = {
         "CMAKE_TOOLCHAIN_FILE": HERE / "toolchain.cmake",
         "CMAKE_PROJECT_INCLUDE": HERE / "project.cmake",
-        "SPECFAST_MLX": "ON",
         "MLX_ROOT": mlx / "mlx",
         "mlx_version": mlx_wheel.VERSION,
         "NB_SUFFIX": f".{tag}.so",

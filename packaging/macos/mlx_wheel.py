@@ -31,6 +31,7 @@ def unpacked() -> Path:
         "pip",
         "download",
         "--quiet",
+        "--retries=1",
         "--no-deps",
         "--only-binary=:all:",
         "--dest",

@@ -117,6 +117,11 @@ class HeldLayers:
         """Lets a request's caches go."""
         self._passing.pop(key, None)
 
+    def rest(self) -> None:
+        """Lets the layers go where nothing passes through them; the next lap loads what it needs."""
+        if not self._passing:
+            self._models.clear()
+
     async def _model(self, lap: Lap) -> _core.Model:
         stop = lap.stop
         layers = range(stop.first, stop.last + 1)

@@ -30,6 +30,7 @@ def keep_engine(module: Any) -> None:
         if isinstance(self.inference_engine, SpeculativeEngine):
             await self.broadcast_supported_engines(self.get_supported_inference_engines())
             if ring := _ring(self):
+                ring.held.rest()
                 await ring.greet()
         else:
             await original(self)

@@ -109,7 +109,7 @@ def _why_not(builder: Any, engine: Any) -> str | None:
 
 
 class Speculation:
-    """How requests on a model are drafted: the draft is loaded when the first one comes.
+    """How requests on a model are drafted. The draft is loaded, and fetched if need be, as the model is.
 
     Args:
         model: exo's id of the target, a repository.
@@ -123,13 +123,10 @@ class Speculation:
         self.resolved: ResolvedConfig = resolve_config({"auto_config": True, **typed, "target_model": model})
         self._measurements = Measurements()
         self._draft: Any = None
-        self._ready = False
+        self._load()
 
     def drafter(self, capacity: int, tokens: int) -> Drafter:
         """Of one request: the text so far is copied, or a draft model drafts its likeliest tokens."""
-        if not self._ready:
-            self._ready = True
-            self._load()
         name = self.resolved.config.drafter
         suffix = CopyDrafter(name if name == "prompt-lookup" else "suffix")
         if self._draft is None or name in ("suffix", "prompt-lookup"):

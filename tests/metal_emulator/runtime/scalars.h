@@ -16,7 +16,7 @@ typedef unsigned long uint64_t;
 #define EMULATOR_COPY(to, from, bytes) ::memcpy(to, from, bytes)
 #else
 typedef unsigned long size_t;
-#ifdef __clang__
+#if defined(__clang__) || defined(__aarch64__)
 typedef __fp16 emulator_float16;
 #else
 typedef _Float16 emulator_float16;
