@@ -33,7 +33,7 @@ class Attention:
             cache[i].shrink((None, (0, start + M), None, None)).repeat_interleave(HEADS // KV_HEADS, 2).transpose(1, 2)
             for i in range(2)
         )
-        mask = Tensor.full((1, 1, M, start + M), -1e8).triu(start + 1)
+        mask = Tensor.full((1, 1, M, start + M), -1e8).triu(start + 1) if M > 1 else None
         out = q.transpose(1, 2).scaled_dot_product_attention(k, v, mask)
         return self.wo(out.transpose(1, 2).reshape(1, M, -1))
 
