@@ -9,12 +9,11 @@ import importlib.util
 import json
 import os
 import platform
+import warnings
 from typing import Any
 
 from .. import _core, build_info, embedded
 from ..exo.detection import find_exo, packaged_apps
-
-_NATIVE_READS_THE_SAME = "this version runs every model natively, from the same checkpoints"
 
 
 def add_parser(commands: Any) -> None:
@@ -57,13 +56,13 @@ def examine() -> dict[str, Any]:
             }
         }
         | _look_for_mlx()
-        | {"tinygrad": _look_for("tinygrad", "tinygrad", _NATIVE_READS_THE_SAME)}
+        | {"tinygrad": _look_for_tinygrad()}
         | {"exo": _look_for_exo()},
         "embedded_pair": all((embedded.path(role) / "model.safetensors").is_file() for role in roles),  # type: ignore[arg-type]
     }
 
 
-def _look_for(module: str, distribution: str, why: str) -> dict[str, Any]:
+def _look_for(module: str, distribution: str) -> dict[str, Any]:
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -74,11 +73,11 @@ def _look_for(module: str, distribution: str, why: str) -> dict[str, Any]:
             version = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             version = "unknown"
-    return {"found": found, "used": False, "version": version, "why": why if found else "not installed"}
+    return {"found": found, "used": False, "version": version, "why": "" if found else "not installed"}
 
 
 def _look_for_mlx() -> dict[str, dict[str, Any]]:
-    hosts = {"mlx": _look_for("mlx", "mlx", ""), "mlx_lm": _look_for("mlx_lm", "mlx-lm", "")}
+    hosts = {"mlx": _look_for("mlx", "mlx"), "mlx_lm": _look_for("mlx_lm", "mlx-lm")}
     if any(host["found"] for host in hosts.values()):
         try:
             primitives = importlib.import_module("specfast.mlx.primitives")
@@ -89,6 +88,20 @@ def _look_for_mlx() -> dict[str, dict[str, Any]]:
         why = f"specfast.mlx.accelerate runs a forward pass on the CPU {path}; on an Apple GPU as Metal kernels (never measured)"
         return {name: host | {"used": True, "why": why} for name, host in hosts.items()}
     return hosts
+
+
+def _look_for_tinygrad() -> dict[str, Any]:
+    host = _look_for("tinygrad", "tinygrad")
+    if not host["found"]:
+        return host
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            problem = importlib.import_module("specfast.tinygrad").private.graph_problem()
+    except ImportError as error:
+        return host | {"why": str(error)}
+    path = f"beside its graph, on copies of the weights ({problem})" if problem else "as one program of its graph"
+    return host | {"used": True, "why": f"specfast.tinygrad.accelerate runs a forward pass on the CPU {path}"}
 
 
 def _look_for_exo() -> dict[str, Any]:
