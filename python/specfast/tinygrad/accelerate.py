@@ -15,7 +15,8 @@ from .. import _core
 from ..checkpoint import check_precision
 from ..errors import ConfigurationError, ShapeError, SpecfastError, UnsupportedModelError
 from . import private
-from .weights import NativeWeights, Seams, native_weights
+from .metal import MetalPath
+from .weights import NativeWeights, Seams, native_weights, on_metal, read_seams
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class _Path:
 class _Accelerator:
     """What is kept beside an accelerated model, apart from its own attributes, where tinygrad looks for parameters."""
 
-    path: _Path | None
+    path: _Path | MetalPath | None
     reason: str = ""
     jits: tuple[Any, ...] = ()
 
@@ -179,11 +180,12 @@ def accelerate(model: Any, precision: str | None = None) -> Any:
     check_precision(precision)
     restore(model)
     try:
-        weights, seams = native_weights(model, precision)
+        seams = read_seams(model)
+        path = MetalPath(seams, precision) if on_metal(seams) else _Path(native_weights(model, seams, precision), seams)
     except SpecfastError as error:
         _accelerators[model] = _Accelerator(None, str(error))
         return model
-    accelerator = _accelerators[model] = _Accelerator(_Path(weights, seams), private.graph_problem())
+    accelerator = _accelerators[model] = _Accelerator(path, private.graph_problem())
     stock: Any = type(model)
     model.__class__ = _accelerated(stock, _LlmModel if seams.kind == "llm" else _ExoModel)
     if seams.kind == "llm":
@@ -213,6 +215,8 @@ def report(model: Any) -> Report:
     path = accelerator.path
     if path is None:
         return Report("stock", accelerator.reason)
+    if isinstance(path, MetalPath):
+        return Report("graph", "", path.activations, "metal", path.weight_bytes, dict(path.held), path.native_calls())
     return Report(
         "graph" if path.graphs else "public",
         accelerator.reason,
@@ -228,7 +232,8 @@ def report(model: Any) -> Report:
 def native_model_of(model: Any) -> _core.Model | None:
     """The native model behind an accelerated one; None where tinygrad's layers run."""
     accelerator = _accelerators.get(model)
-    return accelerator.path.native if accelerator and accelerator.path else None
+    path = accelerator.path if accelerator else None
+    return path.native if isinstance(path, _Path) else None
 
 
 def logits(model: Any, tokens: Tensor, start_pos: Any) -> Tensor:
@@ -253,7 +258,10 @@ def cached_keys_values(model: Any, layer: int) -> tuple[Tensor, Tensor]:
     Raises:
         UnsupportedModelError: a model that is not accelerated.
     """
-    cache = _path(model).sequence.cache
+    path = _path(model)
+    if isinstance(path, MetalPath):
+        return path.cached(layer)
+    cache = path.sequence.cache
 
     def tensor(rows: Any) -> Tensor:
         made = Tensor(rows, device="CPU")
@@ -262,7 +270,7 @@ def cached_keys_values(model: Any, layer: int) -> tuple[Tensor, Tensor]:
     return tensor(cache.keys(layer)), tensor(cache.values(layer))
 
 
-def _path(model: Any) -> _Path:
+def _path(model: Any) -> _Path | MetalPath:
     accelerator = _accelerators.get(model)
     if accelerator is None or accelerator.path is None:
         raise UnsupportedModelError(f"the model is not accelerated: {report(model).reason}")
@@ -279,7 +287,7 @@ class _LlmModel(_Accelerated):
     def forward(self, tokens: Tensor, start_pos: Any, temperature: Tensor) -> Tensor:
         path = _path(self)
         scores = path.logits(path.sequence, tokens, start_pos, last=True) / temperature.maximum(1e-12)
-        gumbel = -((-Tensor.rand(*scores.shape, device="CPU").maximum(1e-12).log()).log())
+        gumbel = -((-Tensor.rand(*scores.shape, device=scores.device).maximum(1e-12).log()).log())
         return (scores + gumbel).argmax(-1, keepdim=True)
 
     def __call__(self, tokens: Tensor, start_pos: Any, temperature: Tensor) -> Any:
