@@ -80,6 +80,7 @@ inline void unpack_block(const uint8_t* block, uint8_t* q, float* s, float* b, s
 /// w = d s (q - 32).
 inline void unpack_q6_k(const uint8_t* block, float* out) {
   typedef uint8_t Bytes __attribute__((vector_size(16)));
+  typedef uint16_t Pairs __attribute__((vector_size(16)));
   typedef float Floats __attribute__((vector_size(64)));
   const float d = half_at(block + 208);
   float scales[16];
@@ -89,10 +90,10 @@ inline void unpack_q6_k(const uint8_t* block, float* out) {
     const uint8_t* high = block + 128 + part / 4 * 32;
     const int nibble = part % 4 / 2 * 4, pair = part % 4 * 2;
     for (int half = 0; half < 2; half++) {
-      Bytes l, h;
+      Pairs l, h;  // of bytes: what a shift brings in from the neighbour is masked
       std::memcpy(&l, low + 16 * half, 16);
       std::memcpy(&h, high + 16 * half, 16);
-      const Bytes q = ((l >> nibble) & 15) | (((h >> pair) & 3) << 4);
+      const Bytes q = reinterpret_cast<Bytes>(((l >> nibble) & 0x0f0f) | (((h >> pair) & 0x0303) << 4));
       const Floats values = scales[2 * part + half] * (__builtin_convertvector(q, Floats) - 32.0f);
       std::memcpy(out + 32 * part + 16 * half, &values, sizeof values);
     }

@@ -24,15 +24,15 @@ class Report:
     """What runs when a model is called.
 
     Attributes:
-        path: "graph" (a native program in tinygrad's graph, one for the whole forward pass), "public" (the same beside the
+        path: "graph" (native programs in tinygrad's graph: on the CPU one for the whole forward pass), "public" (the same beside the
             graph, through tinygrad's public API) or "stock" (tinygrad's own layers).
         reason: why the path is not "graph"; "" if it is.
         precision: of the activations on the native path.
-        isa: the instruction set of its kernels.
+        isa: the instruction set of its kernels; "metal" on a GPU.
         weight_bytes: bytes of weights a pass reads.
         weights: how many parameters are held how: "file blocks" and "in place" (where tinygrad has them), "realised" (the
             same, once tinygrad had computed them) or "copied".
-        native_calls: passes that ran natively, replayed ones included.
+        native_calls: passes that ran natively, replayed ones included; on METAL those that were put into a graph.
         problem: why the last pass gave NaN; "" if it did not.
     """
 
@@ -94,8 +94,9 @@ class _Path:
             self._of_caches[key] = (weakref.ref(caches[0]), _Sequence(self.native))
         return self._of_caches[key][1]
 
-    def logits(self, sequence: _Sequence, tokens: Tensor, start_pos: Any, *, last: bool) -> Tensor:
+    def logits(self, tokens: Tensor, start_pos: Any, *, last: bool, sequence: _Sequence | None = None) -> Tensor:
         """Logits (M, vocab) float32 of tokens (1, M), or (1, vocab) of the last; the rest of the cache is dropped first."""
+        sequence = sequence or self.sequence
         self._require_unchanged()
         if len(tokens.shape) != 2 or tokens.shape[0] != 1:
             raise ShapeError(
@@ -157,6 +158,8 @@ _accelerators: weakref.WeakKeyDictionary[Any, _Accelerator] = weakref.WeakKeyDic
 
 def accelerate(model: Any, precision: str | None = None) -> Any:
     """Makes a tinygrad model's forward pass one native call on the CPU, on the weights where tinygrad holds them.
+
+    On METAL it becomes the launches of specfast's Metal kernels, each a node of the graph; see MetalPath for what differs.
 
     The call is a node of tinygrad's graph: lazy, captured and replayed by TinyJit, with the start position, and where it
     is symbolic the number of tokens, as variables; `model(tokens, start_pos, ...)`, `model.generate` and exo's calls work as
@@ -248,7 +251,7 @@ def logits(model: Any, tokens: Tensor, start_pos: Any) -> Tensor:
         UnsupportedModelError: a model that is not accelerated.
     """
     path = _path(model)
-    return path.logits(path.sequence, tokens, start_pos, last=False).unsqueeze(0)
+    return path.logits(tokens, start_pos, last=False).unsqueeze(0)
 
 
 def cached_keys_values(model: Any, layer: int) -> tuple[Tensor, Tensor]:
@@ -286,7 +289,7 @@ class _LlmModel(_Accelerated):
 
     def forward(self, tokens: Tensor, start_pos: Any, temperature: Tensor) -> Tensor:
         path = _path(self)
-        scores = path.logits(path.sequence, tokens, start_pos, last=True) / temperature.maximum(1e-12)
+        scores = path.logits(tokens, start_pos, last=True) / temperature.maximum(1e-12)
         gumbel = -((-Tensor.rand(*scores.shape, device=scores.device).maximum(1e-12).log()).log())
         return (scores + gumbel).argmax(-1, keepdim=True)
 
@@ -303,7 +306,8 @@ class _ExoModel(_Accelerated):
 
     def __call__(self, x: Tensor, start_pos: Any, cache: Any = None) -> Tensor:
         path = _path(self)
-        return path.logits(path.sequence_of(cache), x, start_pos, last=False).unsqueeze(0)
+        assert isinstance(path, _Path)
+        return path.logits(x, start_pos, last=False, sequence=path.sequence_of(cache)).unsqueeze(0)
 
 
 @functools.cache

@@ -65,7 +65,7 @@ class MetalPath:
     capacity, head_dim); a start position says what of them counts.
     """
 
-    kind, graphs, sequence = "llm", True, None
+    graphs = True
 
     def __init__(self, seams: Seams, precision: str | None) -> None:
         """Raises UnsupportedModelError or ShapeError where there are no kernels for the model."""
@@ -127,9 +127,6 @@ class MetalPath:
         """Passes built; a replayed graph is not counted, as nothing of ours runs on the host then."""
         return self.calls
 
-    def sequence_of(self, _: Any) -> None:
-        """There is one sequence."""
-
     def cached(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer], self.values[layer]
 
@@ -137,7 +134,7 @@ class MetalPath:
         """The position and the slot of row 0, on the device (8,) int32."""
         return (Tensor.zeros(8, dtype=dtypes.int32, device=self.device) + start_pos).cast(dtypes.int32).contiguous()
 
-    def logits(self, _: None, tokens: Tensor, start_pos: Any, *, last: bool) -> Tensor:
+    def logits(self, tokens: Tensor, start_pos: Any, *, last: bool) -> Tensor:
         """Logits (M, vocab) float32 of tokens (1, M), or (1, vocab) of the last."""
         for weight, was in self._watched:
             if private.identity(weight.tensor) is not was:
