@@ -17,11 +17,12 @@ try:
 except ImportError as error:
     pytest.skip(f"tinygrad cannot run here: {error}", allow_module_level=True)
 
-from specfast import metal
+from specfast import _core, metal
 from specfast.errors import ConfigurationError, ShapeError
 from specfast.tinygrad import metal as tinygrad_metal
 from specfast.tinygrad import private
 from specfast.tinygrad.weights import read_seams
+from test_metal_verify_tokens import native_draws, random_round
 from tinygrad import Tensor, TinyJit, UOp, dtypes
 from tinygrad.uop.ops import Ops
 from tinygrad_models import ids, stock_logits, tensor_of, write_model
@@ -171,19 +172,25 @@ def test_what_has_no_kernels_is_left_alone_and_told(on_metal, tmp_path, file):
         logits(fast, PROMPT)
 
 
-def on_a_gpu(model):
+def on_a_gpu(model, dtype):
     """The same model with tensors of METAL, which have no memory here."""
     for weight in read_seams(model).weights:
         tensor = weight.tensor
-        tensor.replace(Tensor.empty(*tensor.shape, dtype=tensor.dtype, device="METAL"))
+        tensor.replace(Tensor.empty(*tensor.shape, dtype=dtype, device="METAL"))
     return model
 
 
-def test_what_would_be_launched_on_a_gpu(file, monkeypatch):
+@pytest.mark.parametrize("activations", ["f32", "f16", "bf16"])
+def test_what_would_be_launched_on_a_gpu(file, monkeypatch, activations):
     """Every program of a pass as tinygrad's renderer for METAL has it: text, signature by index, grid and group."""
     monkeypatch.setattr(private, "is_realized", lambda tensor: True)
-    model = st.accelerate(on_a_gpu(st.load_gguf(file)))
-    assert (st.report(model).path, st.report(model).isa) == ("graph", "metal"), st.report(model)
+    model = st.accelerate(
+        on_a_gpu(
+            st.load_gguf(file), {"f32": dtypes.float32, "f16": dtypes.float16, "bf16": dtypes.bfloat16}[activations]
+        )
+    )
+    report = st.report(model)
+    assert (report.path, report.isa, report.precision) == ("graph", "metal", activations), report
     tokens = Tensor.empty(1, 5, dtype=dtypes.int32, device="METAL")
     made = st.logits(model, tokens, private.variable("start_pos", 255, 7))
     calls = [node for node in made.uop.toposort() if node.op is Ops.CALL and node.src[0].op is Ops.PROGRAM]
@@ -193,7 +200,8 @@ def test_what_would_be_launched_on_a_gpu(file, monkeypatch):
         (text,) = (part.arg for part in program.src if part.op is Ops.SOURCE)
         assert not any(part.op is Ops.BINARY for part in program.src)
         name = program.arg.name
-        counts[name.split("_f32")[0]] = counts.get(name.split("_f32")[0], 0) + 1
+        stem = name.split(f"_{activations}")[0]
+        counts[stem] = counts.get(stem, 0) + 1
         assert f'host_name("{name}")' in text
         assert '#include "' not in text
         compiled_program = program.replace(src=(*program.src, UOp(Ops.BINARY, arg=b"MTLB")))
@@ -211,6 +219,30 @@ def test_what_would_be_launched_on_a_gpu(file, monkeypatch):
         "embed_rows": 1, "norm_rows": 5, "qkv_rope_append": 2, "attend_rows": 2, "attend_spans": 2, "matmul_rows": 4,
         "swiglu_rows": 2, "logits_rows": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_verdict_in_a_graph(on_metal, rule):
+    """The kernels of the rules as programs: the C++ kernel's tokens."""
+    rng, gamma, V = np.random.default_rng(4), 3, 300
+    taus = set()
+    for number in range(6):
+        p, q, tokens = random_round(rng, gamma, V, V)
+        settings = metal.VerifySettings(gamma, V, draft_vocab=V, rule=rule, seed=9, round=number)
+        held = np.zeros(8, np.int32)
+        held[:gamma] = tokens
+        given = [Tensor(x).clone().realize() for x in (p, q, held, settings.array())]
+        prefixes, masses = (
+            Tensor.zeros(n, dtype=dtypes.uint64).clone().realize() for n in (gamma + 1, (gamma + 1) * 2)
+        )
+        out = Tensor.zeros(8, dtype=dtypes.int32).clone().realize()
+        (prefixes,) = tinygrad_metal.launch(metal.verify_scan(), given, [prefixes])
+        (masses,) = tinygrad_metal.launch(metal.verify_masses(gamma=gamma, V=V), [*given, prefixes], [masses])
+        out, _ = tinygrad_metal.launch(metal.verify_pick(), [*given, prefixes], [], [out, masses])
+        u = native_draws(9, number, gamma)
+        assert tuple(out.tolist()[:2]) == tuple(_core.verify_tokens(p, q, tokens, u, rule=rule))
+        taus.add(out.tolist()[0])
+    assert len(taus) > 1
 
 
 def test_a_wrong_grid_is_seen(on_metal):
