@@ -167,6 +167,9 @@ def test_what_has_no_kernels_is_left_alone_and_told(on_metal, tmp_path, file):
     fast = st.accelerate(st.load_gguf(file))
     with pytest.raises(ShapeError, match="one sequence"):
         st.logits(fast, Tensor([[1], [2]]), 0)
+    for start in (250, private.variable("start_pos", 255, 3)):
+        with pytest.raises(ShapeError, match="do not fit"):
+            st.logits(fast, tensor_of(ids(39, 300)), start)
     fast.output.weight.replace(fast.output.weight * 2)
     with pytest.raises(ConfigurationError, match="has been replaced"):
         logits(fast, PROMPT)

@@ -186,7 +186,9 @@ def _drafter_name(drafter: str | None, draft_model: Any, early_exit: int | str |
 
 
 def _native(model: Any) -> _core.Model | None:
-    return native_model_of(model if report(model).path == "graph" else accelerate(model))
+    if report(model).path == "stock":
+        accelerate(model)
+    return native_model_of(model)
 
 
 def _drafter(

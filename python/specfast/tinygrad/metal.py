@@ -20,7 +20,7 @@ from . import private
 from .weights import Seams, Weight
 
 _ACTIVATIONS: dict[Any, Activations] = {dtypes.float16: "f16", dtypes.bfloat16: "bf16", dtypes.float32: "f32"}
-_SPARE = 32  # positions after the context, for rows of a pass whose number is a variable
+_SPARE = 32  # positions after the context: rows of a pass may go beyond it where its start is a variable
 
 
 def launch(
@@ -146,8 +146,12 @@ class MetalPath:
         M = tokens.shape[1]
         fixed = isinstance(M, int)
         room = M if fixed else int(M.vmax)
-        if not fixed and room > _SPARE:
-            raise ShapeError(f"up to {room} tokens in one pass; a variable number may be up to {_SPARE}")
+        last_start = start_pos if isinstance(start_pos, int) else int(start_pos.unbind()[0].vmax)
+        if last_start + room > self.capacity:
+            raise ShapeError(
+                f"{room} tokens from position {last_start} on (or up to it, where it is a variable) do not fit: there are "
+                f"{self.config.max_context} positions and {_SPARE} to spare; give fewer tokens at once"
+            )
         padded = (tokens if fixed else tokens.pad_to((1, room))).pad_to((1, max(room, 8)))
         ids, state = padded.reshape(max(room, 8)).cast(dtypes.int32).contiguous(), self.state(start_pos)
         self.calls += 1
