@@ -99,13 +99,12 @@ def runs(request):
     def in_graphs(forward):
         jits = {M: TinyJit(lambda x, at: (forward(x, at) + 0).realize()) for M in (1, 8)}
 
-        def run(M, start=CONTEXT):
-            x = Tensor(tokens(M)[None]).clone().realize()
-            return jits[M](x, private.variable("start_pos", 511, start)).realize()
+        def run(x):
+            return jits[x.shape[1]](x, private.variable("start_pos", 511, CONTEXT)).realize()
 
-        for M in (8, 1):  # run once, captured, replayed
-            for start in (0, 8, CONTEXT - 8 if M == 8 else 16):
-                run(M, start)
+        for M in (8, 1):
+            for _ in range(2):  # run once, then captured; what is timed is replayed
+                run(realised(tokens(M)))
         return run
 
     rows = _core.Cache(native)
@@ -115,28 +114,33 @@ def runs(request):
         native.forward(rows, tokens(M), M)
         rows.rollback()
 
-    st.logits(fast, Tensor(tokens(CONTEXT)[None]), 0).realize()
-    keep = in_graphs(lambda x, at: st.logits(fast, x, at))
-    st.logits(fast, Tensor(tokens(CONTEXT)[None]), 0).realize()
-    return keep, in_graphs(forward), alone, request.param
+    st.logits(fast, realised(tokens(CONTEXT)), 0).realize()
+    fast_run = in_graphs(lambda x, at: st.logits(fast, x, at))
+    return fast_run, in_graphs(forward), alone, lambda M: realised(tokens(M)), request.param
+
+
+def realised(tokens):
+    """Token ids (1, M) in tinygrad's memory, where its own loop has them."""
+    return Tensor(tokens[None]).clone().realize()
 
 
 @pytest.mark.parametrize("M", [1, 8])
 def test_tinygrad(benchmark, runs, record, M):
-    fast, stock, alone, kind = runs
+    fast, stock, alone, inputs, kind = runs
     times = {"stock": [], "native": []}
 
-    def timed(name, run):
+    def timed(name, run, argument):
         start = benchmark._timer()
-        run(M)
+        run(argument)
         times[name].append(benchmark._timer() - start)
 
     def others():
         if len(times["stock"]) < 2:
-            timed("stock", stock)
+            timed("stock", stock, inputs(M))
             alone(M)  # stock tinygrad leaves the caches cold and the threads asleep
-        timed("native", alone)
-        return (M,), {}
+        x = inputs(M)
+        timed("native", alone, M)
+        return (x,), {}
 
     benchmark.group = f"tinygrad {kind}"
     benchmark.pedantic(fast, setup=others, rounds=15, warmup_rounds=1)
@@ -146,4 +150,4 @@ def test_tinygrad(benchmark, runs, record, M):
     print(f"\n{kind}, M = {M}: accelerated {1e3 * ours:.2f} ms, native alone {1e3 * native_s:.2f}, stock tinygrad {1e3 * stock_s:.0f} "
           f"({stock_s / ours:.1f} times as long); accelerated / native {ours / native_s:.3f}")  # fmt: skip
     assert stock_s / ours > 2
-    assert ours / native_s < 1.5
+    assert ours / native_s < 1.25

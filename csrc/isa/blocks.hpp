@@ -79,6 +79,9 @@ inline void unpack_block(const uint8_t* block, uint8_t* q, float* s, float* b, s
 /// A block of Q6_K, 128 bytes of low nibbles, 64 of upper bit pairs, 16 int8 scales and f16 d, as 256 floats:
 /// w = d s (q - 32).
 inline void unpack_q6_k(const uint8_t* block, float* out) {
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  typedef uint16_t Pairs __attribute__((vector_size(16)));
+  typedef float Floats __attribute__((vector_size(64)));
   const float d = half_at(block + 208);
   float scales[16];
   for (int i = 0; i < 16; i++) scales[i] = d * static_cast<float>(static_cast<int8_t>(block[192 + i]));
@@ -87,14 +90,12 @@ inline void unpack_q6_k(const uint8_t* block, float* out) {
     const uint8_t* high = block + 128 + part / 4 * 32;
     const int nibble = part % 4 / 2 * 4, pair = part % 4 * 2;
     for (int half = 0; half < 2; half++) {
-      uint8_t l[16], h[16];  // copies, which nothing written can change
-      float values[16];
-      std::memcpy(l, low + 16 * half, 16);
-      std::memcpy(h, high + 16 * half, 16);
-      const float scale = scales[2 * part + half];
-      for (int i = 0; i < 16; i++)
-        values[i] = scale * static_cast<float>(((l[i] >> nibble & 15) | (h[i] >> pair & 3) << 4) - 32);
-      std::memcpy(out + 32 * part + 16 * half, values, sizeof values);
+      Pairs l, h;  // of bytes: what a shift brings in from the neighbour is masked
+      std::memcpy(&l, low + 16 * half, 16);
+      std::memcpy(&h, high + 16 * half, 16);
+      const Bytes q = reinterpret_cast<Bytes>(((l >> nibble) & 0x0f0f) | (((h >> pair) & 0x0303) << 4));
+      const Floats values = scales[2 * part + half] * (__builtin_convertvector(q, Floats) - 32.0f);
+      std::memcpy(out + 32 * part + 16 * half, &values, sizeof values);
     }
   }
 }

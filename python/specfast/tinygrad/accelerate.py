@@ -15,7 +15,8 @@ from .. import _core
 from ..checkpoint import check_precision
 from ..errors import ConfigurationError, ShapeError, SpecfastError, UnsupportedModelError
 from . import private
-from .weights import NativeWeights, Seams, native_weights
+from .metal import MetalPath
+from .weights import NativeWeights, Seams, native_weights, on_metal, read_seams
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class Report:
     """What runs when a model is called.
 
     Attributes:
-        path: "graph" (a native program in tinygrad's graph, one for the whole forward pass), "public" (the same beside the
+        path: "graph" (native programs in tinygrad's graph: on the CPU one for the whole forward pass), "public" (the same beside the
             graph, through tinygrad's public API) or "stock" (tinygrad's own layers).
         reason: why the path is not "graph"; "" if it is.
         precision: of the activations on the native path.
-        isa: the instruction set of its kernels.
+        isa: the instruction set of its kernels; "metal" on a GPU.
         weight_bytes: bytes of weights a pass reads.
         weights: how many parameters are held how: "file blocks" and "in place" (where tinygrad has them), "realised" (the
             same, once tinygrad had computed them) or "copied".
-        native_calls: passes that ran natively, replayed ones included.
+        native_calls: passes that ran natively, replayed ones included; on METAL those that were put into a graph.
         problem: why the last pass gave NaN; "" if it did not.
     """
 
@@ -93,8 +94,9 @@ class _Path:
             self._of_caches[key] = (weakref.ref(caches[0]), _Sequence(self.native))
         return self._of_caches[key][1]
 
-    def logits(self, sequence: _Sequence, tokens: Tensor, start_pos: Any, *, last: bool) -> Tensor:
+    def logits(self, tokens: Tensor, start_pos: Any, *, last: bool, sequence: _Sequence | None = None) -> Tensor:
         """Logits (M, vocab) float32 of tokens (1, M), or (1, vocab) of the last; the rest of the cache is dropped first."""
+        sequence = sequence or self.sequence
         self._require_unchanged()
         if len(tokens.shape) != 2 or tokens.shape[0] != 1:
             raise ShapeError(
@@ -146,7 +148,7 @@ class _Path:
 class _Accelerator:
     """What is kept beside an accelerated model, apart from its own attributes, where tinygrad looks for parameters."""
 
-    path: _Path | None
+    path: _Path | MetalPath | None
     reason: str = ""
     jits: tuple[Any, ...] = ()
 
@@ -156,6 +158,8 @@ _accelerators: weakref.WeakKeyDictionary[Any, _Accelerator] = weakref.WeakKeyDic
 
 def accelerate(model: Any, precision: str | None = None) -> Any:
     """Makes a tinygrad model's forward pass one native call on the CPU, on the weights where tinygrad holds them.
+
+    On METAL it becomes the launches of specfast's Metal kernels, each a node of the graph; see MetalPath for what differs.
 
     The call is a node of tinygrad's graph: lazy, captured and replayed by TinyJit, with the start position, and where it
     is symbolic the number of tokens, as variables; `model(tokens, start_pos, ...)`, `model.generate` and exo's calls work as
@@ -179,11 +183,12 @@ def accelerate(model: Any, precision: str | None = None) -> Any:
     check_precision(precision)
     restore(model)
     try:
-        weights, seams = native_weights(model, precision)
+        seams = read_seams(model)
+        path = MetalPath(seams, precision) if on_metal(seams) else _Path(native_weights(model, seams, precision), seams)
     except SpecfastError as error:
         _accelerators[model] = _Accelerator(None, str(error))
         return model
-    accelerator = _accelerators[model] = _Accelerator(_Path(weights, seams), private.graph_problem())
+    accelerator = _accelerators[model] = _Accelerator(path, private.graph_problem())
     stock: Any = type(model)
     model.__class__ = _accelerated(stock, _LlmModel if seams.kind == "llm" else _ExoModel)
     if seams.kind == "llm":
@@ -213,6 +218,8 @@ def report(model: Any) -> Report:
     path = accelerator.path
     if path is None:
         return Report("stock", accelerator.reason)
+    if isinstance(path, MetalPath):
+        return Report("graph", "", path.activations, "metal", path.weight_bytes, dict(path.held), path.native_calls())
     return Report(
         "graph" if path.graphs else "public",
         accelerator.reason,
@@ -228,7 +235,8 @@ def report(model: Any) -> Report:
 def native_model_of(model: Any) -> _core.Model | None:
     """The native model behind an accelerated one; None where tinygrad's layers run."""
     accelerator = _accelerators.get(model)
-    return accelerator.path.native if accelerator and accelerator.path else None
+    path = accelerator.path if accelerator else None
+    return path.native if isinstance(path, _Path) else None
 
 
 def logits(model: Any, tokens: Tensor, start_pos: Any) -> Tensor:
@@ -243,7 +251,7 @@ def logits(model: Any, tokens: Tensor, start_pos: Any) -> Tensor:
         UnsupportedModelError: a model that is not accelerated.
     """
     path = _path(model)
-    return path.logits(path.sequence, tokens, start_pos, last=False).unsqueeze(0)
+    return path.logits(tokens, start_pos, last=False).unsqueeze(0)
 
 
 def cached_keys_values(model: Any, layer: int) -> tuple[Tensor, Tensor]:
@@ -253,7 +261,10 @@ def cached_keys_values(model: Any, layer: int) -> tuple[Tensor, Tensor]:
     Raises:
         UnsupportedModelError: a model that is not accelerated.
     """
-    cache = _path(model).sequence.cache
+    path = _path(model)
+    if isinstance(path, MetalPath):
+        return path.cached(layer)
+    cache = path.sequence.cache
 
     def tensor(rows: Any) -> Tensor:
         made = Tensor(rows, device="CPU")
@@ -262,7 +273,7 @@ def cached_keys_values(model: Any, layer: int) -> tuple[Tensor, Tensor]:
     return tensor(cache.keys(layer)), tensor(cache.values(layer))
 
 
-def _path(model: Any) -> _Path:
+def _path(model: Any) -> _Path | MetalPath:
     accelerator = _accelerators.get(model)
     if accelerator is None or accelerator.path is None:
         raise UnsupportedModelError(f"the model is not accelerated: {report(model).reason}")
@@ -278,8 +289,8 @@ class _LlmModel(_Accelerated):
 
     def forward(self, tokens: Tensor, start_pos: Any, temperature: Tensor) -> Tensor:
         path = _path(self)
-        scores = path.logits(path.sequence, tokens, start_pos, last=True) / temperature.maximum(1e-12)
-        gumbel = -((-Tensor.rand(*scores.shape, device="CPU").maximum(1e-12).log()).log())
+        scores = path.logits(tokens, start_pos, last=True) / temperature.maximum(1e-12)
+        gumbel = -((-Tensor.rand(*scores.shape, device=scores.device).maximum(1e-12).log()).log())
         return (scores + gumbel).argmax(-1, keepdim=True)
 
     def __call__(self, tokens: Tensor, start_pos: Any, temperature: Tensor) -> Any:
@@ -295,7 +306,8 @@ class _ExoModel(_Accelerated):
 
     def __call__(self, x: Tensor, start_pos: Any, cache: Any = None) -> Tensor:
         path = _path(self)
-        return path.logits(path.sequence_of(cache), x, start_pos, last=False).unsqueeze(0)
+        assert isinstance(path, _Path)
+        return path.logits(x, start_pos, last=False, sequence=path.sequence_of(cache)).unsqueeze(0)
 
 
 @functools.cache

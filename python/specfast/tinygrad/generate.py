@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import warnings
 from collections.abc import Collection, Sequence
@@ -24,7 +25,7 @@ from ..sampling import SamplingParams
 from ..targets import NativeTarget, Target
 from ..text import TextStream
 from . import private
-from .accelerate import accelerate, native_model_of, report
+from .accelerate import accelerate, logits, native_model_of, report
 from .host import Forward, HostTarget, own_forward
 
 MOST_DRAFTED = 20
@@ -119,6 +120,8 @@ def stream_generate(
     native = None if forward is not None else _native(model)
     if native is None and forward is None:
         forward, vocab, max_context = own_forward(model)
+        if report(model).path == "graph":  # on an Apple GPU: no native model, but a graph of native launches
+            forward = functools.partial(logits, model)
     size = native.vocab if native is not None else vocab
     capacity = native.max_context if native is not None else max_context
     if size is None or capacity is None:
@@ -183,7 +186,9 @@ def _drafter_name(drafter: str | None, draft_model: Any, early_exit: int | str |
 
 
 def _native(model: Any) -> _core.Model | None:
-    return native_model_of(model) or native_model_of(accelerate(model))
+    if report(model).path == "stock":
+        accelerate(model)
+    return native_model_of(model)
 
 
 def _drafter(

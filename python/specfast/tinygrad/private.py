@@ -182,6 +182,14 @@ def is_realized(tensor: Tensor) -> bool:
     return bool(tensor.uop.is_realized) and tensor.uop.contiguous_view() is not None
 
 
+def is_unpacked(tensor: Tensor) -> bool:
+    """Whether a lazy tensor is computed from a file's quantised blocks, not only moved or cast."""
+    from tinygrad.uop.ops import Ops  # noqa: PLC0415
+
+    nodes = tensor.uop.toposort()
+    return any(node.op is Ops.MUL for node in nodes) and any(node.dtype == dtypes.uint8 for node in nodes)
+
+
 def file_part(tensor: Tensor) -> tuple[Tensor, int] | None:
     """The realised bytes that a lazy tensor is computed from, all of them, and where in these its part begins; None if it is
     computed from anything else."""

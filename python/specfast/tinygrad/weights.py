@@ -208,7 +208,12 @@ def _frequencies(table: Tensor) -> npt.NDArray[np.float64]:
     return found
 
 
-def native_weights(model: Any, precision: str | None) -> tuple[NativeWeights, Seams]:
+def on_metal(seams: Seams) -> bool:
+    """Whether a model's weights are on an Apple GPU."""
+    return {str(weight.tensor.device).split(":")[0] for weight in seams.weights} == {"METAL"}
+
+
+def native_weights(model: Any, seams: Seams, precision: str | None) -> NativeWeights:
     """A native model over the memory of a model's tensors, which is kept for as long as the native model lives.
 
     Tensors that tinygrad would unpack from a GGUF file in every step are read as the file's blocks, where tinygrad holds the
@@ -217,12 +222,11 @@ def native_weights(model: Any, precision: str | None) -> tuple[NativeWeights, Se
     Raises:
         UnsupportedModelError, ModelFormatError, ShapeError: an architecture, a device or a format without a native form.
     """
-    seams = read_seams(model)
     source = f"{type(model).__module__}.{type(model).__name__}"
     devices = {str(weight.tensor.device).split(":")[0] for weight in seams.weights}
     if not devices <= {"CPU", "CLANG", "LLVM"}:
         raise UnsupportedModelError(
-            f"{source} is on {', '.join(sorted(devices))}; supported: weights on the CPU (DEV=CPU, or .to('CPU'))"
+            f"{source} is on {', '.join(sorted(devices))}; supported: weights on the CPU (DEV=CPU, or .to('CPU')), or all on METAL"
         )
     reader = _Reader(seams.config, in_place=not private.graph_problem())
     tensors = {weight.name: reader.read(weight) for weight in seams.weights}
@@ -232,7 +236,7 @@ def native_weights(model: Any, precision: str | None) -> tuple[NativeWeights, Se
     native = build_model(
         source, seams.config, tensors, precision=precision, max_context=seams.config.max_context, rope_pairs=pairs
     )
-    return NativeWeights(native, reader.held), seams
+    return NativeWeights(native, reader.held)
 
 
 class _Reader:
