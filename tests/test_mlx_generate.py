@@ -172,7 +172,7 @@ def test_every_drafter_leaves_the_text_alone(pair, options):
     responses = list(stream)
     assert seen(responses) == seen(expected)
     stats = stream.stats
-    assert stats["path"] == "native"
+    assert stats["path"] in ("native", "primitives")
     assert stats["precision"] == report(target).precision
     assert stats["tokens"] == 48
     assert responses[-1].acceptance == stats["acceptance_rate"]
