@@ -10,7 +10,7 @@ pytest.importorskip("mlx_lm")
 from exo_home import SPECIAL, deep_decoder, drafting
 from exo_session import DRAFT, GREEDY, OTHER, TARGET, Reference, Session, fake_exo, is_home, repository
 from specfast import ContextFullError
-from specfast.exo import mlx_engine
+from specfast.exo import hosts
 from specfast.exo.models import ENGINE_CLASSES
 from tiny_directories import byte_level
 
@@ -88,7 +88,7 @@ def test_a_prompt_too_long_is_an_error(home):
 
 
 def test_without_mlx_its_checkpoints_run_natively(home, monkeypatch, capfd):
-    monkeypatch.setattr(mlx_engine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
     session = Session({**PAIR, **GREEDY})
     assert "native, from mlx's checkpoints" in capfd.readouterr().err
     assert asyncio.run(session.ask(TEXTS[0])) == plain(home, TEXTS[0], **GREEDY)

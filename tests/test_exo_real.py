@@ -52,6 +52,38 @@ mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.p
 (folder / "config.json").write_text(json.dumps(config))
 """
 
+TINYGRAD = """
+import asyncio, json, sys
+from pathlib import Path
+from exo.api.chatgpt_api import Message, build_prompt
+from exo.inference.shard import Shard
+from exo.inference.tinygrad import inference
+from exo.download.new_shard_download import new_shard_downloader
+from exo.inference.tokenizers import resolve_tokenizer
+folder, prompt, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+config = json.loads((folder / "config.json").read_text())
+inference.MODEL_PARAMS["8B"]["args"] = dict(
+    dim=config["hidden_size"], n_heads=config["num_attention_heads"], n_kv_heads=config["num_key_value_heads"],
+    n_layers=config["num_hidden_layers"], norm_eps=config["rms_norm_eps"], rope_theta=config["rope_theta"],
+    vocab_size=config["vocab_size"], hidden_dim=config["intermediate_size"])
+class Normed(inference.TransformerShard):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if sys.argv[4] == "normed": self.post = lambda x: self.output(self.norm(x))
+inference.TransformerShard = Normed
+async def main():
+    engine = inference.TinygradDynamicShardInferenceEngine(new_shard_downloader())
+    shard, found = Shard("llama-3.1-8b", 0, 31, 32), []
+    tokenizer = await resolve_tokenizer(folder)
+    pending = (await engine.encode(shard, build_prompt(tokenizer, [Message("user", prompt)]))).reshape(1, -1)
+    while len(found) < count:
+        rows, _ = await engine.infer_tensor("one", shard, pending)
+        found.append(int(rows[0, -1].argmax()))
+        pending = rows[:, -1].argmax(-1).reshape(1, 1)
+    print("ids", json.dumps(found))
+asyncio.run(main())
+"""
+
 
 def free_port():
     with socket.socket() as probe:
@@ -201,6 +233,45 @@ def test_run_gives_the_ids_of_exos_own_engine(exo, plain, arguments):
     assert made == len(tokens) > 1.2 * in_passes
     assert "fallback: none" in printed
     assert "nanobind" not in printed
+
+
+HOSTS = ["native", "mlx", "tinygrad"]
+
+
+@pytest.fixture(scope="module")
+def on_tinygrad(exo):
+    """The same target and draft where exo has tinygrad's checkpoints."""
+    target = deep_decoder(32)
+    exo.files.add("mlabonne/Meta-Llama-3.1-8B-Instruct-abliterated", target, max_context=2048)
+    exo.files.add("unsloth/Llama-3.2-3B-Instruct", drafting(target, noise=0.3), max_context=2048)
+    return exo
+
+
+@pytest.mark.parametrize("draft", HOSTS)
+@pytest.mark.parametrize("target", HOSTS)
+def test_every_pair_of_hosts_gives_the_ids_of_exos_own_engine(on_tinygrad, plain, target, draft):
+    tokens, printed = on_tinygrad.run(
+        *RUNS["llama"], "--inference-engine", "speculative", "--prompt", PROMPT, "--speculative-temperature", "0",
+        "--speculative-gamma", "4", "--speculative-target-engine", target, "--speculative-draft-engine", draft,
+    )  # fmt: skip
+    assert tokens == plain["llama-3.1-8b"]
+    made, in_passes = passes(printed)
+    assert made == len(tokens) > 1.2 * in_passes
+    assert f", engine {target}" in printed
+    assert "runs in specfast's own decoder" not in printed
+    assert (f"on the {target} host" in printed) == (target != "native")
+
+
+@pytest.mark.parametrize("norm", ["normed", "as it is"])
+def test_exos_own_tinygrad_shard_has_the_same_ids_once_its_norm_is_applied(on_tinygrad, plain, norm):
+    folder = on_tinygrad.files.folder("mlabonne/Meta-Llama-3.1-8B-Instruct-abliterated")
+    command = [PYTHON, "-c", TINYGRAD, str(folder), PROMPT, str(TOKENS), norm]
+    done = subprocess.run(
+        command, env=on_tinygrad.environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(re.search(r"^ids (.*)$", done.stdout, re.MULTILINE)[1])
+    assert (found == plain["llama-3.1-8b"]) == (norm == "normed")
 
 
 def test_run_as_the_document_has_it(exo):

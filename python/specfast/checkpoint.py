@@ -101,6 +101,23 @@ def _in_range(name: str, layers: range, names: Collection[str], total: int) -> b
     return last
 
 
+def _named_files(directory: Path, layers: range | None, total: int) -> list[Path] | None:
+    """The files that the index names for layers; None without an index."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(v, str) and "/" not in v for v in names.values()):
+        raise ModelFormatError(f"{index}: 'weight_map' is not a map from tensors to files; download it again")
+    needed = [file for name, file in names.items() if layers is None or _in_range(name, layers, names, total)]
+    return [directory / name for name in sorted(set(needed))]
+
+
+def missing_files(directory: Path, layers: range, total: int) -> list[str]:
+    """Names of the files that a range of a model's `total` layers needs and a directory lacks; raises as `open_weights`."""
+    return [file.name for file in _named_files(directory, layers, total) or () if not file.is_file()]
+
+
 def open_weights(directory: Path, layers: range | None = None, total: int = 0) -> dict[str, TensorView]:
     """All tensors of a directory's *.safetensors files, single or sharded.
 
@@ -111,13 +128,9 @@ def open_weights(directory: Path, layers: range | None = None, total: int = 0) -
         ModelFormatError: no weights, a shard the index names is missing, a file is damaged, or a name occurs twice.
         UnsupportedModelError: the directory has only pickled or GGUF weights.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(v, str) and "/" not in v for v in names.values()):
-            raise ModelFormatError(f"{index}: 'weight_map' is not a map from tensors to files; download it again")
-        needed = [file for name, file in names.items() if layers is None or _in_range(name, layers, names, total)]
-        files = [directory / name for name in sorted(set(needed))]
+    named = _named_files(directory, layers, total)
+    if named is not None:
+        files = named
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelFormatError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import _core, hub
-from .checkpoint import check_isa
+from .checkpoint import check_isa, load_model
 from .config import NO_DRAFT, ResolvedConfig, SpeculativeConfig, resolve_config
 from .context import Context
 from .controllers import AutoGamma, FixedGamma
@@ -18,7 +18,7 @@ from .errors import ConfigurationError, ContextFullError
 from .generation import Generation, Result, Terms
 from .measurements import Measurements
 from .measurements_file import load_measurements, measurements_path, save_measurements
-from .models import ModelPair, Notify, Prompt, Resolve, check_prompt, print_notice
+from .models import LoadModel, ModelPair, Notify, Prompt, Resolve, check_prompt, print_notice
 from .sampling import Mask, SamplingParams
 from .stats import SpeculationStats
 from .targets import MakeTarget, NativeTarget, Progress
@@ -42,6 +42,7 @@ class Engine:
         kv_bits: of keys and values, 8 or 16; None is 16 (f32 with f32 activations).
         layers: only these of the target's layers are run here; `make_target` has the others run elsewhere.
         make_target: makes a request's target, from what NativeTarget takes.
+        load_target, load_draft: load a model's directory, from what `checkpoint.load_model` takes.
 
     Raises:
         ConfigurationError: something this version cannot do, a context below 1, or a kernel table that cannot be used.
@@ -58,6 +59,8 @@ class Engine:
         kv_bits: int | None = None,
         layers: range | None = None,
         make_target: MakeTarget = NativeTarget,
+        load_target: LoadModel = load_model,
+        load_draft: LoadModel = load_model,
     ) -> None:
         self.resolved = resolved or resolve_config()
         self.config.require_available()
@@ -72,6 +75,7 @@ class Engine:
         self._resolve = resolve or hub.resolve
         self._kv_bits = kv_bits
         self.layers, self._make_target = layers, make_target
+        self._load_target, self._load_draft = load_target, load_draft
         self._pair: ModelPair | None = None
         self._said: set[str] = set()
         self._measured: dict[Path | None, Measurements] = {}
@@ -117,6 +121,8 @@ class Engine:
             self._resolve,
             self._kv_bits,
             self.layers,
+            self._load_target,
+            self._load_draft,
         )
         asked, started = _core.num_threads(), _core.start_threads()
         if started < asked:

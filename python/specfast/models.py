@@ -21,6 +21,7 @@ from .families import explain_suggestion, parameters, ranked_drafts, suggested_d
 from .tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
+LoadModel = Callable[..., LoadedModel]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 EMPTY_PROMPT = "the prompt has 0 tokens; give some text, or at least one token id"
 
@@ -110,11 +111,13 @@ class ModelPair:
         resolve: Resolve,
         kv_bits: int | None = None,
         layers: range | None = None,
+        load_target: LoadModel = load_model,
+        load_draft: LoadModel = load_model,
     ) -> ModelPair:
         """Finds and loads what a configuration names; a draft that does not fit is refused with a warning.
 
         The draft's weights are fetched only once its tokens are known to be the target's. With `layers` the target is a
-        range of its layers.
+        range of its layers. `load_target` and `load_draft` take what `load_model` does.
 
         Raises:
             ModelFormatError, UnsupportedModelError, DownloadError: a model that cannot be had.
@@ -124,14 +127,14 @@ class ModelPair:
         early_exit = None if config.disabled else config.early_exit
         if early_exit is not None:
             require_exit(early_exit, model_config(directory).layers, _target_name(config))
-        target = load_model(
+        target = load_target(
             directory, precision=precision, isa=isa, max_context=max_context, kv_bits=kv_bits, layers=layers
         )
         tokenizer = Tokenizer(directory)
         choice = choose_draft(config, directory, notify, resolve)
         draft = None
         if choice.directory:
-            draft = load_model(choice.directory, isa=isa, precision=_draft_precision(precision), kv_bits=kv_bits)
+            draft = load_draft(choice.directory, isa=isa, precision=_draft_precision(precision), kv_bits=kv_bits)
             if layers is None and draft.model.weight_bytes >= target.model.weight_bytes:
                 notify(
                     f"check that the draft model is actually smaller: {choice.name} has {draft.model.weight_bytes / 1e6:.0f} MB "

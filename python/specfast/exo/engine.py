@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..config import ResolvedConfig
 from ..errors import ConfigurationError
-from .mlx_engine import asks_for_mlx
+from .hosts import host_of
 from .models import model_cards, register_models
 from .options import unknown_model, without_engines
 from .requests import CALLER, MOST_CACHED, Caller, Request, Requests
@@ -70,11 +70,13 @@ class SpeculativeEngine:
     def describe(self) -> str:
         """The start-up line: every effective value and where it came from."""
         config = self.resolved.config
-        engine = "native"
-        if config.target_engine not in (None, "native"):
-            engine = "mlx" if asks_for_mlx(self.resolved) else f"native, from {config.target_engine}'s checkpoints"
-        if config.draft_engine not in (None, "native", config.target_engine):
-            engine += f", drafts from {config.draft_engine}'s"
+        target, draft = host_of(self.resolved, "target"), host_of(self.resolved, "draft")
+        engine = target
+        if target == "native" and config.target_engine not in (None, "native"):
+            engine = f"native, from {config.target_engine}'s checkpoints"
+        checkpoints = config.draft_engine not in (None, "native", config.target_engine)
+        if draft != target or checkpoints:
+            engine += f", drafts {draft}" + (f" from {config.draft_engine}'s" if checkpoints else "")
         automatic = "by auto-config" if config.auto_config and not config.disabled else "none"
         unset = "combined with a draft, else suffix"
         if config.early_exit is not None and not config.disabled:

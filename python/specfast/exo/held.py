@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..checkpoint import load_model, weight_bytes
+from ..checkpoint import load_model, missing_files, weight_bytes
 from ..errors import RingError
 from ..models import free_bytes
 from .contract import CLASS_NAME
@@ -128,13 +128,28 @@ class HeldLayers:
         name = lap.model, layers, lap.precision
         async with self._loading:
             if name not in self._models:
-                shard = importlib.import_module("exo.inference.shard").Shard(
-                    lap.model, stop.first, stop.last, lap.layers
-                )
-                path = Path(await self._downloader.ensure_shard(shard, CLASS_NAME))
+                path = await self._fetch(lap.model, layers, lap.layers)
                 self._models.clear()  # those of requests under way stay with these
                 self._models[name] = await self._compute(_load, path, layers, lap)
             return self._models[name]
+
+    async def _fetch(self, model: str, layers: range, total: int) -> Path:
+        """The directory with the weights of layers. exo fetches the files of these layers alone, but where the embedding is the head
+        too the last ones need its file, which comes with the first layer's.
+
+        Raises:
+            RingError: files that exo did not fetch.
+        """
+        make = importlib.import_module("exo.inference.shard").Shard
+        path = Path(await self._downloader.ensure_shard(make(model, layers.start, layers.stop - 1, total), CLASS_NAME))
+        if missing_files(path, layers, total):
+            path = Path(await self._downloader.ensure_shard(make(model, 0, 0, total), CLASS_NAME))
+        if missing := missing_files(path, layers, total):
+            raise RingError(
+                f"layers {layers.start} to {layers.stop - 1} of {model} need {', '.join(missing[:3])}, which exo did not fetch "
+                f"into {path}; put it there, or run the model on one node once, which fetches all files"
+            )
+        return path
 
 
 def _load(path: Path, layers: range, lap: Lap) -> _core.Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +17,7 @@ from ..errors import ContextFullError, ModelFormatError
 from ..generation import Generation
 from ..models import check_prompt, choose_draft
 from ..targets import Progress
-
-
-def asks_for_mlx(resolved: ResolvedConfig) -> bool:
-    """Whether the MLX host is to run a model: its engine was typed, and it is installed."""
-    typed = resolved.sources["target_engine"] == "typed" and resolved.config.target_engine == "mlx"
-    return typed and all(importlib.util.find_spec(name) for name in ("mlx", "mlx_lm"))
+from .hosts import Host
 
 
 @dataclass(frozen=True)
@@ -69,17 +64,26 @@ class MlxModel:
 
 @dataclass(frozen=True)
 class MlxPair:
-    """A target and its draft, with what exo is told of them; see ModelPair."""
+    """A target and its draft, mlx-lm's or a native model, with what exo is told of them; see ModelPair."""
 
     target: MlxModel
-    draft: MlxModel | None
+    draft: Any
     draft_name: str | None
     compatibility: Status
     early_exit: EarlyExit
 
 
 class MlxEngine(Engine):
-    """specfast.Engine for requests of token ids, on models of mlx-lm's. Everything in one thread, where MLX has its streams."""
+    """specfast.Engine for requests of token ids, on a target of mlx-lm's. Everything in one thread, where MLX has its streams.
+
+    Args:
+        draft: where drafts run; "mlx" is a model of mlx-lm's, whose rounds MLX evaluates with the target's.
+        options: of Engine.
+    """
+
+    def __init__(self, resolved: ResolvedConfig, draft: Host, **options: Any) -> None:
+        super().__init__(resolved, **options)
+        self._draft_host = draft
 
     @property
     def max_context(self) -> int:
@@ -99,7 +103,10 @@ class MlxEngine(Engine):
         assert config.target_model is not None
         directory = self._resolve(config.target_model)
         choice = choose_draft(config, directory, self._say_once, self._resolve)
-        draft = MlxModel.load(choice.directory) if choice.directory else None
+        draft: Any = None
+        if choice.directory:
+            on_mlx = self._draft_host.name == "mlx"
+            draft = MlxModel.load(choice.directory).module if on_mlx else self._draft_host.load(choice.directory).model
         early_exit = None if config.disabled else config.early_exit
         name = choice.name if early_exit is None else f"early exit {early_exit}"
         return MlxPair(MlxModel.load(directory), draft, name, choice.status, early_exit)
@@ -146,7 +153,7 @@ class MlxEngine(Engine):
             seed=secrets.randbits(53) if seed is None else seed,
             prompt_progress_callback=progress,
         )
-        draft = pair.draft.module if pair.draft and name in ("model", "combined") else None
+        draft = pair.draft if name in ("model", "combined") else None
         limit = min(max_tokens, self.max_context - len(tokens))
         found = requests.begin(pair.target.module, draft, tokens, limit, pair.target.eos_ids, options).generation
         assert isinstance(found, Generation)

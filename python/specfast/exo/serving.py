@@ -21,7 +21,8 @@ from ..stats import SpeculationStats
 from ..targets import MakeTarget
 from .contract import CLASS_NAME
 from .held import layers_of, require_memory
-from .mlx_engine import MlxEngine, asks_for_mlx
+from .hosts import Host, host_of
+from .mlx_engine import MlxEngine
 from .models import ENGINE_CLASSES, ExoModels
 from .options import without_engines
 from .requests import Request, why_plain
@@ -48,6 +49,7 @@ class ServedModel:
         compatibility: of its draft.
         hinted: whether the hint at low acceptance was given.
         resolved: the configuration it was loaded for.
+        target, draft: where they run, on a host of specfast's.
     """
 
     shard: Any
@@ -59,6 +61,8 @@ class ServedModel:
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     hinted: bool = False
     resolved: ResolvedConfig | None = None
+    target: str = "native"
+    draft: str = "native"
 
     def serves(self, shard: Any, resolved: ResolvedConfig, *, ring: bool) -> bool:
         """Whether it is what a shard needs: whole models go on when options change, parts follow their ring's."""
@@ -76,8 +80,9 @@ class ServedModel:
         """Its draft, whether that fits, and the counters."""
         pair = self.engine.pair if self.engine else None
         return {
-            "engine": "mlx" if isinstance(self.engine, MlxEngine) else "native" if pair else "exo",
+            "engine": self.target if pair else "exo",
             "draft": pair.draft_name if pair else None,
+            "draft_engine": self.draft if pair and pair.draft else None,
             "compatibility": self.compatibility,
             "fallback": self.why_plain,
             **self.stats.as_dict(),
@@ -155,14 +160,10 @@ class ServedModels:
         self._paths[shard.model_id] = path
         config = _config_of(shard.model_id, resolved)
         locate = ExoModels(self._downloader, _draft_engine(resolved), asyncio.get_running_loop(), self._paths)
-        own = asks_for_mlx(resolved) and make_target is None
-        native = (MlxEngine if own else Engine)(config, notify=self.say_once, resolve=locate)
-        if make_target is not None:
-            layers = layers_of(shard)
-            native = Engine(config, notify=self.say_once, resolve=locate, layers=layers, make_target=make_target)
+        native, target, draft_host = self._engine(config, resolved, locate, shard, make_target)
         try:
             if make_target is not None:
-                await self._compute(_require_memory, config.config, path, layers)
+                await self._compute(_require_memory, config.config, path, layers_of(shard))
             pair = await self._compute(lambda: native.pair)
         except UnsupportedModelError as error:
             choice = await self._compute(choose_draft, config.config, path, self.say_once, locate.metadata)
@@ -172,9 +173,35 @@ class ServedModels:
         exact = config.config.lossless or native.drafter == "none"
         lossless = "lossless" if exact else "not lossless: lenience above 1"
         where = "" if is_whole(shard) else f" in a ring, layers {shard.start_layer} to {shard.end_layer} here"
+        where += f" on the {target.name} host" if target.name != "native" else ""
+        if pair.draft and draft_host.name != target.name:
+            draft += " on the " + ("native decoder" if draft_host.name == "native" else f"{draft_host.name} host")
         say(f"{shard.model_id}{where}: {draft}, {native.precision} activations, {lossless}")
         tokenizer = await importlib.import_module("exo.inference.tokenizers").resolve_tokenizer(path)
-        return ServedModel(shard, tokenizer, native, compatibility=pair.compatibility, resolved=resolved)
+        return ServedModel(
+            shard, tokenizer, native, compatibility=pair.compatibility, resolved=resolved, target=target.name,
+            draft=draft_host.name,
+        )  # fmt: skip
+
+    def _engine(
+        self,
+        config: ResolvedConfig,
+        resolved: ResolvedConfig,
+        locate: ExoModels,
+        shard: Any,
+        make_target: MakeTarget | None,
+    ) -> tuple[Engine, Host, Host]:
+        """The engine of a model, and where its target and its draft are to run: in rings natively."""
+        if make_target is not None:
+            engine = Engine(
+                config, notify=self.say_once, resolve=locate, layers=layers_of(shard), make_target=make_target
+            )
+            return engine, Host("native", self.say_once), Host("native", self.say_once)
+        target, draft = (Host(host_of(resolved, role), self.say_once) for role in ("target", "draft"))
+        if target.name == "mlx":
+            return MlxEngine(config, draft, notify=self.say_once, resolve=locate), target, draft
+        engine = Engine(config, notify=self.say_once, resolve=locate, load_target=target.load, load_draft=draft.load)
+        return engine, target, draft
 
     async def _load_host(
         self, shard: Any, engine: str | None, reason: str, compatibility: Status = "unknown"

@@ -124,7 +124,7 @@ class Options:
             seed=secrets.randbits(53) if self.seed is None else self.seed,
         )
 
-    def drafter_name(self, draft_model: nn.Module | None) -> str:
+    def drafter_name(self, draft_model: nn.Module | _core.Model | None) -> str:
         """Who drafts.
 
         Raises:
@@ -176,7 +176,7 @@ class Request:
 
 def begin(
     model: nn.Module,
-    draft_model: nn.Module | None,
+    draft_model: nn.Module | _core.Model | None,
     tokens: list[int],
     max_tokens: int,
     ends: Collection[int],
@@ -189,6 +189,7 @@ def begin(
     which on an accelerated model is a native one too.
 
     Args:
+        draft_model: mlx-lm's, or a native one.
         tokens: of the prompt, at least one.
         max_tokens: most tokens to generate; -1 for no limit.
         ends: tokens that end the text.
@@ -257,7 +258,7 @@ class _Plan:
         return self.drafter in ("model", "combined")
 
     @classmethod
-    def of(cls, model: nn.Module, draft_model: nn.Module | None, options: Options) -> _Plan:
+    def of(cls, model: nn.Module, draft_model: nn.Module | _core.Model | None, options: Options) -> _Plan:
         """Raises ConfigurationError or UnsupportedModelError for what cannot be."""
         sampling, name = options.sampling(), options.drafter_name(draft_model)
         native = _native(model)
@@ -292,7 +293,7 @@ class _Plan:
 _Parts = tuple[HostTarget | NativeTarget, Drafter, Callable[[Sequence[int]], None]]
 
 
-def _own(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, options: Options) -> _Parts:
+def _own(plan: _Plan, model: nn.Module, draft_model: nn.Module | _core.Model | None, options: Options) -> _Parts:
     """Target and drafter whose rounds are native calls."""
     del model, draft_model
     native, draws = plan.native, plan.draws
@@ -311,7 +312,7 @@ def _own(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, options: 
     return target, _combined(plan, ModelDrafter(plan.native_draft, law, seed, capacity, rule)), _leave
 
 
-def _hosted(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, options: Options) -> _Parts:
+def _hosted(plan: _Plan, model: nn.Module, draft_model: nn.Module | _core.Model | None, options: Options) -> _Parts:
     """Target and drafter over the models' own calls, with mlx-lm's caches."""
     quantising = Quantising(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
     given, step = options.prompt_cache, options.prefill_step_size
@@ -328,6 +329,10 @@ def _hosted(plan: _Plan, model: nn.Module, draft_model: nn.Module | None, option
             model_drafter: Drafter = ModelDrafter(plan.native_draft, *draws)
             drafter = _combined(plan, model_drafter)
         else:
+            if isinstance(draft_model, _core.Model):
+                raise ConfigurationError(
+                    "a native draft model takes no logits_processors, sampler or prompt_cache; give one of mlx-lm's"
+                )
             reading = CacheSequence(draft_model, theirs or make_prompt_cache(draft_model), quantising)
             host_drafter = HostDrafter(reading, plan.draws, step, plan.vocab)
             drafter = _combined(plan, host_drafter)
@@ -395,7 +400,9 @@ def _path(model: nn.Module, plan: _Plan) -> str:
     return "native" if plan.own else "host" if found == "stock" else found
 
 
-def _native(model: nn.Module) -> _core.Model | None:
+def _native(model: nn.Module | _core.Model) -> _core.Model | None:
+    if isinstance(model, _core.Model):
+        return model
     return native_model_of(model) or native_model_of(accelerate(model))
 
 

@@ -36,7 +36,7 @@ _LLM = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_EXO = {
+EXO_NAMES = {
     "attention_norm": "input_layernorm",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -115,7 +115,8 @@ def read_seams(model: Any) -> Seams:
     source = f"{type(model).__module__}.{type(model).__name__}"
     if all(hasattr(model, name) for name in ("blk", "token_embd", "output_norm", "output")):
         return _llm_seams(source, model)
-    if all(hasattr(model, name) for name in ("layers", "tok_embeddings", "norm", "output", "freqs_cis")):
+    turning = hasattr(model, "inv_freq") or hasattr(model, "freqs_cis")
+    if turning and all(hasattr(model, name) for name in ("layers", "tok_embeddings", "norm", "output")):
         return _exo_seams(source, model)
     raise _unsupported(source, "no layers known here")
 
@@ -167,13 +168,15 @@ def _exo_seams(source: str, model: Any) -> Seams:
         Weight("lm_head.weight", "output.weight", model.output, "weight"),
     ]
     for i, layer in enumerate(model.layers):
-        weights += _parameters(f"model.layers.{i}.", f"layers.{i}.", layer, _EXO)
+        weights += _parameters(f"model.layers.{i}.", f"layers.{i}.", layer, EXO_NAMES)
     eps = model.layers[0].attention_norm.eps
+    given = getattr(model, "inv_freq", None)
+    inv_freq = _frequencies(model.freqs_cis) if given is None else np.asarray(given, dtype=np.float64)
     return Seams(
         "exo",
         _config(
             "llama", len(model.layers), attention.n_heads, attention.n_kv_heads, attention.head_dim, eps, model.max_context,
-            _frequencies(model.freqs_cis), model.tok_embeddings, model.layers[0].feed_forward.w1,
+            inv_freq, model.tok_embeddings, model.layers[0].feed_forward.w1,
         ),
         tuple(weights),
         rope_pairs=True,
