@@ -1,6 +1,8 @@
 """specfast.mlx.generate_step beside mlx-lm's: samplers, processors, caches and log-probabilities, natively and in mlx-lm's layers."""
 
 import inspect
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -312,3 +314,45 @@ def test_refusals(pair):
         generate_step(PROMPT, target, no_such_option=1)
     with pytest.raises(ConfigurationError, match="0 tokens"):
         generate_step([], target)
+
+
+UNFINISHED = """
+import sys
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models.cache import make_prompt_cache
+from specfast import embedded
+from specfast.mlx import generate_step, stream_generate
+
+mx.set_default_device(mx.cpu)
+model, tokenizer = mlx_lm.load(str(embedded.path("target")))
+cache = make_prompt_cache(model)
+
+def processor(tokens, logits):
+    return logits
+
+def unfinished():
+    processors = [processor] if sys.argv[1] == "processor" else []
+    begun = stream_generate(model, tokenizer, "import os", 30, prompt_cache=cache, logits_processors=processors)
+    next(begun)
+    return 1 / 0
+
+if sys.argv[1] == "step":
+    begun = generate_step([1, 2, 3], model, max_tokens=30, prompt_cache=cache)
+elif sys.argv[1] == "stream":
+    begun = stream_generate(model, tokenizer, "import os", 30, prompt_cache=cache)
+else:
+    unfinished()
+next(begun)
+"""
+
+
+@pytest.mark.parametrize("unfinished", ["stream", "step", "processor", "exception"])
+def test_python_ends_with_an_unfinished_request(unfinished):
+    command = [sys.executable, "-c", UNFINISHED, unfinished]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    if unfinished in ("stream", "step"):
+        assert (run.returncode, run.stderr) == (0, "")
+    else:
+        assert run.returncode == 1
+        assert run.stderr.strip().endswith("ZeroDivisionError: division by zero")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -196,8 +197,9 @@ def _tokens(request: Request) -> Generator[tuple[int, mx.array | None, bool], No
             for place, token in enumerate(chunk.token_ids):
                 given += 1
                 yield token, None if logits is None else _logprobs(logits, place), place < drafted
-    except GeneratorExit:  # what is given out so far; after an error nothing more is computed
-        request.end(context.tokens[:given])
+    except GeneratorExit:  # what is given out so far; after an error, or while Python ends, nothing more is computed
+        if not sys.is_finalizing():
+            request.end(context.tokens[:given])
         raise
     finally:
         request.generation.close()
