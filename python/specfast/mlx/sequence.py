@@ -154,6 +154,11 @@ class CacheSequence:
                     raise ConfigurationError(
                         f"kv_bits is {bits}, but mlx-lm cannot quantise a {type(cache).__name__}; leave kv_bits out"
                     ) from None
+                except ValueError as error:
+                    raise ConfigurationError(
+                        f"kv_bits is {bits} in groups of {group_size}, which MLX refuses ({error}); give a smaller "
+                        "kv_group_size, or leave kv_bits out"
+                    ) from None
 
     def _exact_rows(self, cache: Any) -> int:
         rows = UNBOUNDED
