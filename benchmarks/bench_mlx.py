@@ -50,11 +50,16 @@ def random_llama(s):
 
 
 @pytest.fixture(scope="module")
-def runs():
-    """Functions of M by name: a pass with the logits of all rows, after CONTEXT tokens."""
+def stock():
     mx.set_default_device(mx.cpu)
-    stock = random_llama(find_shape("llama-3.2-1b"))
-    native = native_model(stock, None)
+    return random_llama(find_shape("llama-3.2-1b"))
+
+
+@pytest.fixture(scope="module", params=["int8", "bf16", "f32"])
+def runs(request, stock):
+    """Functions of M by name: a pass with the logits of all rows, after CONTEXT tokens."""
+    precision = request.param
+    native = native_model(stock, precision)
     turn = itertools.count(1)
 
     def tokens(M):
@@ -64,7 +69,7 @@ def runs():
         fused = llama.Model(stock.args)
         nn.quantize(fused, 64, 4)
         fused.update(stock.parameters())
-        assert report(accelerate(fused, path=path)).path == path
+        assert report(accelerate(fused, precision, path)).path == path
         return with_mlx(fused)
 
     def with_mlx(model):
@@ -86,14 +91,19 @@ def runs():
         rows.rollback()
 
     paths = ["native"] if primitives.why_not() else ["native", "primitives"]
-    return {"stock": with_mlx(stock), "alone": alone, **{path: accelerated(path) for path in paths}}
+    return {
+        "precision": precision,
+        "stock": with_mlx(stock),
+        "alone": alone,
+        **{path: accelerated(path) for path in paths},
+    }
 
 
 @pytest.mark.parametrize(("M", "stock_rounds"), [(1, 5), (8, 2)])
 def test_mlx(benchmark, runs, record, M, stock_rounds):
     stock_s, native_s, ours = measured(benchmark, runs, "native", M, stock_rounds)
-    record(series="mlx", M=M, stock_s=stock_s, native_s=native_s, roofline_s=native_s)
-    print(f"\nM = {M}: accelerated {1e3 * ours:.2f} ms, native alone {1e3 * native_s:.2f}, stock MLX {1e3 * stock_s:.0f} "
+    record(series=series("mlx", runs), M=M, stock_s=stock_s, native_s=native_s, roofline_s=native_s)
+    print(f"\n{runs['precision']}, M = {M}: accelerated {1e3 * ours:.2f} ms, native alone {1e3 * native_s:.2f}, stock MLX {1e3 * stock_s:.0f} "
           f"({stock_s / ours:.0f} times as long); accelerated / native {ours / native_s:.3f}")  # fmt: skip
     assert stock_s / ours > 10
     assert ours / native_s < 1.3
@@ -103,9 +113,15 @@ def test_mlx(benchmark, runs, record, M, stock_rounds):
 @pytest.mark.parametrize("M", [1, 8])
 def test_mlx_primitives(benchmark, runs, record, M):
     _, native_s, ours = measured(benchmark, runs, "primitives", M, 0)
-    record(series="mlx_primitives", M=M, native_s=native_s, roofline_s=native_s)
-    print(f"\nM = {M}: primitives {1e3 * ours:.2f} ms, native alone {1e3 * native_s:.2f}; ratio {ours / native_s:.3f}")
+    record(series=series("mlx_primitives", runs), M=M, native_s=native_s, roofline_s=native_s)
+    print(
+        f"\n{runs['precision']}, M = {M}: primitives {1e3 * ours:.2f} ms, native alone {1e3 * native_s:.2f}; ratio {ours / native_s:.3f}"
+    )
     assert ours / native_s < 1.3
+
+
+def series(name, runs):
+    return name if runs["precision"] == "int8" else f"{name}_{runs['precision']}"
 
 
 def measured(benchmark, runs, path, M, stock_rounds):

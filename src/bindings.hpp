@@ -122,6 +122,7 @@ const specfast::KernelTable& kernels_named(const std::optional<std::string>& isa
 
 void bind_matrix(nb::module_& m);
 void bind_model(nb::module_& m);
+void bind_cache(nb::module_& m);
 void bind_law(nb::module_& m);
 void bind_machine(nb::module_& m);
 void bind_ops(nb::module_& m);

@@ -14,6 +14,7 @@ NB_MODULE(_core, m) {
   bind_matrix(m);
   bind_law(m);
   bind_model(m);
+  bind_cache(m);
   bind_machine(m);
   bind_ops(m);
   bind_drafters(m);

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from . import _core
 from .context import Context
@@ -14,6 +15,7 @@ from .sampling import follow
 PREFILL_CHUNK = 256
 Progress = Callable[[int, int], None]
 MakeTarget = Callable[..., "NativeTarget"]
+_ACCEPT, _RESIDUAL = 1, 2  # purposes of draws, as in csrc/random.hpp
 
 
 @runtime_checkable
@@ -86,3 +88,33 @@ class NativeTarget:
 
     def close(self) -> None:
         """Called when the request ends. What is here goes with the object."""
+
+
+def judge(
+    logits: npt.NDArray[np.float32],
+    tokens: npt.NDArray[np.int32],
+    q: npt.NDArray[np.float32] | None,
+    context: Context,
+    law: _core.Law,
+    seed: int,
+    rule: str,
+    lenience: float = 1.0,
+) -> _core.Verdict:
+    """A round's verdict on logits that a host computed: by the native rules, with the draws of a native round.
+
+    Args:
+        logits: (gamma + 1, V).
+        tokens: drafted, (gamma,).
+        q: their laws (gamma, Vq); None where they are certain.
+        context: the text before them.
+        law, seed, rule, lenience: as for NativeTarget.
+
+    Raises:
+        NumericalError: logits that are not finite.
+    """
+    if law.temperature > 0 and rule == "coupled":
+        return _core.Verdict(*_core.couple_logits(logits, tokens, law, seed, len(context.tokens)))
+    u = [_core.uniform(seed, context.round, at, _ACCEPT) for at in range(len(tokens))]
+    u.append(_core.uniform(seed, context.round, 0, _RESIDUAL))
+    rule, q = (rule, q) if law.temperature > 0 and q is not None else ("token", None)
+    return _core.Verdict(*_core.verify_logits(logits, q, tokens, np.array(u), law, lenience, rule=rule))

@@ -14,12 +14,11 @@ from ..context import Context
 from ..drafters import PRIOR_OF_MODELS, Drafter, Offer
 from ..errors import NumericalError
 from ..stats import SpeculationStats
-from ..targets import Progress
+from ..targets import Progress, judge
 from .samplers import Processor, Sampler, processed, rows_law, sampled
 from .sequence import UNBOUNDED, CacheSequence
 
 MOST_UNREAD = 16  # rows a pass checks beside the drafted ones; more are read in a pass of their own
-_ACCEPT, _RESIDUAL = 1, 2  # purposes of draws, as in csrc/random.hpp
 
 
 class Draws(NamedTuple):
@@ -69,13 +68,6 @@ class HostProposal:
         return None if self.laws is None else np.asarray(self.laws)
 
 
-class HostVerdict(NamedTuple):
-    """`tau` drafted tokens are kept and `next_token` follows them."""
-
-    tau: int
-    next_token: int
-
-
 class HostTarget:
     """An mlx-lm model run by its own call, one pass a round; logits go to the native rules.
 
@@ -115,7 +107,7 @@ class HostTarget:
             sequence.undo()
             raise
 
-    def _decide(self, context: Context, pending: list[int], proposal: Any, gamma: int) -> HostVerdict:
+    def _decide(self, context: Context, pending: list[int], proposal: Any, gamma: int) -> _core.Verdict:
         drafted = _drafted(proposal)
         rows = mx.array(pending, mx.uint32)
         rows = rows if drafted is None else mx.concatenate([rows, drafted.astype(mx.uint32)])
@@ -128,7 +120,18 @@ class HostTarget:
         tokens = proposal.tokens if proposal else np.empty(0, np.int32)
         if samples is not None:
             return _first_difference(np.asarray(samples), tokens)
-        return _judge(self._draws, np.asarray(logits), tokens, proposal.q if proposal else None, context)
+        q = proposal.q if proposal else None
+        assert self._draws.law
+        return judge(
+            np.asarray(logits),
+            tokens,
+            q,
+            context,
+            self._draws.law,
+            self._draws.seed,
+            self._draws.rule,
+            self._draws.lenience,
+        )
 
     def commit(self, kept: int) -> None:
         self._sequence.keep(self._unread + kept - 1)
@@ -261,18 +264,6 @@ def _samples(draws: Draws, logits: mx.array) -> mx.array:
     return mx.concatenate(tokens).astype(mx.int32)
 
 
-def _judge(draws: Draws, logits: Any, tokens: Any, q: Any, context: Context) -> HostVerdict:
-    """The native rules on logits (gamma + 1, V), with the draws a native round has."""
-    law = draws.law
-    assert law
-    if law.temperature > 0 and draws.rule == "coupled":
-        return HostVerdict(*_core.couple_logits(logits, tokens, law, draws.seed, len(context.tokens)))
-    u = np.array([_core.uniform(draws.seed, context.round, at, _ACCEPT) for at in range(len(tokens) + 1)])
-    u[-1] = _core.uniform(draws.seed, context.round, 0, _RESIDUAL)
-    rule, laws = (draws.rule, q) if law.temperature > 0 else ("token", None)
-    return HostVerdict(*_core.verify_logits(logits, laws, tokens, u, law, draws.lenience, rule=rule))
-
-
 def _end(sequence: CacheSequence, tokens: Sequence[int]) -> None:
     """Undoes rows of the last round beyond these tokens of the text."""
     beyond = sequence.length - len(tokens)
@@ -280,9 +271,9 @@ def _end(sequence: CacheSequence, tokens: Sequence[int]) -> None:
         sequence.keep(sequence.rows_since_begin - beyond)
 
 
-def _first_difference(sampled: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32]) -> HostVerdict:
+def _first_difference(sampled: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32]) -> _core.Verdict:
     """Drafted tokens are kept while they are the samples, as mlx-lm does: the samples alone make the text."""
     tau = 0
     while tau < len(tokens) and tokens[tau] == sampled[tau]:
         tau += 1
-    return HostVerdict(tau, int(sampled[tau]))
+    return _core.Verdict(tau, int(sampled[tau]))

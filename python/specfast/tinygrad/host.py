@@ -13,11 +13,10 @@ from .. import _core
 from ..context import Context
 from ..errors import ConfigurationError, ShapeError, UnsupportedModelError
 from ..sampling import follow
-from ..targets import Progress
+from ..targets import Progress, judge
 from . import private
 
 MOST_ROWS = 21
-_ACCEPT, _RESIDUAL = 1, 2  # purposes of draws
 
 Forward = Callable[[Tensor, Any], Tensor]
 
@@ -59,7 +58,7 @@ class HostTarget:
             if progress:
                 progress(self.length, len(tokens))
 
-    def verify(self, context: Context, proposal: _core.Proposal | None) -> _core.Verdict | Any:
+    def verify(self, context: Context, proposal: _core.Proposal | None) -> _core.Verdict:
         pending = context.tokens[self.length :]
         while len(pending) > 1:  # a text may begin with more than its last token unread
             self.prefill(context.tokens[:-1], None)
@@ -72,21 +71,12 @@ class HostTarget:
         if self.adjustments is not None:
             rows, kept = self.adjustments.edit_rows(rows, tokens)
             gamma = min(gamma, len(kept) - 1) if kept else gamma
-        return self._decide(context, rows[: gamma + 1], tokens[:gamma], q[:gamma] if q is not None else None)
+        q = q[:gamma] if q is not None else None
+        logits = np.ascontiguousarray(rows[: gamma + 1])
+        return judge(logits, tokens[:gamma], q, context, self.law, self.seed, self.rule, self._lenience)
 
     def commit(self, kept: int) -> None:
         self.length += kept
-
-    def _decide(
-        self, context: Context, rows: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32], q: Any
-    ) -> HostVerdict:
-        rows = np.ascontiguousarray(rows)
-        if self.rule == "coupled" and self.law.temperature > 0:
-            return HostVerdict(*_core.couple_logits(rows, tokens, self.law, self.seed, len(context.tokens)))
-        u = [_core.uniform(self.seed, context.round, i, _ACCEPT) for i in range(len(tokens))]
-        u.append(_core.uniform(self.seed, context.round, 0, _RESIDUAL))
-        rule = "token" if q is None or self.rule == "coupled" else self.rule
-        return HostVerdict(*_core.verify_logits(rows, q, tokens, np.array(u), self.law, self._lenience, None, rule))
 
     def _run(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """The logits (M, vocab) of tokens at the positions after the cache's."""
@@ -99,13 +89,6 @@ class HostTarget:
             raise ShapeError(f"the forward pass gave {found.shape} for {M} tokens; (1, {M}, {self._vocab}) is needed")
         rows: npt.NDArray[np.float32] = found[0]
         return rows
-
-
-class HostVerdict:
-    """What a round keeps; as the native Verdict."""
-
-    def __init__(self, tau: int, next_token: int) -> None:
-        self.tau, self.next_token = tau, next_token
 
 
 def own_forward(model: Any) -> tuple[Forward, int, int]:
