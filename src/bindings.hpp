@@ -42,16 +42,20 @@ struct BoundCache {
   std::atomic<bool> busy{false};
 };
 
-/// Makes a call that takes the interpreter lock or may give it up for a while. Where Python ends meanwhile, this thread
-/// is a daemon and must not go on: CPython before 3.14 then unwinds its stack, which std::terminate ends at the first
-/// noexcept function. Here it stops for ever instead, as CPython 3.14 has it. Nothing else is thrown through `call`.
+/// Python's identifier of the thread that ends it, set when the module is imported.
+inline unsigned long main_thread = 0;
+
+/// Makes a call that takes the interpreter lock or may give it up for a while. Where Python ends meanwhile, any thread
+/// but the main one is a daemon and must not go on: CPython before 3.14 then unwinds its stack, which std::terminate
+/// ends at the first noexcept function. Here it stops for ever instead, as CPython 3.14 has it. The main thread goes
+/// on: it may be in the clean-up of an object that lived until the end. Nothing else is thrown through `call`.
 template <class Call>
 auto enter_python(const Call& call) {
   const auto stop = [] {
     for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
   };
   try {
-    if (!Py_IsInitialized()) stop();
+    if (!Py_IsInitialized() && PyThread_get_thread_ident() != main_thread) stop();
     return call();
   } catch (...) {
     stop();  // within the handler: an unwinding like this may not be ended

@@ -3,6 +3,7 @@
 
 NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);  // a host may hold engines until the interpreter is gone
+  main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   m.doc() = "Native kernels and decoder of specfast: NumPy arrays in and out, weights used in place.";
   PyObject* base = PyErr_NewExceptionWithDoc("specfast._core.SpecfastError", "Base of every error specfast raises.",
                                              nullptr, nullptr);

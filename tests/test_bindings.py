@@ -136,3 +136,25 @@ def test_python_ends_while_daemon_threads_generate(calls):
             [sys.executable, "-c", EXIT, calls], check=False, capture_output=True, text=True, timeout=60
         )
         assert (run.returncode, run.stderr) == (0, "")
+
+
+AT_THE_END = """
+import sys
+import specfast
+
+engine = specfast.load(notify=lambda line: None)
+
+def stream():
+    try:
+        yield from engine.stream("def f(", max_tokens=50)
+    finally:
+        print(sys.is_finalizing(), len(engine.generate("def f(", max_tokens=5).token_ids))
+
+begun = stream()
+next(begun)
+"""
+
+
+def test_the_main_thread_calls_while_python_ends():
+    run = subprocess.run([sys.executable, "-c", AT_THE_END], check=False, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "True 5\n", "")

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import pickle
 import sys
 import weakref
 
@@ -284,6 +285,9 @@ def test_a_copy_is_stock():
     assert report(accelerate(other)).path == PATH
     assert report(model).path == PATH
     np.testing.assert_array_equal(logits_of(other, TOKENS), logits_of(model, TOKENS))
+    other = pickle.loads(pickle.dumps(model))
+    assert "copy" in report(other).reason
+    np.testing.assert_array_equal(logits_of(accelerate(other), TOKENS), logits_of(model, TOKENS))
 
 
 def test_results_are_ordinary_arrays():
@@ -318,3 +322,6 @@ def test_bad_arguments():
         assert np.isfinite(logits[0]).all()
     with pytest.raises(TypeError):
         model()
+    for function in (accelerate, report, restore):
+        with pytest.raises(ConfigurationError, match="model is None, but must be a model"):
+            function(None)

@@ -190,6 +190,11 @@ def test_impossible_offsets(model):
         c.offset = 301
     with pytest.raises(ShapeError, match="offset is 301, but they hold 300"):
         logits_of(model, NEXT, cache)
+    for offset in (1.5, -1):
+        for c in cache:
+            c.offset = offset
+        with pytest.raises(ShapeError, match=f"offset is {offset}, but must be a whole number, at least 0"):
+            logits_of(model, NEXT, cache)
     for c in cache:
         c.offset = 300
     expected = logits_of(model, NEXT, filled(model))

@@ -110,6 +110,14 @@ def test_a_prompt_cache_file(capsys, tmp_path):
         (["--drafter", "model"], 2, "needs a draft model"),
         (["--early-exit", "99"], 2, "outside 1 to"),
         (["--lenience", "3"], 2, "lenience is 3"),
+        (["--extra-eos-token", "zzz"], 2, "--extra-eos-token is 'zzz'"),
+        (["--gamma", "3", "--num-draft-tokens", "4"], 2, "give one of them"),
+        (["--early-exit", "2", "--draft-model", "embedded"], 2, "--draft-model embedded are two ways to draft"),
+        (["--drafter", "model"], 2, "give --draft-model, or use --drafter suffix"),
+        (["--drafter", "early-exit"], 2, "give --early-exit N"),
+        (["--model", "./missing", "--kv-bits", "7"], 2, "kv_bits is 7"),
+        (["--model", "./missing", "--kv-group-size", "0"], 2, "kv_group_size is 0"),
+        (["--model", "./missing", "--max-kv-size", "3"], 2, "max_kv_size is 3"),
         (["--image", "a.png"], 2, "--image is not supported here"),
         (["--prompt-cache-file", "/missing.safetensors"], 1, "missing.safetensors"),
     ],
@@ -121,6 +129,15 @@ def test_refusals_are_one_line(capsys, arguments, code, words):
     err = capsys.readouterr().err.strip().splitlines()
     assert err[-1].startswith("python -m specfast.mlx.generate: ")
     assert words in err[-1]
+
+
+def test_a_bounded_cache_changes_the_text(capsys):
+    texts = []
+    for arguments in ([], ["--max-kv-size", "8"]):
+        assert run("--max-tokens", "60", "--temp", "0", "--json", *arguments) == 0
+        texts.append(last_object(capsys.readouterr().out)["token_ids"])
+    assert texts[0][:2] == texts[1][:2]
+    assert texts[0] != texts[1]
 
 
 @pytest.mark.parametrize("arguments", [["--gamma", "21"], ["--gamma", "x"], ["--drafter", "x"], ["--early-exit", "x"]])

@@ -133,6 +133,8 @@ def test_what_has_left_cannot_come_back(model):
     logits_of(model, TOKENS[:1], cache)
     with pytest.raises(ShapeError, match="500 of 701 positions cannot be dropped; at most 154 can, or all"):
         cache[0].trim(500)
+    with pytest.raises(ShapeError, match="-1 positions cannot be dropped"):
+        cache[0].trim(-1)
     for c in cache:
         c.offset = 101
     with pytest.raises(ShapeError, match="window has moved on"):

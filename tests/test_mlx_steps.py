@@ -1,6 +1,8 @@
 """specfast.mlx.generate_step beside mlx-lm's: samplers, processors, caches and log-probabilities, natively and in mlx-lm's layers."""
 
 import inspect
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -9,13 +11,14 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
+from mlx.utils import tree_map  # noqa: E402
 from mlx_hosts import VOCAB, host_model  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.sample_utils import make_logits_processors, make_sampler  # noqa: E402
 from mlx_models import generate_step as their_steps  # noqa: E402
 from mlx_models import logits_of, random_model, speculative_generate_step  # noqa: E402
 from random_laws import FULL  # noqa: E402
-from specfast import ConfigurationError  # noqa: E402
+from specfast import ConfigurationError, ShapeError  # noqa: E402
 from specfast.mlx import accelerate, generate_step  # noqa: E402
 from specfast.mlx.samplers import processed, recognised, rows_law  # noqa: E402
 
@@ -305,10 +308,145 @@ def test_refusals(pair):
         ({"sampler": make_sampler(0.5), "temp": 0.4}, "one or the other"),
         ({"rule": "fair"}, "rule is 'fair'"),
         ({"rule": "block", "lenience": 1.5}, "takes lenience 1"),
+        ({"max_tokens": 1.5}, "max_tokens is 1.5"),
+        ({"num_draft_tokens": 2.5}, "num_draft_tokens is 2.5, but must be a whole number in 1 to 20, or 'auto'"),
+        ({"num_draft_tokens": True}, "num_draft_tokens is True"),
+        ({"early_exit": 2.5}, "early_exit is 2.5"),
+        ({"early_exit": "x"}, "early_exit is 'x'"),
+        ({"early_exit": 1, "drafter": "suffix"}, "two ways to draft"),
+        ({"early_exit": 1, "draft_model": target}, "two ways to draft"),
+        ({"prefill_step_size": 1.5}, "prefill_step_size is 1.5, but must be a whole number, at least 1"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"temp": "x"}, "temperature is 'x'"),
+        ({"kv_bits": 0}, "kv_bits is 0"),
+        ({"kv_bits": 7}, "kv_bits is 7"),
+        ({"kv_bits": 8.0}, "kv_bits is 8.0"),
+        ({"kv_bits": 4, "kv_group_size": 0}, "kv_group_size is 0"),
+        ({"kv_group_size": -1}, "kv_group_size is -1"),
+        ({"quantized_kv_start": -1}, "quantized_kv_start is -1"),
+        ({"max_kv_size": 0}, "max_kv_size is 0, but must be at least 5"),
+        ({"max_kv_size": 8.5}, "max_kv_size is 8.5"),
+        ({"sampler": 4}, "sampler is 4"),
+        ({"logits_processors": 4}, "logits_processors is 4"),
+        ({"prompt_progress_callback": 4}, "prompt_progress_callback is 4"),
+        ({"prompt_cache": []}, "holds 0 caches, but the model needs 2"),
+        ({"prompt_cache": [1]}, r"prompt_cache is \[1\]"),
+        ({"draft_model": "x"}, "draft_model is 'x', but must be a model"),
     ):
         with pytest.raises(ConfigurationError, match=words):
             generate_step(PROMPT, target, **options)
     with pytest.raises(TypeError, match="no_such_option"):
         generate_step(PROMPT, target, no_such_option=1)
-    with pytest.raises(ConfigurationError, match="0 tokens"):
-        generate_step([], target)
+    for prompt, words in (
+        ([], "0 tokens"),
+        (None, "of type NoneType, but must be text or token ids"),
+        (["a"], "holds 'a'"),
+        ([1.5, 2], "holds 1.5"),
+        (b"import", "of type bytes"),
+        (mx.array([[1, 2]]), r"holds \[1, 2\]"),
+        ("import", "encode it first"),
+        ([{"role": "user", "content": "import"}], "encode it first"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            generate_step(prompt, target)
+    with pytest.raises(ConfigurationError, match="model is None"):
+        generate_step(PROMPT, None)
+
+
+def test_what_user_code_gives_back_is_checked(pair):
+    target, draft = pair
+    with pytest.raises(ShapeError, match=r"a logits processor gave None, but must give .* \(1, \d+\)"):
+        ours(target, max_tokens=3, logits_processors=[lambda tokens, logits: None])
+    with pytest.warns(UserWarning, match="only samples"):
+        steps = generate_step(PROMPT, target, max_tokens=3, sampler=lambda scores: 3)
+    with pytest.raises(ShapeError, match="the sampler gave 3, but must give one token"):
+        next(steps)
+    with pytest.raises(ConfigurationError, match="kv_bits is 4 in groups of 128, which MLX refuses"):
+        ours(target, max_tokens=3, kv_bits=4, kv_group_size=128, quantized_kv_start=0)
+    assert ours(target, draft_model=draft, num_draft_tokens="auto", max_tokens=9) == ours(target, max_tokens=9)
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_mlx_seeds_a_request(pair, drafted):
+    target, draft = pair
+    options = {"draft_model": draft, "num_draft_tokens": 3} if drafted else {}
+    texts = []
+    for seed in (3, 3, 4):
+        mx.random.seed(seed)
+        texts.append([ours(target, max_tokens=20, temp=1.0, **options) for _ in range(2)])
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0][0] != texts[0][1]
+
+
+def test_two_requests_on_one_cache_are_noticed(pair):
+    cache = make_prompt_cache(pair[0])
+    first, second = (generate_step(PROMPT, pair[0], max_tokens=20, prompt_cache=cache) for _ in range(2))
+    next(first)
+    next(second)
+    offset = cache[0].offset
+    with pytest.raises(ShapeError, match=f"offset is {offset}, but this text left it at 11"):
+        next(first)
+    next(second)
+    second.close()
+    assert {c.offset for c in cache} == {2 * len(PROMPT) + 2}
+    third = generate_step(PROMPT, pair[0], max_tokens=20, prompt_cache=cache)
+    next(third)
+    held = ours(pair[0], NEXT, max_tokens=4, prompt_cache=cache)
+    offset = cache[0].offset
+    third.close()  # leaves alone what is another request's by now
+    assert len(held) == 4
+    assert {c.offset for c in cache} == {offset}
+
+
+def test_a_broken_draft_is_told(hosted):
+    target, draft = hosted
+    broken = host_model("mixtral", 1)
+    broken.update(tree_map(lambda array: array * float("nan"), broken.parameters()))
+    expected = ours(target, max_tokens=12)
+    with pytest.warns(RuntimeWarning, match="drafting failed.*the draft's logits hold NaN"):
+        assert ours(target, draft_model=broken, num_draft_tokens=3, max_tokens=12) == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ours(target, draft_model=draft, num_draft_tokens=3, max_tokens=12) == expected
+
+
+UNFINISHED = """
+import sys
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models.cache import make_prompt_cache
+from specfast import embedded
+from specfast.mlx import generate_step, stream_generate
+
+mx.set_default_device(mx.cpu)
+model, tokenizer = mlx_lm.load(str(embedded.path("target")))
+cache = make_prompt_cache(model)
+
+def processor(tokens, logits):
+    return logits
+
+def unfinished():
+    processors = [processor] if sys.argv[1] == "processor" else []
+    begun = stream_generate(model, tokenizer, "import os", 30, prompt_cache=cache, logits_processors=processors)
+    next(begun)
+    return 1 / 0
+
+if sys.argv[1] == "step":
+    begun = generate_step([1, 2, 3], model, max_tokens=30, prompt_cache=cache)
+elif sys.argv[1] == "stream":
+    begun = stream_generate(model, tokenizer, "import os", 30, prompt_cache=cache)
+else:
+    unfinished()
+next(begun)
+"""
+
+
+@pytest.mark.parametrize("unfinished", ["stream", "step", "processor", "exception"])
+def test_python_ends_with_an_unfinished_request(unfinished):
+    command = [sys.executable, "-c", UNFINISHED, unfinished]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    if unfinished in ("stream", "step"):
+        assert (run.returncode, run.stderr) == (0, "")
+    else:
+        assert run.returncode == 1
+        assert run.stderr.strip().endswith("ZeroDivisionError: division by zero")

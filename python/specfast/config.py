@@ -121,6 +121,19 @@ _CHECKS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
+def require_whole(name: str, value: Any, least: int, most: int | None = None, hint: str = "") -> None:
+    """Checks that a value is an integer of a range; 2.0 and True are none.
+
+    Raises:
+        ConfigurationError: names value, range and hint.
+    """
+    known = isinstance(value, int) and not isinstance(value, bool)
+    if not known or value < least or (most is not None and value > most):
+        allowed = f"in {least} to {most}" if most is not None else f"at least {least}"
+        what = "" if known else "a whole number " if most is not None else "a whole number, "
+        raise ConfigurationError(f"{name} is {value!r:.100}, but must be {what}{allowed}{hint}")
+
+
 def check_option(name: str, value: Any) -> Any:
     """The value an option takes.
 

@@ -33,16 +33,20 @@ class Resolve(Protocol):
         """The directory, with weights unless metadata_only."""
 
 
-def check_prompt(prompt: Prompt) -> str | list[int] | list[Mapping[str, Any]]:
+def check_prompt(
+    prompt: Prompt, wanted: str = "text, token ids, or messages with role and content"
+) -> str | list[int] | list[Mapping[str, Any]]:
     """A prompt that is text, messages, or token ids (any sequence or array of integers).
+
+    Args:
+        wanted: of these, in words.
 
     Raises:
         ConfigurationError: it is none of these, or has 0 tokens.
     """
-    wanted = "but must be text, token ids, or messages with role and content"
     unordered = isinstance(prompt, bytes | bytearray | Mapping | Set)
     if unordered or not isinstance(prompt, Iterable) or not isinstance(prompt, Sized):
-        raise ConfigurationError(f"the prompt is of type {type(prompt).__name__}, {wanted}")
+        raise ConfigurationError(f"the prompt is of type {type(prompt).__name__}, but must be {wanted}")
     if len(prompt) == 0:
         raise ConfigurationError(EMPTY_PROMPT)
     if isinstance(prompt, str):
@@ -57,7 +61,7 @@ def check_prompt(prompt: Prompt) -> str | list[int] | list[Mapping[str, Any]]:
                 raise TypeError
             tokens.append(operator.index(item))  # type: ignore[arg-type]
         except TypeError:
-            raise ConfigurationError(f"the prompt holds {item!r:.100}, {wanted}") from None
+            raise ConfigurationError(f"the prompt holds {item!r:.100}, but must be {wanted}") from None
     return tokens
 
 

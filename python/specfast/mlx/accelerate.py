@@ -86,8 +86,9 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
         The model itself.
 
     Raises:
-        ConfigurationError: an unknown precision or path, or primitives that this installation does not have.
+        ConfigurationError: not a model, an unknown precision or path, or primitives that this installation does not have.
     """
+    require_model("model", model)
     check_precision(precision)
     if path not in (None, "native", "primitives"):
         raise ConfigurationError(f"unknown path {path!r}; known: native, primitives")
@@ -114,7 +115,12 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `accelerate`: the model is as it was, to the bit, and keeps nothing of specfast's. Returns the model."""
+    """Undoes `accelerate`: the model is as it was, to the bit, and keeps nothing of specfast's. Returns the model.
+
+    Raises:
+        ConfigurationError: not a model.
+    """
+    require_model("model", model)
     if isinstance(model, _Accelerated):
         model.__class__ = type(model).__bases__[1]
     if "_specfast" in vars(model):
@@ -123,9 +129,24 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """Whether and how a model is accelerated, and if not, why."""
+    """Whether and how a model is accelerated, and if not, why.
+
+    Raises:
+        ConfigurationError: not a model.
+    """
+    require_model("model", model)
     accelerator = vars(model).get("_specfast")
     return accelerator.report() if accelerator else Report("stock", "specfast.mlx.accelerate has not been called")
+
+
+def require_model(name: str, model: Any) -> None:
+    """Checks that it is an mlx-lm model.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"{name} is {model!r:.100}, but must be a model, as mlx_lm.load gives")
 
 
 def native_model_of(model: nn.Module) -> _core.Model | None:
@@ -140,9 +161,19 @@ class _Accelerated:
 
     _specfast: _Accelerator
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles have the model's own class."""
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        _, (kind, *given), *state = reduced
+        return _made, (kind.__bases__[1], *given), *state
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         logits = self._specfast.forward(self, args, kwargs)
         return super().__call__(*args, **kwargs) if logits is None else logits  # type: ignore[misc]
+
+
+def _made(kind: Any, *given: Any) -> Any:
+    return kind.__new__(kind, *given)
 
 
 @functools.cache

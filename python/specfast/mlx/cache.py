@@ -122,8 +122,10 @@ class RotatingKVCache(_InPages, _StockRotating):  # type: ignore[misc]
         """Drops the last n positions, or all. Returns how many.
 
         Raises:
-            ShapeError: what the shorter text attends to has left the cache.
+            ShapeError: what the shorter text attends to has left the cache, or n is below 0.
         """
+        if n < 0:
+            raise ShapeError(f"{n} positions cannot be dropped; at least 0 can")
         n = min(self.offset, n)
         least = self._store.cache.least_length
         if 0 < self.offset - n < least:
@@ -193,7 +195,7 @@ def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
     Stock caches, and those of another model or store, become caches of a new store.
 
     Raises:
-        ShapeError: the caches' offset is beyond what they hold, or so small that what it needs has left a window.
+        ShapeError: the caches' offset is no whole number, beyond what they hold, or so small that what it needs has left a window.
     """
     if len(caches) != model.layers:
         return f"{len(caches)} caches for {model.layers} layers"
@@ -207,6 +209,8 @@ def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
     if isinstance(codes, str):
         return codes
     offset = caches[0].offset
+    if not isinstance(offset, int) or offset < 0:
+        raise ShapeError(f"the caches' offset is {offset!r:.100}, but must be a whole number, at least 0")
     if any(cache.offset != offset for cache in caches):
         return "caches whose layers have different offsets"
     store: Store | None = getattr(caches[0], "_store", None)

@@ -24,8 +24,8 @@ from ..compatibility import compare_models
 from ..config import RULES
 from ..errors import ConfigurationError, ModelFormatError
 from .accelerate import accelerate, report
-from .requests import DRAFTERS, dtype_name
-from .stream import GenerationResponse, Stream, stream_generate, summary
+from .requests import DRAFTERS, Options, dtype_name
+from .stream import GenerationResponse, Stream, require_max_tokens, stream_generate, summary
 
 COMMAND = "specfast.mlx.generate"
 EXAMPLES = """examples:
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         SpecfastError: in one line what is wrong and what to do.
     """
-    _refuse_unknown(options)
+    _check(options)
     caches, metadata = _prompt_cache(options)
     models = load(options, metadata)
     tokens = _prompt_tokens(options, models.tokenizer, cached=caches is not None)
@@ -169,7 +169,12 @@ def load(options: argparse.Namespace, metadata: dict[str, str]) -> Models:
     directory = _directory(name, "target", options)
     model, tokenizer = _load(directory, options, json.loads(metadata.get("tokenizer_config", "{}")))
     for token in getattr(options, "extra_eos_token", ()):
-        tokenizer.add_eos_token(token)
+        try:
+            tokenizer.add_eos_token(token)
+        except (ValueError, KeyError):
+            raise ConfigurationError(
+                f"--extra-eos-token is {token!r}, which is no token of the model's; give one of its vocabulary"
+            ) from None
     draft, draft_name = None, "none"
     if options.draft_model is not None:
         draft_directory = _directory(options.draft_model, "draft", options)
@@ -270,17 +275,21 @@ def _prompt_tokens(options: argparse.Namespace, tokenizer: Any, *, cached: bool)
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of stream_generate that need no model."""
+    caches = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start", "prefill_step_size")
+    names = (*caches, "lenience", "rule", "seed", "early_exit")
+    request = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    gamma = getattr(options, "num_draft_tokens", 3) if options.gamma is None else options.gamma
+    return {**request, "drafter": options.drafter, "num_draft_tokens": gamma}
+
+
 def _request(options: argparse.Namespace, models: Models, caches: list[Any] | None) -> dict[str, Any]:
     """The options of stream_generate."""
-    names = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start", "lenience", "rule", "seed", "early_exit")
-    request = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    request = {**_asked(options), "prompt_cache": caches}
     drafts = options.drafter in ("model", "combined") and options.draft_model is not None and models.draft is None
-    request["drafter"] = "none" if drafts else options.drafter  # a refused draft means plain decoding
-    request["prompt_cache"] = caches
-    if hasattr(options, "prefill_step_size"):
-        request["prefill_step_size"] = options.prefill_step_size
-    gamma = getattr(options, "num_draft_tokens", 3) if options.gamma is None else options.gamma
-    request["num_draft_tokens"] = None if gamma == "auto" else gamma
+    if drafts:
+        request["drafter"] = "none"  # a refused draft means plain decoding
     xtc, least = getattr(options, "xtc_probability", 0.0), options.min_tokens_to_keep
     if options.temp > 0 and (xtc > 0 or (options.min_p > 0 and least > 1)):
         known = inspect.signature(make_sampler).parameters
@@ -332,12 +341,28 @@ def _print(stream: Stream, options: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
-def _refuse_unknown(options: argparse.Namespace) -> None:
-    """An option of a newer mlx-lm, or one that is not supported, is refused where it was typed."""
+def _check(options: argparse.Namespace) -> None:
+    """Checks what was typed before anything is loaded; also refuses an option of a newer mlx-lm, or one not supported."""
     defaults = vars(build_parser().parse_args([]))
     for name, value in vars(options).items():
         if name not in (*_THEIRS, *_OURS) and value != defaults.get(name):
             raise ConfigurationError(f"--{name.replace('_', '-')} is not supported here; `mlx_lm.generate` has it")
+    gamma, theirs = options.gamma, getattr(options, "num_draft_tokens", None)
+    if gamma is not None and theirs not in (gamma, defaults.get("num_draft_tokens")):
+        raise ConfigurationError(f"--gamma {gamma} and --num-draft-tokens {theirs} are one option; give one of them")
+    if options.early_exit is not None and options.draft_model is not None:
+        raise ConfigurationError(
+            f"--early-exit {options.early_exit} and --draft-model {options.draft_model} are two ways to draft; give one "
+            "of them"
+        )
+    if options.drafter in ("model", "combined") and options.draft_model is None:
+        raise ConfigurationError(
+            f"--drafter {options.drafter} needs a draft model; give --draft-model, or use --drafter suffix"
+        )
+    if options.drafter == "early-exit" and options.early_exit is None:
+        raise ConfigurationError("--drafter early-exit needs a layer; give --early-exit N, or auto to measure which")
+    require_max_tokens(options.max_tokens)
+    Options(**_asked(options))
 
 
 def _gamma(text: str) -> int | str:

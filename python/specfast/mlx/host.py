@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -12,10 +12,10 @@ import numpy.typing as npt
 from .. import _core
 from ..context import Context
 from ..drafters import PRIOR_OF_MODELS, Drafter, Offer
-from ..errors import ShapeError
+from ..errors import NumericalError
 from ..stats import SpeculationStats
 from ..targets import Progress, judge
-from .samplers import Processor, Sampler, processed, rows_law
+from .samplers import Processor, Sampler, processed, rows_law, sampled
 from .sequence import UNBOUNDED, CacheSequence
 
 MOST_UNREAD = 16  # rows a pass checks beside the drafted ones; more are read in a pass of their own
@@ -114,12 +114,12 @@ class HostTarget:
         logits = self._sequence.run(rows)[-(gamma + 1) :]
         logits = processed(self._draws.processors, context.tokens, drafted, logits).astype(mx.float32)
         laws = proposal.laws if isinstance(proposal, HostProposal) else None
-        sampled = None if self._draws.law else _samples(self._draws, logits)
-        mx.eval(logits, [one for one in (drafted, laws, sampled) if one is not None], self._sequence.state)
+        samples = None if self._draws.law else _samples(self._draws, logits)
+        mx.eval(logits, [one for one in (drafted, laws, samples) if one is not None], self._sequence.state)
         self.logits = logits
         tokens = proposal.tokens if proposal else np.empty(0, np.int32)
-        if sampled is not None:
-            return _first_difference(np.asarray(sampled), tokens)
+        if samples is not None:
+            return _first_difference(np.asarray(samples), tokens)
         q = proposal.q if proposal else None
         assert self._draws.law
         return judge(
@@ -162,6 +162,7 @@ class HostDrafter:
     def __init__(self, sequence: CacheSequence, draws: Draws, step: int, vocab: int) -> None:
         self._sequence, self._draws, self._step, self._vocab = sequence, draws, step, vocab
         self._unread, self._drafted = 0, False
+        self._broken: mx.array | None = None  # whether the last proposal came of NaN; evaluated when the next is made
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
         del progress  # the target's is shown
@@ -174,6 +175,8 @@ class HostDrafter:
     def propose(self, context: Context, offer: Offer, gamma: int) -> Any:
         del offer  # there is one kind
         sequence, tokens = self._sequence, context.tokens
+        if self._broken is not None and self._broken.item():
+            raise NumericalError("the draft's logits hold NaN; check its weights, or give another draft model")
         if len(tokens) - sequence.length > min(MOST_UNREAD, sequence.longest):
             sequence.read(tokens[sequence.length : -1], self._step, exact=True)
         sequence.begin()
@@ -186,6 +189,7 @@ class HostDrafter:
                 logits = sequence.run(rows)[-1:, : self._vocab]
                 before = mx.concatenate(drafted) if drafted else None
                 logits = processed(self._draws.processors, tokens, before, logits, at)
+                self._broken = mx.any(mx.isnan(logits))
                 rows = self._draw(logits, context, at, laws)
                 drafted.append(rows)
                 mx.async_eval(rows)
@@ -254,12 +258,9 @@ def _drafted(proposal: Any) -> mx.array | None:
 
 def _samples(draws: Draws, logits: mx.array) -> mx.array:
     """The sampler's token for every row of logits (M, V), one row at a time as in plain decoding: (M,) int32."""
-    sampler: Callable[[mx.array], mx.array] | None = draws.sampler
-    assert sampler
+    assert draws.sampler
     scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    tokens = [sampler(scores[at : at + 1]).reshape(-1) for at in range(int(logits.shape[0]))]
-    if any(int(token.shape[0]) != 1 for token in tokens):
-        raise ShapeError("the sampler must give one token for log-probabilities of shape (1, vocab)")
+    tokens = [sampled(draws.sampler, scores[at : at + 1]) for at in range(int(logits.shape[0]))]
     return mx.concatenate(tokens).astype(mx.int32)
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_lm import sample_utils
 
 from .. import _core
+from ..errors import ShapeError
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
@@ -60,7 +61,11 @@ def _old_style(sampler: Sampler) -> dict[str, Any] | None:
 def processed(
     processors: Sequence[Processor], tokens: Sequence[int], drafted: mx.array | None, logits: mx.array, at: int = 0
 ) -> mx.array:
-    """Logits (M, V) after mlx-lm's processors, each row with the tokens before it: row m follows at + m drafted tokens."""
+    """Logits (M, V) after mlx-lm's processors, each row with the tokens before it: row m follows at + m drafted tokens.
+
+    Raises:
+        ShapeError: a processor gives no logits.
+    """
     if not processors:
         return logits
     before = mx.array(tokens, mx.uint32)
@@ -69,9 +74,33 @@ def processed(
     for m in range(int(logits.shape[0])):
         row = logits[m : m + 1]
         for processor in processors:
-            row = processor(history[: len(tokens) + at + m], row)
+            made = processor(history[: len(tokens) + at + m], row)
+            if not isinstance(made, mx.array) or made.shape != row.shape:
+                raise ShapeError(
+                    f"a logits processor gave {_shown(made)}, but must give an array of the shape of its logits, {row.shape}"
+                )
+            row = made
         rows.append(row)
     return mx.concatenate(rows, axis=0)
+
+
+def sampled(sampler: Sampler, scores: mx.array) -> mx.array:
+    """The sampler's token (1,) for log-probabilities (1, V).
+
+    Raises:
+        ShapeError: it gives no token, or several.
+    """
+    token = sampler(scores)
+    if not isinstance(token, mx.array) or token.size != 1 or not mx.issubdtype(token.dtype, mx.integer):
+        raise ShapeError(
+            f"the sampler gave {_shown(token)}, but must give one token, an array of an integer, for log-probabilities of "
+            f"shape {scores.shape}"
+        )
+    return token.reshape(-1)
+
+
+def _shown(value: Any) -> str:
+    return f"an array of shape {value.shape} in {value.dtype}" if isinstance(value, mx.array) else repr(value)[:100]
 
 
 def rows_law(logits: mx.array, law: _core.Law) -> mx.array:

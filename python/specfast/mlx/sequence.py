@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models import cache as mlx_lm_cache
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, ShapeError
 
 UNBOUNDED = 1 << 28  # rows; mlx-lm's caches have no end either
 _CACHES = mlx_lm_cache.__name__
@@ -46,6 +46,7 @@ class CacheSequence:
         self.length = 0  # rows of this text that the caches hold
         self.rows_since_begin = 0
         self._undo: list[Callable[[], None]] = []
+        self._left: int | None = None  # the caches' offset after our last change
 
     @property
     def longest(self) -> int:
@@ -57,8 +58,27 @@ class CacheSequence:
         """
         return max(1, min((self._exact_rows(cache) for cache in self.caches), default=UNBOUNDED))
 
+    @property
+    def moved(self) -> bool:
+        """Whether somebody else has changed the caches' offset since our last change."""
+        return self._left is not None and self._left != self._offset
+
+    @property
+    def _offset(self) -> int | None:
+        offset = getattr(self.caches[0], "offset", None) if self.caches else None
+        return offset if isinstance(offset, int) else None
+
     def begin(self, *, undoable: bool = True) -> None:
-        """Rows run so far stay; those from here on can be undone, if asked for."""
+        """Rows run so far stay; those from here on can be undone, if asked for.
+
+        Raises:
+            ShapeError: the caches serve another text by now.
+        """
+        if self.moved:
+            raise ShapeError(
+                f"the caches' offset is {self._offset}, but this text left it at {self._left}; give every request caches "
+                "of its own, or end one before the next"
+            )
         self.quantise()
         self._undo = [_undo_of(cache) for cache in self.caches] if undoable else []
         self.rows_since_begin = 0
@@ -69,6 +89,7 @@ class CacheSequence:
         logits = self._model(tokens[None], cache=self.caches)[0]
         self.length += rows
         self.rows_since_begin += rows
+        self._left = self._offset
         return logits
 
     def keep(self, count: int) -> None:
@@ -79,6 +100,7 @@ class CacheSequence:
             for cache in self.caches:
                 cache.trim(undone)
             self.length -= undone
+            self._left = self._offset
         elif undone:
             self.undo()
         self.rows_since_begin = min(self.rows_since_begin, count)
@@ -91,6 +113,7 @@ class CacheSequence:
             undo()
         self.length -= self.rows_since_begin
         self.rows_since_begin = 0
+        self._left = self._offset
 
     def read(
         self, tokens: Sequence[int], step: int, on_step: Callable[[int], None] | None = None, *, exact: bool = False
@@ -130,6 +153,11 @@ class CacheSequence:
                 except NotImplementedError:
                     raise ConfigurationError(
                         f"kv_bits is {bits}, but mlx-lm cannot quantise a {type(cache).__name__}; leave kv_bits out"
+                    ) from None
+                except ValueError as error:
+                    raise ConfigurationError(
+                        f"kv_bits is {bits} in groups of {group_size}, which MLX refuses ({error}); give a smaller "
+                        "kv_group_size, or leave kv_bits out"
                     ) from None
 
     def _exact_rows(self, cache: Any) -> int:

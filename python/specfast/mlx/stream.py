@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -12,10 +13,12 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..config import require_whole
 from ..errors import ConfigurationError
 from ..generation import Terms
+from ..models import check_prompt
 from .host import HostTarget
-from .requests import Options, Request, begin
+from .requests import Request, begin, options_of
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,12 @@ def stream_generate(
         ConfigurationError: an option outside its range, or options that exclude each other.
         UnsupportedModelError: early exit on a model without a native path.
     """
-    if max_tokens == 0 or max_tokens < -1:
-        raise ConfigurationError(f"max_tokens is {max_tokens}, but must be at least 1, or -1 for no limit")
+    require_max_tokens(max_tokens)
+    chosen = options_of("stream_generate", options)
     tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     tokens = _encode(tokenizer, prompt)
     ends = frozenset(tokenizer.eos_token_ids)
-    return Stream(begin(model, draft_model, tokens, max_tokens, ends, Options(**options)), tokenizer.detokenizer)
+    return Stream(begin(model, draft_model, tokens, max_tokens, ends, chosen), tokenizer.detokenizer)
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: Any, verbose: bool = False, **options: Any) -> str:
@@ -166,10 +169,9 @@ def generate_step(
     """
     if input_embeddings is not None:
         raise ConfigurationError("input_embeddings are not supported, only token ids; mlx_lm.generate_step takes them")
-    if max_tokens < -1:
-        raise ConfigurationError(f"max_tokens is {max_tokens}, but must be at least 0, or -1 for no limit")
+    require_max_tokens(max_tokens, least=0)
     drafted = draft_model is not None or options.get("drafter") is not None or options.get("early_exit") is not None
-    chosen = Options(**{"logprobs": options.get("early_exit") is None, **options})
+    chosen = options_of("generate_step", {"logprobs": options.get("early_exit") is None, **options})
     request = begin(model, draft_model, _token_ids(prompt), max_tokens, (), chosen)
     return _steps(request, drafted=drafted)
 
@@ -196,8 +198,9 @@ def _tokens(request: Request) -> Generator[tuple[int, mx.array | None, bool], No
             for place, token in enumerate(chunk.token_ids):
                 given += 1
                 yield token, None if logits is None else _logprobs(logits, place), place < drafted
-    except GeneratorExit:  # what is given out so far; after an error nothing more is computed
-        request.end(context.tokens[:given])
+    except GeneratorExit:  # what is given out so far; after an error, or while Python ends, nothing more is computed
+        if not sys.is_finalizing():
+            request.end(context.tokens[:given])
         raise
     finally:
         request.generation.close()
@@ -211,6 +214,16 @@ def _logprobs(logits: mx.array, place: int) -> mx.array:
     return row - mx.logsumexp(row)
 
 
+def require_max_tokens(max_tokens: Any, least: int = 1) -> None:
+    """Checks that it is a number of tokens, or -1.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    if isinstance(max_tokens, float) or max_tokens != -1:
+        require_whole("max_tokens", max_tokens, least, hint=", or -1 for no limit")
+
+
 def _encode(tokenizer: Any, prompt: str | Sequence[int] | mx.array) -> list[int]:
     if isinstance(prompt, str):
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
@@ -219,10 +232,10 @@ def _encode(tokenizer: Any, prompt: str | Sequence[int] | mx.array) -> list[int]
 
 
 def _token_ids(prompt: Any) -> list[int]:
-    tokens = [int(token) for token in (prompt.tolist() if isinstance(prompt, mx.array) else prompt)]
-    if not tokens:
-        raise ConfigurationError("the prompt has 0 tokens, but at least one is needed")
-    return tokens
+    tokens = check_prompt(prompt.tolist() if isinstance(prompt, mx.array) else prompt, "text or token ids")
+    if isinstance(tokens, str) or not isinstance(tokens[0], int):
+        raise ConfigurationError(f"the prompt is {prompt!r:.100}, but must be token ids here; encode it first")
+    return [*map(int, tokens)]
 
 
 def _responses(request: Request, detokenizer: Any) -> Generator[GenerationResponse, None, None]:
