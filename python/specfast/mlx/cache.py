@@ -189,6 +189,18 @@ def make_cache(
     return _new_cache(model, windows, codes, capacity)
 
 
+def checked_offset(cache: Any) -> int:
+    """A cache's offset.
+
+    Raises:
+        ShapeError: somebody set it to what is no length.
+    """
+    offset = cache.offset
+    if not isinstance(offset, int) or offset < 0:
+        raise ShapeError(f"the caches' offset is {offset!r:.100}, but must be a whole number, at least 0")
+    return offset
+
+
 def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
     """The store behind the caches of one sequence, holding what they hold and nothing else; or why there cannot be one.
 
@@ -208,9 +220,7 @@ def adopt(model: _core.Model, caches: Sequence[Any]) -> Store | str:
     codes = _codes(model, caches)
     if isinstance(codes, str):
         return codes
-    offset = caches[0].offset
-    if not isinstance(offset, int) or offset < 0:
-        raise ShapeError(f"the caches' offset is {offset!r:.100}, but must be a whole number, at least 0")
+    offset = checked_offset(caches[0])
     if any(cache.offset != offset for cache in caches):
         return "caches whose layers have different offsets"
     store: Store | None = getattr(caches[0], "_store", None)

@@ -94,7 +94,7 @@ class GraphForward:
             return True
         if len(caches) != self._native.layers or {type(c) for c in caches} - {_Stock, pages.KVCache, KVCache}:
             return False
-        shape, offset = (1, self._native.kv_heads, self._native.head_dim), caches[0].offset
+        shape, offset = (1, self._native.kv_heads, self._native.head_dim), pages.checked_offset(caches[0])
         for cache in caches:
             if cache.offset != offset:
                 return False
