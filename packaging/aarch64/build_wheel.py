@@ -3,68 +3,29 @@
 Needs scikit-build-core, nanobind, ninja, wheel and ziglang installed where it runs. Python's headers are this machine's: both are LP64.
 """
 
-import os
 import re
+import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import zig  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cross_wheel
 
-ROOT = HERE.parents[1]
-WORK = ROOT / "build" / "aarch64"
 GLIBC = (2, 28)  # of zig.TARGETS
 
 
 def build(target: Path) -> Path:
     """The wheel, in `target`."""
     suffix = f"cpython-{sys.version_info.major}{sys.version_info.minor}-aarch64-linux-gnu"
-    environment = {
-        **os.environ,
-        "SPECFAST_TOOLS": str(zig.write_tools("aarch64", WORK / "tools")),
-        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
-        "SETUPTOOLS_EXT_SUFFIX": f".{suffix}.so",
-    }
-    defines = {
-        "CMAKE_TOOLCHAIN_FILE": HERE / "toolchain.cmake",
-        "NB_SUFFIX": f".{suffix}.so",
-        "SKBUILD_SOABI": suffix,
-        "Python_INCLUDE_DIR": sysconfig.get_path("include"),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-build-isolation",
-        "--no-deps",
-        "--wheel-dir",
-        str(target),
-    ]
-    command += [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
-    command += [f"--config-settings=build-dir={WORK / 'cmake'}", str(ROOT)]
-    for old in target.glob("*_aarch64.whl"):
-        old.unlink()
-    subprocess.run(command, env=environment, check=True)
-    (made,) = target.glob("*_aarch64.whl")
-    retag = [
-        sys.executable,
-        "-m",
-        "wheel",
-        "tags",
-        "--remove",
-        f"--platform-tag=manylinux_{GLIBC[0]}_{GLIBC[1]}_aarch64",
-        str(made),
-    ]
-    subprocess.run(retag, check=True, stdout=subprocess.DEVNULL)
-    (wheel,) = target.glob("*_aarch64.whl")
-    return wheel
+    made = cross_wheel.build("aarch64", suffix, "linux-aarch64", {}, {})
+    tag = f"--platform-tag=manylinux_{GLIBC[0]}_{GLIBC[1]}_aarch64"
+    command = [sys.executable, "-m", "wheel", "tags", "--remove", tag, str(made)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (wheel,) = made.parent.glob("*.whl")
+    return Path(shutil.copy(wheel, target))
 
 
 def problems(wheel: Path) -> list[str]:

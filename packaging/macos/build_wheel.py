@@ -3,10 +3,8 @@
 Needs scikit-build-core, nanobind, ninja and ziglang installed where it runs. Python's headers are this machine's: both are LP64.
 """
 
-import os
-import subprocess
+import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
 import inspect_wheel
@@ -14,15 +12,12 @@ import mlx_wheel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import zig  # noqa: E402
-
-ROOT = HERE.parents[1]
-WORK = ROOT / "build" / "macos"
+import cross_wheel  # noqa: E402
 
 
 def write_libraries() -> Path:
     """Linker stubs of the system's libraries, with the symbols that MLX's own wheels use: what is not there must not be used."""
-    directory = WORK / "tbd"
+    directory = cross_wheel.ROOT / "build" / "macos" / "tbd"
     directory.mkdir(parents=True, exist_ok=True)
     for name, symbols in inspect_wheel.system_symbols().items():
         if name.startswith(("libc++.", "libobjc.")):
@@ -36,47 +31,19 @@ def write_libraries() -> Path:
 
 def build(target: Path) -> Path:
     """The wheel, in `target`."""
-    mlx = mlx_wheel.unpacked()
-    tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}-darwin"
     environment = {
-        **os.environ,
         "SPECFAST_MLX": "1",
-        "SPECFAST_TOOLS": str(zig.write_tools("macos", WORK / "tools")),
         "SPECFAST_TBD": str(write_libraries()),
-        "_PYTHON_HOST_PLATFORM": "macosx-14.0-arm64",
-        "SETUPTOOLS_EXT_SUFFIX": f".{tag}.so",
         "ARCHFLAGS": "-arch arm64",
         "MACOSX_DEPLOYMENT_TARGET": "14.0",
     }
     defines = {
-        "CMAKE_TOOLCHAIN_FILE": HERE / "toolchain.cmake",
         "CMAKE_PROJECT_INCLUDE": HERE / "project.cmake",
-        "MLX_ROOT": mlx / "mlx",
+        "MLX_ROOT": mlx_wheel.unpacked() / "mlx",
         "mlx_version": mlx_wheel.VERSION,
-        "NB_SUFFIX": f".{tag}.so",
-        "SKBUILD_SOABI": tag,
-        "Python_INCLUDE_DIR": sysconfig.get_path("include"),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-build-isolation",
-        "--no-deps",
-        "--wheel-dir",
-        str(target),
-    ]
-    command += [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
-    command += [f"--config-settings=build-dir={WORK / 'cmake'}", str(ROOT)]
-    for extension in (WORK / "cmake").glob("*.so"):  # linked anew: the stubs may have changed
-        extension.unlink()
-    before = set(target.glob("*.whl"))
-    subprocess.run(command, env=environment, check=True)
-    return next(iter(set(target.glob("*.whl")) - before), None) or max(
-        target.glob("*.whl"), key=lambda f: f.stat().st_mtime
-    )
+    suffix = f"cpython-{sys.version_info.major}{sys.version_info.minor}-darwin"
+    return Path(shutil.copy(cross_wheel.build("macos", suffix, "macosx-14.0-arm64", environment, defines), target))
 
 
 if __name__ == "__main__":
