@@ -7,59 +7,9 @@ Requests of one list are submitted together. The last line printed is JSON: toke
 import json
 import sys
 import time
-import types
-
-
-def stand_in_for_what_pypi_has_not():
-    """exo's own Rust extension, and a module that only its fork of mlx-lm has."""
-    try:
-        import exo_rs  # noqa: F401
-    except ImportError:
-
-        class Anything:
-            def __init__(self, *_arguments, **_options):
-                pass
-
-        module = types.ModuleType("exo_rs")
-        module.PidfileError = type("PidfileError", (Exception,), {})
-        module.FromSwarm = type("FromSwarm", (), {"Connection": Anything, "Message": Anything})
-        module.__getattr__ = lambda name: type(name, (Anything,), {})
-        sys.modules["exo_rs"] = module
-    try:
-        import mlx_lm.models.deepseek_v4  # noqa: F401
-    except ImportError:
-        from mlx import nn
-
-        made, module = {}, types.ModuleType("mlx_lm.models.deepseek_v4")
-
-        def make(name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return made.setdefault(name, type(name, (nn.Module,), {}))
-
-        module.__getattr__ = make
-        sys.modules["mlx_lm.models.deepseek_v4"] = module
-
-
-def batches_of_arrays():
-    """exo keeps log probabilities as one array; batches of its fork of mlx-lm can be joined then, PyPI's only if they are lists."""
-    import mlx.core as mx
-    from mlx_lm.generate import GenerationBatch
-
-    extend = GenerationBatch.extend
-
-    def with_lists(self, batch):
-        for each in (self, batch):
-            for name in ("_current_logprobs", "_next_logprobs"):
-                if isinstance(value := getattr(each, name), mx.array):
-                    setattr(each, name, list(value))
-        return extend(self, batch)
-
-    GenerationBatch.extend = with_lists
 
 
 def main(job):
-    stand_in_for_what_pypi_has_not()
     from exo.shared.models.model_cards import ModelCard, ModelTask
     from exo.shared.types.common import CommandId, ModelId, NodeId
     from exo.shared.types.memory import Memory
@@ -73,7 +23,6 @@ def main(job):
     from exo.worker.engines.mlx.patches import apply_mlx_patches
 
     apply_mlx_patches()
-    batches_of_arrays()
     model, layers = ModelId(job["model"]), job["layers"]
     card = ModelCard(
         model_id=model, storage_size=Memory.from_bytes(10**7), n_layers=layers, hidden_size=32, supports_tensor=False,

@@ -376,7 +376,8 @@ def test_serving(exo, plain, arguments):
         stats = server.get("/v1/speculation")
         speculating = "--disable-speculative" not in arguments
         assert (stats["tokens"], stats["requests"]) == (TOKENS, 1)
-        assert (stats["drafted"] > 0) == speculating
+        if "--speculative-auto-config" not in arguments:  # which may find plain decoding faster
+            assert (stats["drafted"] > 0) == speculating
         assert stats["model_family_compatibility"] == ("compatible" if speculating else "unknown")
         assert server.chat()[1]["choices"][0]["finish_reason"] == "length"  # the target is the default model
         server.wait_for(lambda: server.printed().count("specfast: request ") == 2)

@@ -1,20 +1,22 @@
-"""exo's second generation for real, in process: its own tokens in fewer passes, with its prefix cache, samplers and cancelling."""
+"""exo's second generation for real: its own tokens in fewer passes, with its prefix cache, samplers and cancelling.
 
-import json
-import os
-import shutil
+First its engine in one process, then the application: its command line, API, master, worker and the process that runs a model.
+"""
+
+import contextlib
+import re
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
-from exo_home import MLX, make_home
+from exo_ring import wait_until
+from exo_v1_home import DRAFT, MODEL, PYTHON, application, drive, environment, make_folders
 
-PYTHON = os.environ.get("SPECFAST_EXO_V1_PYTHON")
 pytestmark = pytest.mark.skipif(
     PYTHON is None,
     reason="SPECFAST_EXO_V1_PYTHON does not name the interpreter of an environment with exo's second generation",
 )
-MODEL, DRAFT = MLX + "Meta-Llama-3.1-8B-Instruct-4bit", MLX + "Llama-3.2-3B-Instruct-4bit"
 GREEDY = {"temperature": 0.0, "max_output_tokens": 32}
 SAMPLED = {"temperature": 1.0, "seed": 5, "max_output_tokens": 32}
 OPTIONS = {"draft_model": DRAFT, "gamma": 4}
@@ -23,39 +25,14 @@ OPTIONS = {"draft_model": DRAFT, "gamma": 4}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("v1")
-    home = make_home(root, models=("llama",))
-    models = root / "models"
-    for repository in (MODEL, DRAFT):
-        shutil.copytree(home.folder(repository), models / repository.replace("/", "--"))
-    (root / "dashboard").mkdir()
+    make_folders(root)
     return root
 
 
 @pytest.fixture
 def v1(folders):
     def run(requests, *, options=OPTIONS, environment=None, **job):
-        hidden = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SPECFAST", "EXO"))
-        }
-        own = {
-            **hidden,
-            "EXO_HOME": str(folders / "exo"),
-            "HOME": str(folders),
-            "EXO_DEFAULT_MODELS_DIR": str(folders / "models"),
-            "EXO_MODELS_DIRS": str(folders / "models"),
-            "EXO_DASHBOARD_DIR": str(folders / "dashboard"),
-            "HF_HUB_OFFLINE": "1",
-            "SPECFAST_MEASUREMENTS": "0",
-        }
-        if options is not None:
-            own |= {"SPECFAST_EXO": "1", "SPECFAST_EXO_OPTIONS": json.dumps(options)}
-        job |= {"model": MODEL, "layers": 32, "requests": requests}
-        driver = Path(__file__).with_name("exo_v1_driver.py")
-        done = subprocess.run(
-            [PYTHON, str(driver), json.dumps(job)], check=False, env={**own, **(environment or {})}, capture_output=True, text=True, timeout=300
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+        return drive(folders, requests, options=options, more=environment or {}, **job)
 
     return run
 
@@ -134,3 +111,82 @@ def test_off_where_exo_speculates_itself(v1, name):
     answer, printed = v1([[GREEDY]], environment={name: "1"})
     assert answer["generator"] == "ExoBatchGenerator"
     assert f"exo speculates itself ({name})" in printed
+
+
+FLAGS = ("--speculative-draft-model", DRAFT, "--speculative-gamma", "4")
+CHATS = (
+    {"temperature": 0, "max_tokens": 32},
+    {"temperature": 1.0, "seed": 5, "max_tokens": 32},
+    {"temperature": 1.0, "seed": 5, "top_p": 0.9, "max_tokens": 32},
+)
+
+
+@pytest.fixture(scope="module")
+def texts(folders):
+    """exo's own, of requests one after another and of four at once."""
+    with application(folders) as exo:
+        found = [exo.text(**body) for body in CHATS], four_at_once(exo)
+        assert "specfast" not in exo.printed()
+    assert len(set(found[0])) > 1
+    return found
+
+
+def four_at_once(exo):
+    answers = {}
+
+    def ask(i):
+        answers[i] = exo.text(text=f"text {i}", temperature=0, max_tokens=32)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [answers[i] for i in range(4)]
+
+
+def passes(exo):
+    """(tokens, passes of the target) of each request that was decoded speculatively."""
+    return [tuple(map(int, each)) for each in re.findall(r"(\d+) tokens in (\d+) target passes", exo.printed())]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "program"),
+    [
+        (FLAGS, {}, "exo"),
+        (("--inference-engine", "speculative", "--speculative-target-model", "llama-3.1-8b", *FLAGS), {}, "exo"),
+        ((), {"SPECFAST_EXO": "1"}, "exo"),
+        (FLAGS, {"SPECFAST_EXO_HOOK": "0"}, "specfast-exo"),
+    ],
+    ids=["flags", "the document's flags", "variable", "without the hook"],
+)
+def test_the_application_says_the_same_in_fewer_passes(folders, texts, arguments, more, program):
+    alone, together = texts
+    with application(folders, *arguments, program=program, **more) as exo:
+        assert [exo.text(**body) for body in CHATS] == alone
+        wait_until(lambda: len(passes(exo)) == len(CHATS), exo.printed)
+        counted = passes(exo)
+        assert four_at_once(exo) == together
+        print("tokens, passes:", counted)
+        assert [tokens for tokens, _ in counted] == [32] * len(CHATS)
+        assert not arguments or counted[0][1] < 0.8 * 32  # else gamma is automatic
+
+
+def test_a_client_of_the_application_that_leaves(folders, texts):
+    with application(folders, *FLAGS) as exo:
+        answer = exo.stream(model=MODEL, temperature=0, max_tokens=1500)
+        answer.read(100)
+        with contextlib.suppress(OSError):
+            answer.close()
+        wait_until(lambda: len(passes(exo)) == 1, exo.printed)
+        assert passes(exo)[0][0] < 1500
+        assert exo.text(**CHATS[0]) == texts[0][0]
+        wait_until(lambda: [tokens for tokens, _ in passes(exo)][1:] == [32], exo.printed)
+
+
+def test_the_application_has_no_run(folders):
+    command = [str(Path(PYTHON).with_name("exo")), "run", "llama-3.1-8b", *FLAGS]
+    done = subprocess.run(command, env=environment(folders), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "this exo has no `run`" in done.stderr
+    assert "/place_instance" in done.stderr

@@ -19,6 +19,10 @@ _FILES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("first generation", ("inference/inference_engine.py", "orchestration/node.py", "main.py")),
     ("second generation", ("worker/engines/base.py",)),
 )
+_SECOND = (
+    f"{SWITCH}=1 or a --speculative-* flag speculates on models of a single node; models spread over several nodes are not "
+    "supported and decoded plainly by exo"
+)
 
 
 @dataclass(frozen=True)
@@ -49,24 +53,13 @@ class FoundExo:
             return "not installed"
         if self.kind == "another program":
             return f"another program of this name, at {self.path}: left alone"
-        if self.kind == "second generation":
-            return self._explain_second()
+        first = self.kind == "first generation"
+        what = "`exo --inference-engine speculative` works, on rings too" if first else _SECOND
         if self.hooked:
-            return "first generation: `exo --inference-engine speculative` works, on rings too (start-up hook)"
+            return f"{self.kind}: {what} (start-up hook)"
         if os.environ.get(KILL_SWITCH) == "0":
-            return f"first generation, and the start-up hook is switched off ({KILL_SWITCH}=0): use `specfast-exo`"
-        return "first generation, but the start-up hook is not installed here: use `specfast-exo`, or install a wheel"
-
-    def _explain_second(self) -> str:
-        if self.hooked:
-            return (
-                f"second generation: {SWITCH}=1 or a --speculative-* flag speculates on models of a single node (start-up hook); "
-                "models spread over several nodes are not supported and decoded plainly by exo"
-            )
-        return (
-            "second generation, whose processes only the start-up hook reaches, and that is not active: install a wheel, and "
-            f"do not set {KILL_SWITCH}=0"
-        )
+            return f"{self.kind}, and the start-up hook is switched off ({KILL_SWITCH}=0): use `specfast-exo`"
+        return f"{self.kind}, but the start-up hook is not installed here: use `specfast-exo`, or install a wheel"
 
 
 def packaged_apps() -> list[Path]:
