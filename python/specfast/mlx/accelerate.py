@@ -191,12 +191,8 @@ class _FusedPath:
     watch: Watch
     signature: inspect.Signature
 
-    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Name, mx.array] | str:
+    def run(self, inputs: mx.array, caches: Any) -> tuple[_Name, mx.array] | str:
         """The path taken and the logits (1, M, vocab), or why mlx-lm's layers must run."""
-        given = _rows_and_caches(self.signature, model, args, kwargs)
-        if isinstance(given, str):
-            return given
-        inputs, caches = given
         if self.graph and mx.default_device() == mx.cpu and self.graph.takes(caches):
             return "primitives", self.graph(inputs, caches)
         return self._natively(inputs, caches)
@@ -243,12 +239,8 @@ class _MetalPath:
     watch: Watch
     signature: inspect.Signature
 
-    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Name, mx.array] | str:
+    def run(self, inputs: mx.array, caches: Any) -> tuple[_Name, mx.array] | str:
         """The path taken and the logits (1, M, vocab), or why mlx-lm's layers must run."""
-        given = _rows_and_caches(self.signature, model, args, kwargs)
-        if isinstance(given, str):
-            return given
-        inputs, caches = given
         caches = self.forward.new_caches() if caches is None else caches
         reason = self.forward.why_not(inputs, caches)
         return reason or ("metal", self.forward(inputs, caches))
@@ -302,10 +294,17 @@ class _Accelerator:
         if self.path and not self.path.watch.unchanged(model):
             self.path = None  # lets go of the old weights
             self._reason = "a weight or module has been replaced; call specfast.mlx.accelerate again"
-        done = self.path.run(model, args, kwargs) if self.path else self._reason
+        done = self._run(self.path, model, args, kwargs) if self.path else self._reason
         if isinstance(done, str):
             self._stock_calls[done] += 1
             return None
         name, logits = done
         self._calls[name] += 1
         return logits
+
+    @staticmethod
+    def _run(
+        path: _FusedPath | _MetalPath, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[_Name, mx.array] | str:
+        given = _rows_and_caches(path.signature, model, args, kwargs)
+        return given if isinstance(given, str) else path.run(*given)
