@@ -15,7 +15,7 @@ import numpy as np
 from metal_emulator import build, translate
 from metal_emulator.build import EmulatorUnavailableError
 
-HEADERS = ("scalars.h", "vectors.h", "math.h", "execution.h", "launch.h")
+HEADERS = ("integers.h", "scalars.h", "vectors.h", "math.h", "execution.h", "launch.h")
 
 
 @cache

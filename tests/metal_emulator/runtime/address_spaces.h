@@ -1,6 +1,7 @@
 // Declarations only, for the lint: Metal's address spaces as clang's, vectors as clang's own, functions as strict as Metal's
 // overloads (max(float, int) is ambiguous there). Never executed.
 #pragma once
+#include "integers.h"
 #define device __attribute__((address_space(1)))
 #define constant __attribute__((address_space(2))) const
 #define threadgroup __attribute__((address_space(3)))
@@ -14,21 +15,8 @@
 #define M_LN2_F 0.69314718f
 #define M_LOG2E_F 1.44269504f
 #define M_SQRT1_2_F 0.70710678f
-typedef signed char int8_t;
-typedef unsigned char uint8_t;
-typedef short int16_t;
-typedef unsigned short uint16_t;
-typedef int int32_t;
-typedef unsigned int uint32_t;
-typedef long int64_t;
-typedef unsigned long uint64_t;
-typedef unsigned long size_t;
 
 namespace metal {
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-typedef unsigned int uint;
-typedef unsigned long ulong;
 typedef _Float16 half;
 typedef __bf16 bfloat;
 template <class T, int N> using vec = T __attribute__((ext_vector_type(N)));

@@ -1,21 +1,12 @@
 // The scalar types of the Metal Shading Language, their traits and 16-bit floats that round after every operation.
 #pragma once
 
-// No standard header is included anywhere in a translated file: Metal's names would meet the C library's.
-typedef signed char int8_t;
-typedef unsigned char uint8_t;
-typedef short int16_t;
-typedef unsigned short uint16_t;
-typedef int int32_t;
-typedef unsigned int uint32_t;
-typedef long int64_t;
-typedef unsigned long uint64_t;
+#include "integers.h"
 
 #ifdef __CUDACC_RTC__
 #define EMULATOR_CUDA 1
 #define EMULATOR_COPY(to, from, bytes) ::memcpy(to, from, bytes)
 #else
-typedef unsigned long size_t;
 #if defined(__clang__) || defined(__aarch64__)
 typedef __fp16 emulator_float16;
 #else
@@ -34,10 +25,6 @@ typedef _Float16 emulator_float16;
 #define M_SQRT1_2_F 0.70710678118654752440f
 
 namespace metal {
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-typedef unsigned int uint;
-typedef unsigned long ulong;
 typedef unsigned long size_t;
 typedef long ptrdiff_t;
 
