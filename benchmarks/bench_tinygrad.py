@@ -16,6 +16,7 @@ pytest.importorskip("tinygrad", reason="tinygrad is not installed")
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
 import specfast.tinygrad as st  # noqa: E402
+from peers import random_gguf  # noqa: E402
 from specfast.tinygrad import private  # noqa: E402
 from specfast.tinygrad.host import own_forward  # noqa: E402
 from tinygrad import Tensor, TinyJit  # noqa: E402
@@ -24,69 +25,14 @@ CONTEXT = 64
 SHAPE = find_shape("llama-3.2-1b")
 
 
-def matrices():
-    s, q, kv = SHAPE, SHAPE.heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim
-    yield "token_embd.weight", s.vocab, s.hidden
-    for i in range(s.layers):
-        for stem, N, K in (
-            ("attn_q", q, s.hidden), ("attn_k", kv, s.hidden), ("attn_v", kv, s.hidden), ("attn_output", s.hidden, q),
-            ("ffn_gate", s.intermediate, s.hidden), ("ffn_up", s.intermediate, s.hidden), ("ffn_down", s.hidden, s.intermediate),
-        ):  # fmt: skip
-            yield f"blk.{i}.{stem}.weight", N, K
-
-
-def write(path, kind):
-    """Random values of about unit products, the same ones in every matrix."""
-    s, random = SHAPE, np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path.with_suffix(".partial"), "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(s.hidden)
-    writer.add_block_count(s.layers)
-    writer.add_feed_forward_length(s.intermediate)
-    writer.add_head_count(s.heads)
-    writer.add_head_count_kv(s.kv_heads)
-    writer.add_rope_dimension_count(s.head_dim)
-    writer.add_rope_freq_base(500000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list([f"t{i}" for i in range(s.vocab)])
-    norms = [f"blk.{i}.{stem}_norm.weight" for i in range(s.layers) for stem in ("attn", "ffn")] + [
-        "output_norm.weight"
-    ]
-    raw = getattr(gguf.GGMLQuantizationType, kind)
-    size = {"F16": 2, "Q4_0": 18 / 32}[kind]
-    for name, N, K in matrices():
-        width = int(K * size)
-        if kind == "F16":
-            writer.add_tensor_info(name, (N, K), np.dtype(np.float16), N * width)
-        else:
-            writer.add_tensor_info(name, (N, width), np.dtype(np.uint8), N * width, raw_dtype=raw)
-    for name in norms:
-        writer.add_tensor_info(name, (s.hidden,), np.dtype(np.float32), 4 * s.hidden)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, N, K in matrices():
-        if kind == "F16":
-            part = (random.standard_normal((1024, K)) / np.sqrt(K)).astype(np.float16)
-            data = np.resize(part, (N, K))
-        else:
-            part = random.integers(0, 256, (1024, K // 32, 18), dtype=np.uint8)
-            part[:, :, :2] = np.array([K**-0.5 / 4.6], np.float16).view(np.uint8)
-            data = np.resize(part.reshape(1024, -1), (N, K // 32 * 18))
-        writer.write_tensor_data(data)
-    for _ in norms:
-        writer.write_tensor_data(np.ones(s.hidden, np.float32))
-    writer.close()
-    path.with_suffix(".partial").rename(path)
-
-
 @pytest.fixture(scope="module", params=["Q4_0", "F16"])
 def runs(request):
     """Three functions of M: a pass with the logits of all rows, after CONTEXT tokens."""
     path = Path("build") / f"llama-3.2-1b-{request.param}.gguf"
     path.parent.mkdir(exist_ok=True)
     if not path.is_file():
-        write(path, request.param)
+        kind = gguf.GGMLQuantizationType[request.param]
+        random_gguf.write(path, SHAPE, kind, kind, max_context=512)
     stock, fast = st.load_gguf(path), st.accelerate(st.load_gguf(path))
     assert st.report(fast).path == "graph"
     native = load_model(path, pack=False).model
