@@ -13,7 +13,8 @@ from random_laws import FULL  # noqa: E402
 from specfast import ConfigurationError, UnsupportedModelError  # noqa: E402
 from specfast.mlx import generate_step, report  # noqa: E402
 from specfast.mlx.host import Draws, HostDrafter, HostTarget  # noqa: E402
-from specfast.mlx.requests import Options, begin  # noqa: E402
+from specfast.mlx.options import Options  # noqa: E402
+from specfast.mlx.requests import begin  # noqa: E402
 from specfast.mlx.sequence import CacheSequence, rotates_exactly  # noqa: E402
 
 PROMPT = np.random.default_rng(0).integers(0, VOCAB, 9).tolist()

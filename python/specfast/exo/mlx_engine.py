@@ -142,7 +142,7 @@ class MlxEngine(Engine):
             name = "none"
         gamma = self._gamma(resolved, name)[0]
         sampled = {"top_k": keep, "top_p": top_p, "min_p": min_p} if temperature > 0 else {}
-        options = requests.Options(
+        options = importlib.import_module("specfast.mlx.options").Options(
             temp=temperature,
             **sampled,
             num_draft_tokens=None if gamma == "auto" else gamma,

@@ -24,7 +24,8 @@ from ..compatibility import compare_models
 from ..config import RULES
 from ..errors import ConfigurationError, ModelFormatError
 from .accelerate import accelerate, report
-from .requests import DRAFTERS, Options, dtype_name
+from .options import DRAFTERS, Options
+from .requests import dtype_name
 from .stream import GenerationResponse, Stream, require_max_tokens, stream_generate, summary
 
 COMMAND = "specfast.mlx.generate"

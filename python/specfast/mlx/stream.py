@@ -18,7 +18,8 @@ from ..errors import ConfigurationError
 from ..generation import Terms
 from ..models import check_prompt
 from .host import HostTarget
-from .requests import Request, begin, options_of
+from .options import options_of
+from .requests import Request, begin
 
 
 @dataclass(frozen=True)
