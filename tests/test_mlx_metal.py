@@ -13,9 +13,10 @@ import specfast.mlx  # noqa: E402
 from mlx_lm.models.cache import KVCache, trim_prompt_cache  # noqa: E402
 from mlx_metal import ExecutedLaunches, ExecutedMetalKernel, generated_source, whole  # noqa: E402
 from mlx_models import generate_step, random_model  # noqa: E402
-from specfast import metal  # noqa: E402
+from specfast import ConfigurationError, ShapeError, metal  # noqa: E402
 from specfast.mlx import metal as mlx_metal  # noqa: E402
 from specfast.mlx import primitives  # noqa: E402
+from specfast.mlx.weights import config_of  # noqa: E402
 
 
 @pytest.fixture
@@ -233,3 +234,62 @@ def test_speculation_over_the_metal_path(on_metal):
     assert texts[0] == texts[1] == texts[2]
     assert len(set(texts[0])) > 3
     assert specfast.mlx.report(model).metal_calls >= 10
+
+
+def piece(name, weights, layers):
+    """A model of three layers with nothing in it that a range of them does not need."""
+    model = random_model(name, weights, num_hidden_layers=3)
+    config = config_of(model)
+    inner, tied = model.model, "lm_head" not in model
+    for i in set(range(3)) - set(layers):
+        inner.layers[i] = None
+    last = layers.stop == 3
+    if layers.start and not (last and tied):
+        del inner["embed_tokens"]
+    if not last:
+        del inner["norm"]
+        model.pop("lm_head", None)
+    return mlx_metal.MetalForward(model, config, layers)
+
+
+@pytest.mark.parametrize(("name", "weights"), [("llama", "q4g64"), ("llama-untied", "f16")])
+def test_ranges_of_layers_chain_to_the_model(on_metal, name, weights):
+    whole_model = random_model(name, weights, num_hidden_layers=3)
+    forward = mlx_metal.MetalForward(whole_model, config_of(whole_model))
+    calls = [mx.array([[5, 9, 2]]), mx.array([[7]])]
+
+    def through(pieces):
+        caches = [one.new_caches() for one in pieces]
+        results = []
+        for rows in calls:
+            for one, held in zip(pieces, caches, strict=True):
+                assert one.why_not(rows, held) == ""
+                rows = one(rows, held)
+                wanted = (mx.float32, 96) if one.last else (one.dtype, 128)
+                assert (rows.dtype, rows.shape[2]) == wanted
+            results.append(np.array(rows)[0])
+        assert [len(held) for held in caches] == [len(one.range) for one in pieces]
+        return np.concatenate(results)
+
+    expected = through([forward])
+    for cuts in ((0, 1, 3), (0, 1, 2, 3)):
+        pieces = [piece(name, weights, range(a, b)) for a, b in itertools.pairwise(cuts)]
+        np.testing.assert_array_equal(through(pieces), expected)
+        assert sum(one.weight_bytes for one in pieces) == forward.weight_bytes
+    # a control: a layer left out shows
+    assert not np.array_equal(through([piece(name, weights, range(1)), *pieces[2:]]), expected)
+
+
+def test_a_range_says_what_it_takes(on_metal):
+    model = random_model("llama", "q4g64")
+    config = config_of(model)
+    for layers in (range(1, 3), range(0), range(-1, 1), range(0, 3, 2), range(1, -1, -1)):
+        with pytest.raises(ConfigurationError, match=r"range\(0, 2\)"):
+            mlx_metal.MetalForward(model, config, layers)
+    last = mlx_metal.MetalForward(model, config, range(1, 2))
+    for wrong in (mx.array([[1, 2]]), mx.zeros((1, 2, 64), mx.bfloat16), mx.zeros((1, 2, 128))):
+        assert "takes" in last.why_not(wrong, last.new_caches())
+        with pytest.raises(ShapeError, match="takes"):
+            last(wrong, last.new_caches())
+    assert last.why_not(mx.zeros((1, 2, 128), mx.bfloat16), last.new_caches()) == ""
+    assert "2 caches for 1 layers" in last.why_not(mx.zeros((1, 2, 128), mx.bfloat16), 2 * last.new_caches())

@@ -19,14 +19,14 @@ from mlx_lm.models.cache import KVCache
 
 from .. import metal
 from ..architecture import ModelConfig
-from ..errors import ShapeError, UnsupportedModelError
-from ..metal.launches import Activations, Between, check_heads
+from ..errors import ConfigurationError, ShapeError, UnsupportedModelError
+from ..metal.launches import Activations, check_heads
 from . import primitives
+from .metal_weights import PADDING, Layer, Matrix
 
 _ACTIVATIONS: dict[mx.Dtype, Activations] = {mx.float16: "f16", mx.bfloat16: "bf16", mx.float32: "f32"}
 _DTYPES: dict[str, mx.Dtype] = {name: dtype for dtype, name in _ACTIVATIONS.items()}
 _Cache: Any = KVCache
-_PADDING = 8  # elements from which on MLX hands an input over as device memory
 
 
 @functools.cache
@@ -83,106 +83,86 @@ def _program(kernel: metal.Kernel) -> tuple[str, str]:
     return f"specfast_{kernel.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}", text
 
 
-class Matrix:
-    """A linear layer's or an embedding's weight as the kernels take it; nothing is copied."""
-
-    def __init__(self, path: str, module: nn.Module, dtype: mx.Dtype) -> None:
-        weight = module["weight"]
-        if "scales" in module:
-            self.weights = metal.Weights(module.bits, module.group_size)
-            self.buffers = (weight, module["scales"], module["biases"])
-            self.N, self.K = weight.shape[0], weight.shape[1] * 32 // module.bits
-            found = module["scales"].dtype
-        else:
-            self.weights = metal.Weights()
-            self.N, self.K = weight.shape
-            words = weight.view(mx.uint32)  # the same memory
-            self.buffers = (words, weight, weight)
-            found = weight.dtype
-        if found != dtype:
-            raise UnsupportedModelError(f"{path} is {found}, the embedding {dtype}; one type is supported")
-        if self.N * self.K < _PADDING or self.buffers[1].size < _PADDING:
-            raise ShapeError(f"{path} is ({self.N}, {self.K}), too small for the Metal kernels")
-        self.weights.check(self.K)
-        self.nbytes = sum(buffer.nbytes for buffer in (self.buffers if self.weights.bits else self.buffers[:1]))
-
-
-class Layer:
-    """One decoder layer's weights."""
-
-    def __init__(self, path: str, layer: nn.Module, dtype: mx.Dtype) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-
-        def matrix(owner: nn.Module, name: str) -> Matrix:
-            return Matrix(f"{path}.{name}", owner[name], dtype)
-
-        self.qkv = [matrix(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
-        self.o, self.down = matrix(attention, "o_proj"), matrix(mlp, "down_proj")
-        self.gate, self.up = matrix(mlp, "gate_proj"), matrix(mlp, "up_proj")
-        for group in (self.qkv, [self.gate, self.up]):
-            if len({part.weights for part in group}) > 1:
-                raise UnsupportedModelError(
-                    f"{path} has matrices of one kernel in different formats; supported: one format"
-                )
-        self.input_norm, self.post_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.between: Between = "nothing"
-        self.bias = self.norms = mx.zeros(_PADDING, dtype)
-        if "bias" in attention.q_proj:
-            self.between = "bias"
-            self.bias = mx.concatenate([attention[name].bias for name in ("q_proj", "k_proj", "v_proj")])
-        if "q_norm" in attention:
-            self.between = "qk_norm"
-            self.norms = mx.concatenate([attention.q_norm.weight, attention.k_norm.weight])
-        if "bias" in attention.o_proj or any("bias" in mlp[name] for name in ("gate_proj", "up_proj", "down_proj")):
-            raise UnsupportedModelError(f"{path} has biases outside q, k and v, which are not supported")
-
-
 class MetalForward:
-    """The forward pass of a Llama, Mistral, Qwen2 or Qwen3 model on Metal kernels.
+    """The forward pass of a Llama, Mistral, Qwen2 or Qwen3 model on Metal kernels, or that of a range of its layers.
 
-    A row's logits have the same bits whatever rows are beside it, up to `most_rows`; more rows are better served by MLX's
-    own matrix products. Caches are mlx-lm's `KVCache`.
+    A row's results have the same bits whatever rows are beside it, up to `most_rows`, and whatever ranges the model is
+    cut into; more rows are better served by MLX's own matrix products. Caches are mlx-lm's `KVCache`, one for each layer
+    of the range.
+
+    Attributes:
+        range: the indices of its layers.
+        first, last: whether it begins with the embedding, and ends with the head.
+        dtype, activations: the type of its weights and hidden rows.
+        in_place: whether keys and values are written to the caches by the kernel that makes them, through `specfast._mlx`;
+            may be set to False.
+        weight_bytes: bytes of weights that a pass of this range reads.
     """
 
     most_rows = 3 * metal.MAX_ROWS
 
-    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
-        """Raises UnsupportedModelError or ShapeError where there are no kernels for the model."""
+    def __init__(self, model: nn.Module, config: ModelConfig, layers: range | None = None) -> None:
+        """Takes the weights where MLX holds them; no other layers, nor an embedding or a head out of the range, are touched.
+
+        Args:
+            model: mlx-lm's, all of it or with the modules of this range.
+            config: of the whole model.
+            layers: which to run; None is all.
+
+        Raises:
+            ConfigurationError: layers that the model does not have.
+            UnsupportedModelError, ShapeError: there are no kernels for the model.
+        """
+        every = range(config.layers)
+        self.range = every if layers is None else layers
+        if not self.range or self.range != every[self.range[0] : self.range[-1] + 1]:
+            raise ConfigurationError(
+                f"layers is {self.range}, but must be a part of {every}, at least one and in order"
+            )
+        self.first, self.last = self.range.start == 0, self.range[-1] == every[-1]
         inner: Any = model.model
-        embedding = inner.embed_tokens
-        self.dtype = (embedding["scales"] if "scales" in embedding else embedding["weight"]).dtype
+        matrix = inner.embed_tokens if self.first else inner.layers[self.range.start].self_attn.q_proj
+        self.dtype = (matrix["scales"] if "scales" in matrix else matrix["weight"]).dtype
         if self.dtype not in _ACTIVATIONS:
             raise UnsupportedModelError(
                 f"weights of type {self.dtype} have no Metal kernels; supported: float16, bfloat16, float32"
             )
         self.activations: Activations = _ACTIVATIONS[self.dtype]
         self.config = config
-        if any(config.windows):
+        if any(config.windows[i] for i in self.range):
             raise UnsupportedModelError("layers attend to a sliding window, which the Metal kernels do not have")
         check_heads(config.heads, config.kv_heads, config.head_dim)
-        self.embed = Matrix("embed_tokens", embedding, self.dtype)
-        self.head = Matrix("lm_head", model.lm_head, self.dtype) if "lm_head" in model else self.embed
-        self.layers = [Layer(f"layers.{i}", layer, self.dtype) for i, layer in enumerate(inner.layers)]
-        self.norm = inner.norm.weight
+        if self.first:
+            self.embed = Matrix("embed_tokens", inner.embed_tokens, self.dtype)
+        self.layers = [Layer(f"layers.{i}", inner.layers[i], self.dtype) for i in self.range]
+        if self.last:
+            tied = "lm_head" not in model
+            self.head = Matrix("the head", inner.embed_tokens if tied else model.lm_head, self.dtype)
+            self.norm = inner.norm.weight
         self.inv_freq = mx.array(np.asarray(config.rope_inv_freq, np.float32))
-        if len(config.rope_inv_freq) < _PADDING:
+        if len(config.rope_inv_freq) < PADDING:
             raise ShapeError(f"head_dim is {config.head_dim}, too small for the Metal kernels")
-
+        self.in_place = primitives.module() is not None
         self.weight_bytes = sum(matrix.nbytes for matrix in self._matrices())
 
     def _matrices(self) -> list[Matrix]:
         """What a pass streams."""
-        return [m for layer in self.layers for m in (*layer.qkv, layer.o, layer.gate, layer.up, layer.down)] + [
-            self.head
-        ]
+        layers = [m for layer in self.layers for m in (*layer.qkv, layer.o, layer.gate, layer.up, layer.down)]
+        return [*layers, self.head] if self.last else layers
 
     def new_caches(self) -> list[Any]:
+        """Empty ones, of this range's layers."""
         return [_Cache() for _ in self.layers]
 
     def why_not(self, inputs: mx.array, caches: Sequence[Any]) -> str:
         """Why a call runs mlx-lm's layers; "" where it need not."""
+        if wrong := self._wrong(inputs):
+            return wrong
         if inputs.shape[1] > self.most_rows:
             return f"more than {self.most_rows} rows, which MLX's own matrix products read faster"
+        return self._wrong_caches(caches)
+
+    def _wrong_caches(self, caches: Sequence[Any]) -> str:
         if len(caches) != len(self.layers):
             return f"{len(caches)} caches for {len(self.layers)} layers"
         kinds = {type(cache) for cache in caches} - {_Cache}
@@ -196,11 +176,35 @@ class MetalForward:
         return ""
 
     def __call__(self, inputs: mx.array, caches: Sequence[Any]) -> mx.array:
-        """Logits (1, M, vocab) float32 of inputs (1, M); keys and values are appended to the caches."""
-        tokens = inputs.reshape(-1).astype(mx.int32)
-        M, most = tokens.size, metal.MAX_ROWS
-        parts = [self._tile(tokens[first : first + most], caches) for first in range(0, M, most)]
+        """Runs M rows through the range; their keys and values are appended to the caches.
+
+        Args:
+            inputs: token ids (1, M) where the range begins with the first layer, else hidden rows (1, M, hidden) of
+                `dtype`, as the range before gave them.
+            caches: of the range's layers, in order.
+
+        Returns:
+            Logits (1, M, vocab) float32 where the range ends with the last layer, else hidden rows (1, M, hidden) of
+            `dtype`; not computed yet.
+
+        Raises:
+            ShapeError: inputs of another shape or type.
+        """
+        if wrong := self._wrong(inputs):
+            raise ShapeError(wrong)
+        rows, most = inputs[0].astype(mx.int32) if self.first else inputs[0], metal.MAX_ROWS
+        parts = [self._tile(rows[first : first + most], caches) for first in range(0, rows.shape[0], most)]
         return (parts[0] if len(parts) == 1 else mx.concatenate(parts))[None]
+
+    def _wrong(self, inputs: mx.array) -> str:
+        """What is wrong with the inputs' shape or type; "" where nothing is."""
+        trailing, hidden = tuple(inputs.shape[2:]), self.config.hidden
+        if inputs.ndim < 2 or inputs.shape[0] != 1 or trailing != (() if self.first else (hidden,)):
+            expected = "(1, M)" if self.first else f"(1, M, {hidden})"
+            return f"inputs of shape {tuple(inputs.shape)}; {self.range} takes {expected}"
+        if not self.first and inputs.dtype != self.dtype:
+            return f"hidden rows of {inputs.dtype}; {self.range} takes {self.dtype}"
+        return ""
 
     def _rows(self, M: int, columns: int) -> tuple[tuple[int, int], mx.Dtype]:
         return (M, columns), self.dtype
@@ -216,15 +220,13 @@ class MetalForward:
         (y,) = call(launch, [*matrix.buffers, x, residual], [self._rows(M, matrix.N)])
         return y
 
-    def _tile(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
-        """Logits (M, vocab) of at most MAX_ROWS rows."""
-        M, hidden, config = tokens.size, self.config.hidden, self.config
-        padded = mx.pad(tokens, (0, max(0, _PADDING - M)))
-        launch = metal.embed_rows(self.embed.weights, self.activations, M=M, V=self.embed.N, K=hidden)
-        (x,) = call(launch, [*self.embed.buffers, padded], [self._rows(M, hidden)])
+    def _tile(self, rows: mx.array, caches: Sequence[Any]) -> mx.array:
+        """The results of at most MAX_ROWS rows: of token ids (M,), or of hidden rows (M, hidden)."""
+        M, hidden = rows.shape[0], self.config.hidden
+        x = self._embedded(rows) if self.first else rows
         offset = caches[0].offset
-        rotated = mx.array([offset] + [0] * (_PADDING - 1), mx.int32)  # the slot is that of the kernel's own output
-        seen = mx.array([offset] * _PADDING, mx.int32)
+        rotated = mx.array([offset] + [0] * (PADDING - 1), mx.int32)  # the slot is that of the kernel's own output
+        seen = mx.array([offset] * PADDING, mx.int32)
         for layer, cache in zip(self.layers, caches, strict=True):
             attended = self._attend(layer, cache, self._normed(x, layer.input_norm), rotated, seen)
             x = self._added(layer.o, attended, x)
@@ -232,8 +234,18 @@ class MetalForward:
             launch = metal.swiglu_rows(layer.gate.weights, self.activations, M=M, N=layer.gate.N, K=hidden)
             (h,) = call(launch, [*layer.gate.buffers, *layer.up.buffers, normed], [self._rows(M, layer.gate.N)])
             x = self._added(layer.down, h, x)
-        V, head = config.vocab, self.head
-        launch = metal.logits_rows(head.weights, self.activations, M=M, V=V, K=hidden, limit=V)
+        return self._logits(x) if self.last else x
+
+    def _embedded(self, tokens: mx.array) -> mx.array:
+        M, hidden = tokens.size, self.config.hidden
+        padded = mx.pad(tokens, (0, max(0, PADDING - M)))
+        launch = metal.embed_rows(self.embed.weights, self.activations, M=M, V=self.embed.N, K=hidden)
+        (x,) = call(launch, [*self.embed.buffers, padded], [self._rows(M, hidden)])
+        return x
+
+    def _logits(self, x: mx.array) -> mx.array:
+        M, V, head = x.shape[0], self.config.vocab, self.head
+        launch = metal.logits_rows(head.weights, self.activations, M=M, V=V, K=self.config.hidden, limit=V)
         shapes = [((M, V), mx.float32), ((M, -(-V // 256), 4), mx.float32)]
         logits, _ = call(launch, [*head.buffers, self._normed(x, self.norm)], shapes)
         return logits
@@ -243,22 +255,22 @@ class MetalForward:
         config, M = self.config, normed.shape[0]
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         shape = {"M": M, "heads": heads, "kv_heads": kv_heads, "head_dim": dim}
-        positions, in_place = cache.offset + M, primitives.module() is not None
-        if in_place:
+        positions = cache.offset + M
+        if self.in_place:
             self._make_room(cache, positions)
         launch = metal.qkv_rope_append(
             layer.qkv[0].weights,
             self.activations,
             **shape,
             K=config.hidden,
-            capacity=cache.keys.shape[2] if in_place else M,
+            capacity=cache.keys.shape[2] if self.in_place else M,
             eps=config.rms_eps,
             between=layer.between,
         )
         buffers = [buffer for matrix in layer.qkv for buffer in matrix.buffers]
         inputs = [*buffers, normed, self.inv_freq, layer.bias, layer.norms]
         queries, new = ((M, heads, dim), self.dtype), ((1, kv_heads, M, dim), self.dtype)
-        if in_place:
+        if self.in_place:
             held = cache.keys, cache.values
             cache.keys = cache.values = None
             q, cache.keys, cache.values = call_in_place(launch, [*inputs, seen], [queries], held)
