@@ -129,3 +129,23 @@ class ExecutedMetalKernel:
             mx.array(x).view(mx.bfloat16) if t == mx.bfloat16 else mx.array(x)
             for x, t in zip(outputs, output_dtypes, strict=True)
         ]
+
+
+class FaultyMetalKernel(ExecutedMetalKernel):
+    """One whose compiler makes something else of a kernel: of its file's text, or of what is called."""
+
+    kernel: ClassVar[str] = ""  # how the faulty ones' names begin
+    text: ClassVar[tuple[str, str]] = ("", "")  # what is replaced by what
+    error: ClassVar[str] = ""  # that a launch raises
+
+    def __init__(self, name, input_names, output_names, source, header=""):
+        self.faulty = name.startswith(self.kernel)
+        if self.faulty:
+            assert self.text[0] in header, "the fault would change nothing"
+            header = header.replace(*self.text)
+        super().__init__(name, input_names, output_names, source, header)
+
+    def __call__(self, **arguments):
+        if self.faulty and self.error:
+            raise RuntimeError(self.error)
+        return super().__call__(**arguments)

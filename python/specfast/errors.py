@@ -9,6 +9,7 @@ __all__ = [
     "ContextFullError",
     "DownloadError",
     "IncompatibleDraftError",
+    "KernelTrialError",
     "ModelFormatError",
     "NumericalError",
     "RingError",
@@ -32,6 +33,10 @@ class UnsupportedModelError(SpecfastError):
 
 class IncompatibleDraftError(SpecfastError):
     """A draft whose tokens are not the target's."""
+
+
+class KernelTrialError(SpecfastError):
+    """Kernels that this GPU or its compiler refuses, or that give wrong results there."""
 
 
 class RingError(SpecfastError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,8 @@ from mlx import nn
 
 from .. import _core
 from ..checkpoint import check_precision
-from ..errors import ConfigurationError, SpecfastError
-from . import metal, primitives
+from ..errors import ConfigurationError, KernelTrialError, SpecfastError
+from . import metal, primitives, trial
 from .cache import adopt
 from .graph import GraphForward
 from .graph import KVCache as GraphKVCache
@@ -72,9 +73,10 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
 
     Where MLX's default device is an Apple GPU, the forward pass is specfast's Metal kernels in MLX's graph, through
     `mx.fast.metal_kernel`, in the weights' own type and on mlx-lm's caches; a row's logits have the same bits whatever M is.
-    More than 27 rows run mlx-lm's layers.
+    More than 27 rows run mlx-lm's layers. Before that, once for a model, the kernels run a few rows, which reads all weights
+    (`specfast.mlx.trial`); where they fail, a RuntimeWarning says how.
 
-    A model that is not supported is left alone: `report` says why.
+    A model that is not supported, or whose Metal kernels failed, is left alone: `report` says why.
 
     Args:
         model: from `mlx_lm.load`: Llama, Mistral, Qwen2, Qwen2.5 or Qwen3 (dense); MLX affine 4 or
@@ -94,24 +96,38 @@ def accelerate(model: nn.Module, precision: str | None = None, path: str | None 
         raise ConfigurationError(f"unknown path {path!r}; known: native, primitives")
     if path == "primitives" and primitives.why_not():
         raise ConfigurationError(primitives.why_not())
+    on_metal = metal.available() and path is None
+    if on_metal and _is_tried(model):
+        return model
     restore(model)
     stock: Any = type(model)
+    watch, signature = Watch(model), inspect.signature(stock.__call__)
     try:
-        watch, signature = Watch(model), inspect.signature(stock.__call__)
         made: _FusedPath | _MetalPath
-        if metal.available() and path is None:
-            made = _MetalPath(metal.MetalForward(model, config_of(model)), watch, signature)
+        if on_metal:
+            forward = metal.MetalForward(model, config_of(model))
+            trial.run(forward, model)
+            made = _MetalPath(forward, signature)
         else:
             native = native_model(model, precision)
             whole = path == "native" or any(native.windows)  # the primitives attend to all positions
             graph = None if whole else primitives.graph_of(model, native)
-            made = _FusedPath(native, GraphForward(graph, native) if graph else None, watch, signature)
+            made = _FusedPath(native, GraphForward(graph, native) if graph else None, signature)
+    except KernelTrialError as error:
+        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        object.__setattr__(model, "_specfast", _Accelerator(None, str(error), watch))
     except SpecfastError as error:
         object.__setattr__(model, "_specfast", _Accelerator(None, str(error)))
     else:
-        object.__setattr__(model, "_specfast", _Accelerator(made))  # not in the dict of parameters
+        object.__setattr__(model, "_specfast", _Accelerator(made, watch=watch))  # not in the dict of parameters
         model.__class__ = _accelerated(stock)
     return model
+
+
+def _is_tried(model: nn.Module) -> bool:
+    """Whether the Metal kernels were tried on the weights that the model has, whatever came out."""
+    held = vars(model).get("_specfast")
+    return bool(held and not isinstance(held.path, _FusedPath) and held.watch and held.watch.unchanged(model))
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -153,7 +169,7 @@ def native_model_of(model: nn.Module) -> _core.Model | None:
     """The native model behind an accelerated one; None where mlx-lm's layers would run."""
     accelerator = vars(model).get("_specfast")
     path = accelerator.path if accelerator else None
-    return path.native if isinstance(path, _FusedPath) and path.watch.unchanged(model) else None
+    return path.native if isinstance(path, _FusedPath) and accelerator.watch.unchanged(model) else None
 
 
 class _Accelerated:
@@ -184,11 +200,10 @@ def _accelerated(stock: Any) -> type:
 
 @dataclass(frozen=True)
 class _FusedPath:
-    """A native model over a model's arrays, for as long as these are the model's, and its primitives if there are any."""
+    """A native model over a model's arrays, and its primitives if there are any."""
 
     native: _core.Model
     graph: GraphForward | None
-    watch: Watch
     signature: inspect.Signature
 
     def run(self, inputs: mx.array, caches: Any) -> tuple[_Name, mx.array] | str:
@@ -233,10 +248,9 @@ class _FusedPath:
 
 @dataclass(frozen=True)
 class _MetalPath:
-    """A model's weights as the Metal kernels take them, for as long as these are the model's."""
+    """A model's weights as the Metal kernels take them."""
 
     forward: metal.MetalForward
-    watch: Watch
     signature: inspect.Signature
 
     def run(self, inputs: mx.array, caches: Any) -> tuple[_Name, mx.array] | str:
@@ -267,10 +281,13 @@ def _rows_and_caches(
 
 
 class _Accelerator:
-    """What an accelerated model carries: its native path or the reason why there is none, and counters."""
+    """What an accelerated model carries: its path or the reason why there is none, and counters.
 
-    def __init__(self, path: _FusedPath | _MetalPath | None, reason: str = "") -> None:
-        self.path, self._reason = path, reason
+    `watch` is of the weights that the path, or the failure of its trial, is about.
+    """
+
+    def __init__(self, path: _FusedPath | _MetalPath | None, reason: str = "", watch: Watch | None = None) -> None:
+        self.path, self._reason, self.watch = path, reason, watch
         self._calls: Counter[_Name] = Counter()
         self._stock_calls: Counter[str] = Counter()
 
@@ -291,8 +308,8 @@ class _Accelerator:
 
     def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array | None:
         """The logits, or None where mlx-lm's layers must run."""
-        if self.path and not self.path.watch.unchanged(model):
-            self.path = None  # lets go of the old weights
+        if self.watch and not self.watch.unchanged(model):
+            self.path = self.watch = None  # lets go of the old weights
             self._reason = "a weight or module has been replaced; call specfast.mlx.accelerate again"
         done = self._run(self.path, model, args, kwargs) if self.path else self._reason
         if isinstance(done, str):
