@@ -152,6 +152,6 @@ class HeldLayers:
 
 def _load(path: Path, layers: range, lap: Lap) -> Layers:
     named = f"layers {layers.start} to {layers.stop - 1} of {lap.model}"
-    require_memory([(named, weight_bytes(path, layers))])
+    require_memory([(named, weight_bytes(path, layers, lap.layers))])
     host = LayersHost(lap.model, lap.layers, lap.engine)
     return as_layers(host.load(path, layers=layers, precision=lap.precision).model, layers)

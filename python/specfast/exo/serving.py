@@ -166,7 +166,7 @@ class ServedModels:
         native, target, draft_host = self._engine(config, resolved, locate, shard, make_target)
         try:
             if make_target is not None:
-                await self._compute(_require_memory, config.config, path, layers_of(shard))
+                await self._compute(_require_memory, config.config, path, layers_of(shard), shard.n_layers)
             pair = await self._compute(lambda: native.pair)
         except UnsupportedModelError as error:
             choice = await self._compute(choose_draft, config.config, path, self.say_once, locate.metadata)
@@ -195,6 +195,14 @@ class ServedModels:
     ) -> tuple[Engine, Host | LayersHost, Host]:
         """The engine of a model, and where its target and its draft are to run: in rings drafts run natively."""
         if make_target is not None:
+            elsewhere = {typed_engine(resolved, "target")} & {"tinygrad"} | {typed_engine(resolved, "draft")} & {
+                "mlx",
+                "tinygrad",
+            }
+            if elsewhere:
+                self.say_once(
+                    "in a ring layers run natively or in MLX, and drafts natively: other engines have no effect there"
+                )
             layers = LayersHost(shard.model_id, shard.n_layers, typed_engine(resolved, "target"))
             engine = Engine(
                 config, notify=self.say_once, resolve=locate, layers=layers_of(shard), make_target=make_target,
@@ -261,12 +269,12 @@ def is_whole(shard: Any) -> bool:
     return bool(shard.is_first_layer() and shard.is_last_layer())
 
 
-def _require_memory(config: SpeculativeConfig, path: Path, layers: range) -> None:
+def _require_memory(config: SpeculativeConfig, path: Path, layers: range, total: int) -> None:
     """Before layers of a target and the draft that was named for it are loaded."""
     named = not config.disabled and config.draft_model not in (None, NO_DRAFT)
     draft = 0.6e9 * (parameters(config.draft_model or "") or 0.0) if named else 0.0  # 4 bit weights with scales
     target = f"layers {layers.start} to {layers.stop - 1} of {config.target_model}"
-    require_memory([(target, weight_bytes(path, layers)), (f"the draft {config.draft_model}", draft)])
+    require_memory([(target, weight_bytes(path, layers, total)), (f"the draft {config.draft_model}", draft)])
 
 
 def _draft_engine(resolved: ResolvedConfig) -> str | None:
