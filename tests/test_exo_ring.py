@@ -10,7 +10,7 @@ import pytest
 from exo_home import SPECIAL, deep_decoder, drafting
 from exo_session import DRAFT, GREEDY, TARGET, chat, fake_exo, is_home, repository
 from specfast import ConfigurationError, RingError, _core
-from specfast.exo import contract, held, ring, wire
+from specfast.exo import contract, held, layers, ring, wire
 from specfast.exo.models import ENGINE_CLASSES
 from specfast.exo.requests import CALLER, Caller
 from tiny_directories import byte_level
@@ -136,10 +136,63 @@ def test_tokens_are_the_single_nodes_in_fewer_laps(names, options):
     assert stats["tokens"] > 1.2 * stats["target_passes"]
     assert 0 < stats["acceptance_rate"] < 1
     for name in names[:-1]:  # each holds its own layers, and nothing of requests that have ended
-        layers = nodes[name].inference_engine.ring.held
-        assert [model.layers for model in layers._models.values()] == [6 // len(names)]
-        assert len(layers) == 0
+        held_there = nodes[name].inference_engine.ring.held
+        assert [len(each.layers) for each in held_there._layers.values()] == [6 // len(names)]
+        assert len(held_there) == 0
         assert nodes[name].outstanding_requests == {}
+
+
+def in_mlx(monkeypatch, *loads):
+    """Has MLX run the layers in loads with True, one after another; the others run natively. More loads are an error."""
+    pytest.importorskip("mlx_lm")
+    gpu = iter(loads)
+    monkeypatch.setattr(layers, "on_apple_gpu", lambda: next(gpu))
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "loads", [(True,) * 3, (True, False, False), (False, True, False), (False, False, True)], ids=str
+)
+def test_layers_in_mlx_are_like_native_ones(monkeypatch, capfd, loads, options):
+    expected = alone(**options)
+    in_mlx(monkeypatch, *loads)
+    nodes = Nodes(**every("abc", target_engine="mlx"))
+    assert asyncio.run(nodes.ask("c", **options)) == expected
+    stats = nodes.stats()
+    assert stats["tokens"] > 1.2 * stats["target_passes"]
+    assert (stats["models"][TARGET]["engine"], stats["models"][TARGET]["draft_engine"]) == (
+        "mlx" if loads[0] else "native", "native",
+    )  # fmt: skip
+    kinds = [type(each) for name in "ba" for each in nodes[name].inference_engine.ring.held._layers.values()]
+    assert kinds == [layers.MlxLayers if in_ring else layers.NativeLayers for in_ring in loads[1:]]
+    assert ("on the mlx host" in capfd.readouterr().err) == loads[0]
+
+
+def test_layers_in_mlx_whose_masks_are_for_first_rows_run_them_one_by_one(monkeypatch):
+    """As exo's DeepSeek has them."""
+    expected = alone(**GREEDY)
+    in_mlx(monkeypatch, True, True)
+    base, several = importlib.import_module("mlx_lm.models.base"), []
+    first_rows = lambda h, cache=None: base.create_causal_mask(h.shape[1]) if h.shape[1] > 1 else None  # noqa: E731
+    monkeypatch.setattr(base, "create_attention_mask", first_rows)
+    run = layers.MlxLayers._run
+    monkeypatch.setattr(
+        layers.MlxLayers, "_run", lambda self, *args: (several.append(self._at_once), run(self, *args))[1]
+    )
+    monkeypatch.setattr(ring, "CHUNK", 5)
+    nodes = Nodes(**every("ab", target_engine="mlx"))
+    assert asyncio.run(nodes.ask("b", **GREEDY)) == expected
+    assert not several[-1]
+
+
+def test_layers_in_mlx_that_exo_cannot_load(monkeypatch, capfd):
+    in_mlx(monkeypatch, True)
+    module = importlib.import_module("exo.inference.mlx.sharded_utils")
+    monkeypatch.setattr(module, "load_model_shard", lambda path, shard: None)
+    nodes = Nodes(**every("ab", target_engine="mlx"))
+    asyncio.run(nodes.ask("b", **GREEDY))
+    assert "decoded plainly by exo's mlx engine" in (printed := capfd.readouterr().err)
+    assert "loads its MLX layers otherwise than known" in printed
 
 
 @pytest.mark.parametrize("chunk", [2, 7])
@@ -226,7 +279,7 @@ def test_a_node_that_leaves_ends_the_request_with_an_error_and_the_next_works(go
             await nodes.ask(asked, request_id="during", **GREEDY)
         await nodes.notice(gone)
         assert all(
-            len(nodes[name].inference_engine.ring.held._models) == len(nodes[name].inference_engine.ring.held) == 0
+            len(nodes[name].inference_engine.ring.held._layers) == len(nodes[name].inference_engine.ring.held) == 0
             for name in nodes.nodes
             if name != gone
         )
@@ -245,7 +298,7 @@ def test_a_lap_that_was_lost_and_a_node_that_was_started_anew_are_errors():
         engine.ring.held._passing["key"] = held.Passing(*_layers(nodes))
         stops = tuple(wire.Stop(name, 2 * i, 2 * i + 1) for i, name in enumerate("cba"))
         law = wire.law_fields(_core.Law(temperature=0.0))
-        lap = wire.Lap("key", TARGET, 6, stops, 9, (), law, 0, "token", "f32", 64)
+        lap = wire.Lap("key", TARGET, 6, stops, 9, (), law, 0, "token", "f32", None, 64)
         rows = np.zeros((1, 3, 32), np.float32)
         for key, message in (("key", "a lap was lost"), ("other", "started anew")):
             answer = await engine.ring.take(rows, wire.Lap(**{**vars(lap), "key": key}))
@@ -256,8 +309,8 @@ def test_a_lap_that_was_lost_and_a_node_that_was_started_anew_are_errors():
             wire.read_verdict(answer)
 
     def _layers(nodes):
-        (model,) = nodes["b"].inference_engine.ring.held._models.values()
-        return model, _core.Cache(model)
+        (there,) = nodes["b"].inference_engine.ring.held._layers.values()
+        return there, there.new_cache(1024)
 
     asyncio.run(use())
 
@@ -319,7 +372,7 @@ def test_the_api_answers_with_the_error(streamed):
 def test_what_travels_is_json_and_comes_back_the_same():
     law = wire.law_fields(_core.Law(temperature=0.7, top_k=5, top_p=0.9, vocab_limit=7))
     lap = wire.Lap(
-        "k", "m", 4, (wire.Stop("b", 0, 1), wire.Stop("a", 2, 3)), 3, (1, 2), law, 2**63, "coupled", "int8", 99
+        "k", "m", 4, (wire.Stop("b", 0, 1), wire.Stop("a", 2, 3)), 3, (1, 2), law, 2**63, "coupled", "int8", "mlx", 99
     )
     state = json.loads(json.dumps(lap.as_state()))
     assert wire.Lap.from_state(state) == lap

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..config import ResolvedConfig
 from ..errors import ConfigurationError
-from .hosts import host_of
+from .hosts import host_of, typed_engine
 from .models import model_cards, register_models
 from .options import unknown_model, without_engines
 from .requests import CALLER, MOST_CACHED, Caller, Request, Requests
@@ -260,7 +260,8 @@ class SpeculativeEngine:
         leads = self.ring is not None and self.emits_many and shard.is_first_layer() and not is_whole(shard)
         if leads and self.ring and (plan := await self.ring.join(shard)):
             try:
-                resolved, make_target = self.ring.settings(resolved, plan), self.ring.make_target(shard)
+                resolved = self.ring.settings(resolved, plan)
+                make_target = self.ring.make_target(shard, typed_engine(resolved, "target"))
             except ConfigurationError as error:
                 (CALLER.get() or Caller()).error = error
                 raise

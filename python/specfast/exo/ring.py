@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import uuid
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from concurrent.futures import TimeoutError as StillWaiting
 from functools import partial
 from typing import Any
@@ -22,8 +22,9 @@ from .. import _core
 from ..config import ResolvedConfig, resolve_config
 from ..context import Context
 from ..errors import ConfigurationError, RingError
-from ..targets import MakeTarget, NativeTarget, Progress
-from .held import HeldLayers
+from ..targets import MakeTarget, Progress
+from .held import HeldLayers, layers_of
+from .layers import Layers, Positions, as_layers
 from .wire import (
     PROTOCOL,
     Ending,
@@ -41,25 +42,42 @@ from .wire import (
 CHUNK = 1024  # rows of a prompt that travel together
 GREETING_SECONDS = 3.0
 Plan = tuple[Stop, ...]
+Forward = Callable[[], npt.NDArray[np.float32]]
 Say = Callable[[str], None]
 
 
-class RingTarget(NativeTarget):
+class RingTarget:
     """The first shard of a model as a request's target: the others' work is a lap away. Called from a thread of its own.
 
     Args:
-        send: sends rows and their lap around, and waits for what comes of it.
+        go: has the first layers run, and sends the rows with their lap around; waits for what comes of it.
         end: told the key when the request is over.
         lap: of the request, with position 0 and nothing drafted.
-        *arguments: as for NativeTarget.
+        layers: the first ones.
+        cache: of the request.
+        law, seed, rule, adjustments: as for NativeTarget.
     """
 
     def __init__(
-        self, send: Callable[..., _core.Verdict | None], end: Callable[[str], None], lap: Lap, *arguments: Any
+        self,
+        go: Callable[[Forward, Lap], _core.Verdict | None],
+        end: Callable[[str], None],
+        lap: Lap,
+        layers: Layers,
+        cache: Positions,
+        law: _core.Law,
+        seed: int,
+        rule: str,
+        adjustments: _core.Adjustments | None,
     ) -> None:
-        super().__init__(*arguments)
-        self._send, self._end, self._lap = send, end, lap
+        self.law, self.seed, self.rule, self.adjustments = law, seed, rule, adjustments
+        self.layers, self.cache = layers, cache
+        self._take, self._end, self._lap = go, end, lap
         self._pending = 1
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
         """Reads whole chunks; what is left of the prompt goes around with the first drafted tokens."""
@@ -88,8 +106,8 @@ class RingTarget(NativeTarget):
 
     def _go(self, tokens: Sequence[int], drafted: Sequence[int] | None) -> _core.Verdict | None:
         self.cache.rollback()
-        rows = self.model.forward_range(self.cache, np.asarray(tokens, dtype=np.int32))
-        return self._send(rows, self._lap.of(self.cache.length, drafted))
+        rows = np.asarray(tokens, dtype=np.int32)
+        return self._take(partial(self.layers.forward, self.cache, rows), self._lap.of(self.cache.length, drafted))
 
 
 class Ring:
@@ -106,7 +124,7 @@ class Ring:
     """Whether exo's messages carry state between nodes (set by the peer handle's patch)."""
 
     def __init__(self, node: Any, resolved: ResolvedConfig, compute: Callable[..., Any], say: Say) -> None:
-        self._node, self._resolved, self._say = node, resolved, say
+        self._node, self._resolved, self._compute, self._say = node, resolved, compute, say
         self._met: dict[str, Greeting] = {}
         self._strangers: set[str] = set()
         self._heard = asyncio.Event()
@@ -222,29 +240,55 @@ class Ring:
 
     # Laps of requests that this node leads.
 
-    def make_target(self, shard: Any) -> MakeTarget:
-        """Makes targets of requests on a model whose first shard is this one."""
-        return partial(self._target, shard, asyncio.get_running_loop())
+    def make_target(self, shard: Any, engine: str | None) -> MakeTarget:
+        """Makes targets of requests on a model whose first shard is this one.
+
+        Args:
+            engine: the target engine that was typed.
+        """
+        return partial(self._target, shard, engine, asyncio.get_running_loop())
 
     def _target(
-        self, shard: Any, loop: asyncio.AbstractEventLoop, model: _core.Model, law: _core.Law, *arguments: Any
+        self,
+        shard: Any,
+        engine: str | None,
+        loop: asyncio.AbstractEventLoop,
+        model: Any,
+        law: _core.Law,
+        _lenience: float,
+        seed: int,
+        capacity: int,
+        rule: str,
+        adjustments: _core.Adjustments | None,
     ) -> RingTarget:
-        _lenience, seed, capacity, rule, _adjustments = arguments
         stops = self.plan(shard)
         if stops[0] != Stop(self._node.id, shard.start_layer, shard.end_layer):
             raise RingError("the ring has just changed; send the request again")
+        layers = as_layers(model, layers_of(shard))
+        precision = model.precision if isinstance(model, _core.Model) else None
         lap = Lap(
-            uuid.uuid4().hex, shard.model_id, shard.n_layers, stops, 0, None, law_fields(law), seed, rule, model.precision,
+            uuid.uuid4().hex, shard.model_id, shard.n_layers, stops, 0, None, law_fields(law), seed, rule, precision, engine,
             capacity,
         )  # fmt: skip
-        return RingTarget(partial(self._wait, loop), partial(self._end, loop), lap, model, law, *arguments)
+        cache = self._await(loop, self._compute(layers.new_cache, capacity))
+        go, end = partial(self._go, loop), partial(self._end, loop)
+        return RingTarget(go, end, lap, layers, cache, law, seed, rule, adjustments)
 
-    def _wait(self, loop: asyncio.AbstractEventLoop, rows: npt.NDArray[np.float32], lap: Lap) -> _core.Verdict | None:
-        """Sends a lap around, from a thread; ends with exo's loop where that ends."""
-        coming = asyncio.run_coroutine_threadsafe(self._send(rows, lap), loop)
+    def _go(self, loop: asyncio.AbstractEventLoop, forward: Forward, lap: Lap) -> _core.Verdict | None:
+        """Runs the first layers and sends a lap around, from a thread."""
+
+        async def go() -> npt.NDArray[np.uint8]:
+            return await self._send(await self._compute(forward), lap)
+
+        return read_verdict(self._await(loop, go()))
+
+    @staticmethod
+    def _await(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any]) -> Any:
+        """Waits in a thread for what exo's loop does; ends where that ends."""
+        coming = asyncio.run_coroutine_threadsafe(work, loop)
         while True:
             try:
-                return read_verdict(coming.result(1.0))
+                return coming.result(1.0)
             except StillWaiting:
                 if not loop.is_running():
                     raise RingError("exo was stopped in the middle of a request") from None

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .. import _core
 from ..errors import RingError
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 STATE: Final = "specfast"
 """The key of exo's inference state under which everything of specfast's travels."""
 
@@ -92,7 +92,8 @@ class Lap:
         drafted: the tokens of the last rows; None where rows of a prompt are only to be read.
         law: fields of the native Law.
         seed, rule: as for the native verify. A rule that needs the draft's law cannot travel.
-        precision: of the activations, on every stop.
+        precision: of the activations on every stop with native layers; None chooses by the weights.
+        engine: the target engine that was typed, which every stop follows where it can; None is the best there.
         capacity: most positions of the request.
     """
 
@@ -105,7 +106,8 @@ class Lap:
     law: tuple[float, int, float, float, int, bool]
     seed: int
     rule: str
-    precision: str
+    precision: str | None
+    engine: str | None
     capacity: int
     at: int = 1
 
