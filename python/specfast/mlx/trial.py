@@ -25,11 +25,11 @@ CUTS = ((0, ROWS), (0, 4, 8, ROWS))  # passes of 9 rows, and of 4, 4 and 1
 def run(forward: MetalForward, model: nn.Module) -> None:
     """Tries a model's kernels, or those of a range of its layers, against mlx-lm's layers and against themselves.
 
-    Four passes of 9 rows in all and one of mlx-lm's layers, with random keys and values of 252 positions before them. Where
-    only launches that write the caches in place fail, `forward` does without them, and a warning says so.
+    Nine rows after random keys and values of 252 positions: in one pass, in passes of 4, 4 and 1, and through mlx-lm's layers.
+    Where only launches that write the caches in place fail, a RuntimeWarning says so.
 
     Args:
-        forward: to be tried. Nothing is left in it.
+        forward: to be tried. Its `in_place` is False afterwards where it passed only so.
         model: the same layers as mlx-lm's modules, not accelerated.
 
     Raises:
@@ -59,7 +59,7 @@ def _refusal(forward: MetalForward, model: nn.Module) -> str:
         found = f"MLX did not run them ({said[:400]})"
     else:
         found = _difference(forward, expected, whole, parts)
-    return found and f"specfast's Metal kernels failed their trial{_where()}: {found}"
+    return f"specfast's Metal kernels failed their trial{_where()}: {found}" if found else ""
 
 
 def _difference(forward: MetalForward, expected: mx.array, whole: mx.array, parts: mx.array) -> str:
