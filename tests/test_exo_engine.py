@@ -473,6 +473,17 @@ def test_a_host_without_its_engine_says_both_reasons(home):
         asyncio.run(session.engine.encode(shard, "x"))
 
 
+def test_why_a_request_with_a_seed_is_decoded_plainly_is_said(home, capfd):
+    session = Session({"target_model": TARGET})
+    asyncio.run(session.ask(TEXTS[0], request_id="seeded", temperature=1.0, seed=4))
+    asyncio.run(session.ask(TEXTS[0], request_id="free", temperature=1.0))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("specfast: request ")]
+    assert lines[0].endswith(
+        "fallback: a seed, and no drafter asked for (--speculative-drafter suffix or --speculative-rule coupled)"
+    )
+    assert lines[1].endswith("fallback: none")
+
+
 def test_models_can_be_changed_at_run_time(home):
     session = Session(pair(), max_tokens=60)
     engine, plain = session.engine, reference(home)
