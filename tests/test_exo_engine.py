@@ -478,9 +478,7 @@ def test_why_a_request_with_a_seed_is_decoded_plainly_is_said(home, capfd):
     asyncio.run(session.ask(TEXTS[0], request_id="seeded", temperature=1.0, seed=4))
     asyncio.run(session.ask(TEXTS[0], request_id="free", temperature=1.0))
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("specfast: request ")]
-    assert lines[0].endswith(
-        "fallback: a seed, and no drafter asked for (--speculative-drafter suffix or --speculative-rule coupled)"
-    )
+    assert lines[0].endswith("fallback: a seed, and no drafter asked for (--speculative-drafter suffix)")
     assert lines[1].endswith("fallback: none")
 
 

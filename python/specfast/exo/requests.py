@@ -15,7 +15,7 @@ from ..generation import Generation
 from ..sampling import SamplingParams
 from ..stats import SpeculationStats
 
-WITH_A_SEED = "a seed, and no drafter asked for (--speculative-drafter suffix or --speculative-rule coupled)"
+WITH_A_SEED = "a seed, and no drafter asked for (--speculative-drafter suffix)"
 MOST_CACHED = 8
 MOST_KNOWN = 256
 _OPTIONS = ("temperature", "seed", "top_p", "top_k", "min_p")
