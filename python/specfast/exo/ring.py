@@ -50,7 +50,7 @@ class RingTarget:
     """The first shard of a model as a request's target: the others' work is a lap away. Called from a thread of its own.
 
     Args:
-        go: has the first layers run, and sends the rows with their lap around; waits for what comes of it.
+        send: has the first layers run, and sends the rows with their lap around; waits for what comes of it.
         end: told the key when the request is over.
         lap: of the request, with position 0 and nothing drafted.
         layers: the first ones.
@@ -60,7 +60,7 @@ class RingTarget:
 
     def __init__(
         self,
-        go: Callable[[Forward, Lap], _core.Verdict | None],
+        send: Callable[[Forward, Lap], _core.Verdict | None],
         end: Callable[[str], None],
         lap: Lap,
         layers: Layers,
@@ -72,7 +72,7 @@ class RingTarget:
     ) -> None:
         self.law, self.seed, self.rule, self.adjustments = law, seed, rule, adjustments
         self.layers, self.cache = layers, cache
-        self._take, self._end, self._lap = go, end, lap
+        self._send, self._end, self._lap = send, end, lap
         self._pending = 1
 
     @property
@@ -107,7 +107,7 @@ class RingTarget:
     def _go(self, tokens: Sequence[int], drafted: Sequence[int] | None) -> _core.Verdict | None:
         self.cache.rollback()
         rows = np.asarray(tokens, dtype=np.int32)
-        return self._take(partial(self.layers.forward, self.cache, rows), self._lap.of(self.cache.length, drafted))
+        return self._send(partial(self.layers.forward, self.cache, rows), self._lap.of(self.cache.length, drafted))
 
 
 class Ring:
