@@ -10,7 +10,8 @@ import pytest
 from exo_home import SPECIAL, deep_decoder, drafting
 from exo_session import DRAFT, GREEDY, TARGET, chat, fake_exo, is_home, repository
 from specfast import ConfigurationError, RingError, _core
-from specfast.exo import contract, held, layers, ring, wire
+from specfast.checkpoint import weight_bytes
+from specfast.exo import acquaintances, contract, held, layers, ring, wire
 from specfast.exo.models import ENGINE_CLASSES
 from specfast.exo.requests import CALLER, Caller
 from tiny_directories import byte_level
@@ -38,7 +39,7 @@ def home(checkpoints, monkeypatch):
     with fake_exo():
         importlib.import_module("exo.models").model_cards[TARGET]["layers"] = 6
         importlib.import_module("exo.networking.grpc.grpc_peer_handle")
-        monkeypatch.setattr(ring, "GREETING_SECONDS", 0.2)
+        monkeypatch.setattr(acquaintances, "GREETING_SECONDS", 0.2)
         yield is_home(checkpoints, monkeypatch)
 
 
@@ -255,9 +256,8 @@ def test_a_node_without_specfast_means_plain_decoding_and_one_warning(capfd):
 
 def test_a_protocol_of_another_version_is_a_stranger(monkeypatch, capfd):
     nodes = Nodes(b={**MODELS, **GREEDY}, a={**MODELS, **GREEDY})
-    told = wire.Greeting("a", {}, {}, False, 99)
-    nodes["b"].inference_engine.ring._met["a"] = told
-    monkeypatch.setattr(nodes["a"].inference_engine.ring, "greet", lambda **_: asyncio.sleep(0))
+    nodes["b"].inference_engine.ring.known._met["a"] = wire.Greeting("a", {}, {}, protocol=99)
+    monkeypatch.setattr(nodes["a"].inference_engine.ring.known, "greet", lambda **_: asyncio.sleep(0))
     asyncio.run(nodes.ask("b"))
     assert "node a of the ring" in capfd.readouterr().err
 
@@ -329,6 +329,15 @@ def test_memory_is_checked_before_anything_is_loaded(monkeypatch, node):
         asyncio.run(nodes.ask("b", **GREEDY))
 
 
+def test_memory_for_a_draft_is_what_its_weights_take(monkeypatch, home):
+    nodes = Nodes(**every("ab"))
+    needed = []
+    monkeypatch.setattr("specfast.exo.serving.require_memory", lambda parts: needed.append(dict(parts)))
+    asyncio.run(nodes.ask("b", **GREEDY))
+    folder = home.folder(repository(DRAFT, MLX))
+    assert needed[1] == {f"the draft {folder.name}": weight_bytes(folder)}
+
+
 def test_a_client_that_leaves_at_another_node_ends_the_request():
     nodes = Nodes(**every("ab"))
 
@@ -350,15 +359,17 @@ def test_a_client_that_leaves_at_another_node_ends_the_request():
     asyncio.run(use())
 
 
+@pytest.mark.parametrize("laps", [0, 3])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_the_api_answers_with_the_error(streamed):
+def test_the_api_answers_with_the_error(streamed, laps):
+    """A stream that has not begun is answered as well; one that has is broken off."""
     nodes = Nodes(**every("ab"))
     module = importlib.import_module("exo.api.chatgpt_api")
-    aborted = []
+    aborted, made = [], []
 
     async def use():
         api = module.ChatGPTAPI(nodes["b"], contract.CLASS_NAME, default_model=TARGET)
-        nodes.peers[1].before_answer = lambda: nodes.leave("a")
+        nodes.peers[1].before_answer = lambda: nodes.leave("a") if len(made) == laps else made.append(0)
         transport = SimpleNamespace(is_closing=lambda: False, abort=lambda: aborted.append(True))
         body = {"messages": [{"role": "user", "content": TEXT}], "temperature": 0, "stream": streamed}
         return await api.handle_post_chat_completions(chat(body, transport=transport))
@@ -366,7 +377,123 @@ def test_the_api_answers_with_the_error(streamed):
     answer = asyncio.run(use())
     assert answer.status == 500
     assert "node a left the ring" in answer.body["detail"]
-    assert bool(aborted) == streamed
+    assert bool(aborted) == (streamed and laps > 0)
+
+
+def test_clients_that_leave_while_their_prompts_are_read_leave_nothing_behind(monkeypatch):
+    nodes = Nodes(**every("ab"))
+    monkeypatch.setattr(ring, "CHUNK", 1)
+
+    async def use():
+        engine = nodes["b"].inference_engine
+        for i in range(10):  # more than are let in at once
+            caller = Caller(GREEDY)
+            CALLER.set(caller)
+            await nodes["a"].process_prompt(nodes.shard(), TEXT * 6, request_id=str(i))
+            while not engine.owns(str(i)):
+                await asyncio.sleep(0.001)
+            caller.gone = True
+            for _ in range(500):
+                await asyncio.sleep(0.01)
+                if not engine.owns(str(i)):
+                    break
+        assert nodes.stats()["under_way"] == 0
+        return await asyncio.wait_for(nodes.ask("a", **GREEDY), 20)
+
+    assert asyncio.run(use()) == alone(**GREEDY)
+
+
+def test_a_connection_that_exo_closes_under_a_lap_ends_the_request():
+    """gRPC cancels calls on a channel that is closed, as exo does where a node hangs."""
+    nodes = Nodes(**every("ab"))
+
+    def close():
+        raise asyncio.CancelledError
+
+    async def use():
+        nodes.peers[1].before_answer = close
+        with pytest.raises(RingError, match=r"node a left the ring.*exo closed the connection"):
+            await nodes.ask("b", request_id="one", **GREEDY)
+        assert nodes.stats()["under_way"] == 0
+        nodes.peers[1].before_answer = lambda: None
+        return await nodes.ask("b", request_id="two", **GREEDY)
+
+    assert asyncio.run(use()) == alone(**GREEDY)
+
+
+def test_a_node_that_fell_silent_has_to_greet_before_laps_go_there(monkeypatch):
+    nodes = Nodes(**every("ab"))
+
+    async def use():
+        assert len(await nodes.ask("b", request_id="one", **GREEDY)) == TOKENS
+        there, nodes.peers[1].address = nodes.peers[1].address, None
+        for _ in range(2):
+            with pytest.raises(RingError, match=r"node a (left the ring|does not answer; send the request again)"):
+                await nodes.ask("b", request_id="two", **GREEDY)
+        assert not nodes["b"].inference_engine.ring.known.knows("a")
+        nodes.peers[1].address = there
+        return await nodes.ask("b", request_id="three", **GREEDY)
+
+    assert asyncio.run(use()) == alone(**GREEDY)
+
+
+def test_a_node_started_anew_without_specfast_is_a_stranger_from_the_next_request_on(monkeypatch, capfd):
+    nodes = Nodes(a={**MODELS, **GREEDY}, b={**MODELS, **GREEDY})
+
+    async def use():
+        await nodes.ask("b", request_id="one")
+        stock = Nodes(a=None, b={**MODELS, **GREEDY})["a"]
+        nodes.peers[1].address = stock
+        stock.process_tensor = lambda *_, **__: asyncio.sleep(0)  # exo prints what went wrong, and answers nothing
+        with pytest.raises(RingError, match="node a answers otherwise than specfast"):
+            await nodes.ask("b", request_id="two")
+        del stock.process_tensor
+        stock.peers[0].address = nodes["b"]
+        return await nodes.ask("b", request_id="three")
+
+    assert len(asyncio.run(use())) == TOKENS
+    assert "node a of the ring does not run this specfast" in capfd.readouterr().err
+
+
+def test_models_can_be_changed_at_any_node():
+    nodes = Nodes(**every("ab", draft_model="none"))
+
+    async def use():
+        await nodes.ask("b", request_id="one", **GREEDY)
+        assert nodes.stats()["draft_model"] in (None, "none")
+        nodes["a"].inference_engine.set_models(TARGET, DRAFT)
+        await asyncio.sleep(0.05)
+        await nodes.ask("b", request_id="two", **GREEDY)
+        assert nodes.stats()["draft_model"] == DRAFT
+        nodes["b"].inference_engine.set_models(TARGET, None)
+        await nodes.ask("a", request_id="three", **GREEDY)
+        assert nodes.stats()["draft_model"] is None
+
+    asyncio.run(use())
+
+
+def test_what_exo_asks_of_other_nodes_ahead_of_a_request_is_fetched_and_not_loaded(capfd):
+    nodes = Nodes(**every("ab", lenience=1.5))
+
+    async def use():
+        await nodes.ask("b", request_id="one", **GREEDY)
+        node = nodes["a"]
+        await node.inference_engine.ensure_shard(node.get_current_shard(nodes.shard()))
+        return node.inference_engine._models.host, node.shard_downloader.calls
+
+    host, fetched = asyncio.run(use())
+    assert host is None
+    assert (TARGET, contract.CLASS_NAME) in fetched
+    assert "does not speculate" not in capfd.readouterr().err
+    assert nodes.stats()["lossless"] is True
+
+
+def test_options_of_two_nodes_that_contradict_each_other_are_an_error_that_names_both():
+    nodes = Nodes(b=MODELS, a={"target_model": TARGET, "early_exit": 2})
+    with pytest.raises(
+        ConfigurationError, match=r"two ways to draft.*node b was given draft_model.*node a was given early_exit"
+    ):
+        asyncio.run(nodes.ask("b", **GREEDY))
 
 
 def test_what_travels_is_json_and_comes_back_the_same():
@@ -390,9 +517,13 @@ def test_what_travels_is_json_and_comes_back_the_same():
         '{"type": "specfast", "greeting": 1}',
     ):
         assert wire.read_status(status) is None
-    for answer in (None, np.zeros(3, np.uint8), np.ones(2)):
-        with pytest.raises(RingError, match="same version"):
+    assert not any(wire.is_answer(answer) for answer in (None, np.zeros(3, np.uint8), np.ones(2)))
+    for silent in (True, False):
+        answer = wire.write_error(wire.NodeError("c", "it left", silent=silent), "b")
+        assert wire.is_answer(answer)
+        with pytest.raises(wire.NodeError, match="node b: it left") as caught:
             wire.read_verdict(answer)
+        assert (caught.value.node, caught.value.silent) == ("c", silent)
     assert wire.read_verdict(wire.write_verdict(None)) is None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import weight_bytes
+from ..checkpoint import LoadedModel, load_model, weight_bytes
 from ..compatibility import Status
 from ..config import NO_DRAFT, ResolvedConfig, SpeculativeConfig, resolve_config
 from ..engine import Engine
@@ -206,7 +206,7 @@ class ServedModels:
             layers = LayersHost(shard.model_id, shard.n_layers, typed_engine(resolved, "target"))
             engine = Engine(
                 config, notify=self.say_once, resolve=locate, layers=layers_of(shard), make_target=make_target,
-                load_target=layers.load,
+                load_target=layers.load, load_draft=_load_draft,
             )  # fmt: skip
             return engine, layers, Host("native", self.say_once)
         target, draft = (Host(host_of(resolved, role), self.say_once) for role in ("target", "draft"))
@@ -270,11 +270,16 @@ def is_whole(shard: Any) -> bool:
 
 
 def _require_memory(config: SpeculativeConfig, path: Path, layers: range, total: int) -> None:
-    """Before layers of a target and the draft that was named for it are loaded."""
+    """Before layers of a target are loaded, and the draft that was named for it: its size is known from its name only."""
     named = not config.disabled and config.draft_model not in (None, NO_DRAFT)
     draft = 0.6e9 * (parameters(config.draft_model or "") or 0.0) if named else 0.0  # 4 bit weights with scales
     target = f"layers {layers.start} to {layers.stop - 1} of {config.target_model}"
     require_memory([(target, weight_bytes(path, layers, total)), (f"the draft {config.draft_model}", draft)])
+
+
+def _load_draft(directory: Path, **options: Any) -> LoadedModel:
+    require_memory([(f"the draft {directory.name}", weight_bytes(directory))])
+    return load_model(directory, **options)
 
 
 def _draft_engine(resolved: ResolvedConfig) -> str | None:
