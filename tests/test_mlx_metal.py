@@ -11,6 +11,7 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
 import specfast.mlx  # noqa: E402
+from exo_session import fake_exo  # noqa: E402
 from mlx_lm.models.cache import KVCache, trim_prompt_cache  # noqa: E402
 from mlx_metal import (  # noqa: E402
     ExecutedLaunches,
@@ -21,10 +22,15 @@ from mlx_metal import (  # noqa: E402
 )
 from mlx_models import generate_step, random_model  # noqa: E402
 from specfast import ConfigurationError, KernelTrialError, ShapeError, metal  # noqa: E402
+from specfast._core import Law  # noqa: E402
+from specfast.checkpoint import load_model  # noqa: E402
+from specfast.exo.layers import MlxLayers, NativeLayers  # noqa: E402
 from specfast.mlx import metal as mlx_metal  # noqa: E402
 from specfast.mlx import primitives, trial  # noqa: E402
 from specfast.mlx.command import Models  # noqa: E402
 from specfast.mlx.weights import config_of  # noqa: E402
+from tiny_directories import write_model  # noqa: E402
+from tiny_models import random_decoder  # noqa: E402
 
 
 @pytest.fixture
@@ -419,3 +425,40 @@ def test_a_range_of_layers_is_tried(fault, layers):
     what = "logits" if layers.stop == 3 else "hidden rows"
     with pytest.raises(KernelTrialError, match=rf"{what} are [\d.]+ of their deviation away"):
         trial.run(mlx_metal.MetalForward(model, config, layers), model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_exos_shards_run_on_the_kernels(on_metal, tmp_path, tied):
+    """Layers of a ring: the bits do not depend on the rows beside, and are the native decoder's as far as float32 goes."""
+    write_model(tmp_path, random_decoder(3, V=96, head_dim=32, tied=tied), max_context=64)
+    tokens, ranges = np.array([5, 17, 3], np.int32), (range(1), range(1, 2))
+    with fake_exo(hook=False):
+        first, last = (MlxLayers.load(tmp_path, "llama-3.1-8b", layers, 2) for layers in ranges)
+    native = [NativeLayers(load_model(tmp_path, layers=layers, precision="f32").model, layers) for layers in ranges]
+    forget_launches()
+    rows = first.forward(first.new_cache(8), tokens)
+    assert ExecutedMetalKernel.launches
+    one_by_one = first.new_cache(8)
+    for i, row in enumerate(rows):
+        assert np.array_equal(first.forward(one_by_one, tokens[i : i + 1])[0], row)
+        one_by_one.commit(1)
+    expected = native[0].forward(native[0].new_cache(8), tokens)
+    assert np.abs(rows - expected).max() < 1e-4 * np.abs(expected).max()
+    law = Law(temperature=0.0)
+    verdicts = [each.verify(each.new_cache(8), rows, tokens[1:], law, 0, "token") for each in (last, native[1])]
+    assert verdicts[0].next_token == verdicts[1].next_token
+    assert verdicts[0].tau == verdicts[1].tau
+
+
+def test_exos_shards_whose_kernels_fail_their_trial_run_in_mlx(on_metal, monkeypatch, tmp_path):
+    write_model(tmp_path, random_decoder(3, V=96, head_dim=32), max_context=64)
+
+    def fail(*_arguments):
+        raise KernelTrialError("other bits beside other rows; mlx-lm's layers run instead")
+
+    monkeypatch.setattr(trial, "run", fail)
+    with fake_exo(hook=False), pytest.warns(RuntimeWarning, match="other bits"):
+        layers = MlxLayers.load(tmp_path, "llama-3.1-8b", range(1), 2)
+    forget_launches()
+    assert layers.forward(layers.new_cache(8), np.array([5, 17], np.int32)).shape == (2, 32)
+    assert not ExecutedMetalKernel.launches

@@ -7,6 +7,7 @@ MLX has them where it has a GPU, or where the native decoder does not know the a
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from .. import _core
 from ..architecture import ConfigReader, eos_ids, read_config, read_json
 from ..checkpoint import LoadedModel, load_model
-from ..errors import ContextFullError, ModelFormatError, UnsupportedModelError
+from ..errors import ContextFullError, KernelTrialError, ModelFormatError, SpecfastError, UnsupportedModelError
 from .contract import differences
 from .hosts import host_named, on_apple_gpu
 
@@ -121,7 +122,8 @@ class MlxLayers:
     """A range as one of exo's own MLX shards. Everything in the thread that loaded it.
 
     The bits of a row are MLX's, which may depend on how many rows are beside it. Some of exo's models mask rows as if they were
-    the text's first ones; where a trial finds that, rows that follow others run one by one.
+    the text's first ones; where a trial finds that, rows that follow others run one by one. On an Apple GPU few rows run on
+    specfast's Metal kernels, where these have the layers and pass their own trial.
 
     Args:
         module: exo's shard of the model.
@@ -142,6 +144,7 @@ class MlxLayers:
         self.precision = _PRECISIONS.get(dtype, dtype)
         self._mx = importlib.import_module("mlx.core")
         self._dtype = getattr(self._mx, dtype)
+        self._kernels: Any = None
         self._at_once = True
         self._at_once = self._several_are_like_one_by_one()
 
@@ -172,7 +175,23 @@ class MlxLayers:
             raise kind(
                 f"{directory}: exo cannot load layers {layers.start} to {layers.stop - 1} in MLX ({text})"
             ) from None
-        return cls(module, layers, ConfigReader(directory / "config.json", facts))
+        made = cls(module, layers, ConfigReader(directory / "config.json", facts))
+        made._take_kernels(directory)
+        return made
+
+    def _take_kernels(self, directory: Path) -> None:
+        metal = importlib.import_module("specfast.mlx.metal")
+        if not metal.available() or not _is_known(directory):
+            return
+        try:
+            kernels = metal.MetalForward(self._module, read_config(directory), self.layers)
+            importlib.import_module("specfast.mlx.trial").run(kernels, self._module)
+        except KernelTrialError as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        except SpecfastError:  # layers for which there are no kernels
+            return
+        else:
+            self._kernels = kernels
 
     def new_cache(self, capacity: int) -> MlxPositions:
         caches = importlib.import_module("mlx_lm.models.cache")
@@ -224,8 +243,11 @@ class MlxLayers:
         every[self.layers.start : self.layers.stop] = cache.caches
         step = len(rows) if self._at_once or cache.length == 0 else 1
         try:
-            parts = [self._module(x[None, at : at + step], cache=every)[0] for at in range(0, len(rows), step)]
-            out = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            if self._kernels and not self._kernels.why_not(x[None], cache.caches):
+                out = self._kernels(x[None], cache.caches)[0]
+            else:
+                parts = [self._module(x[None, at : at + step], cache=every)[0] for at in range(0, len(rows), step)]
+                out = parts[0] if len(parts) == 1 else mx.concatenate(parts)
             mx.eval(out, [(each.keys, each.values) for each in cache.caches])
         except BaseException:
             for each in cache.caches:

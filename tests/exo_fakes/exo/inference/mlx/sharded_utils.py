@@ -16,7 +16,9 @@ def load_model_shard(model_path, shard, lazy=False, model_config=None):
     class ShardedModel(nn.Module):
         def __init__(self):
             super().__init__()
-            self.model, self.head = whole.model, None if "lm_head" not in whole else whole.lm_head
+            self.model = whole.model
+            if "lm_head" in whole:
+                self.lm_head = whole.lm_head
             owned = range(shard.start_layer, shard.end_layer + 1)
             self.model.layers = [each if i in owned else IdentityBlock() for i, each in enumerate(self.model.layers)]
 
@@ -32,6 +34,6 @@ def load_model_shard(model_path, shard, lazy=False, model_config=None):
             if not shard.is_last_layer():
                 return h
             h = self.model.norm(h)
-            return self.head(h) if self.head else self.model.embed_tokens.as_linear(h)
+            return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
 
     return ShardedModel()
