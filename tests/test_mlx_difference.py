@@ -7,7 +7,7 @@ mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from mlx_hosts import host_model  # noqa: E402
-from mlx_models import logits_of, random_model  # noqa: E402
+from mlx_models import PATH, logits_of, random_model  # noqa: E402
 from specfast import ConfigurationError, UnsupportedModelError, embedded  # noqa: E402
 from specfast.mlx import accelerate, compare, report  # noqa: E402
 
@@ -46,6 +46,9 @@ def test_the_definition():
     assert found.greedy_agreement == (p.argmax(1) == q.argmax(1)).mean()
     compare(model, TEXT, ["bf16"])
     assert report(model).precision == "int8"  # as it was
+    for path in ["native", PATH]:
+        compare(accelerate(model, "int8", path), TEXT, ["bf16"])
+        assert (report(model).precision, report(model).path) == ("int8", path)
 
 
 def test_the_embedded_pair():

@@ -65,8 +65,10 @@ def compare(
         return [_difference(precision, stock, _own_logits(model, tokens, precision)) for precision in precisions]
     finally:
         restore(model)
-        if before.path == "native":
-            accelerate(model, before.precision)
+        if before.path == "metal":
+            accelerate(model)
+        elif before.path != "stock":
+            accelerate(model, before.precision, before.path)
 
 
 def _stock_logits(model: nn.Module, tokens: Sequence[int], dtype: mx.Dtype | None) -> Any:
