@@ -145,6 +145,17 @@ def variable(name: str, most: int, value: int) -> Any:
     return Variable(name, 0, most).bind(value)
 
 
+def is_symbolic(value: Any) -> bool:
+    """Whether a number is one of a graph's, bound or not."""
+    return hasattr(value, "unbind")
+
+
+def synchronize() -> None:
+    """Waits for what graphs gave the CPU device to do."""
+    if not graph_problem() and not in_function():  # where no device may be used
+        Device["CPU"].synchronize()
+
+
 def is_bound(value: Any) -> bool:
     """Whether a symbolic number is one bound variable, which a program can take."""
     return bool(getattr(value, "is_bound_var", False))
