@@ -282,7 +282,7 @@ def test_bad_options_are_told(model, tmp_path):
         ({"max_tokens": 0}, "max_tokens"),
         ({"num_draft_tokens": 21}, "num_draft_tokens"),
         ({"lenience": 3.0}, "lenience"),
-        ({"drafter": "model"}, "needs a draft_model"),
+        ({"drafter": "model"}, "needs a draft model"),
         ({"drafter": "oracle"}, "must be one of"),
         ({"early_exit": 2}, "outside 1 to 1"),
     ):
