@@ -98,7 +98,6 @@ def more_layers(model):
     model.blk.append(model.blk[0])
 
 
-
 @pytest.mark.parametrize("change", [replace, rebind, another_layer, swapped_layers, fewer_layers, more_layers])
 def test_weights_that_are_no_longer_the_models_raise_everywhere(model, change):
     text_of(model)  # captured
@@ -111,7 +110,7 @@ def test_weights_that_are_no_longer_the_models_raise_everywhere(model, change):
         lambda: st.cached_keys_values(model, 0),
         lambda: model(tensor_of(PROMPT), 0, Tensor([0.0])),
     ):
-        with pytest.raises(ConfigurationError, match="has been replaced or changed .*accelerate again"):
+        with pytest.raises(ConfigurationError, match=r"has been replaced or changed .*accelerate again"):
             use()
     if change is not fewer_layers and change is not more_layers:
         assert np.isfinite(logits(st.accelerate(model), PROMPT)).all()
@@ -152,7 +151,7 @@ def test_keys_and_values_are_those_of_a_pass_not_computed_yet(model):
     assert np.isfinite(lazy.numpy()).all()
     assert st.report(model).native_calls == before + 1
     for layer in ("a", -1, 2, 1.0):
-        with pytest.raises(ConfigurationError, match="layer is .* 0 to 1"):
+        with pytest.raises(ConfigurationError, match=r"layer is .* 0 to 1"):
             st.cached_keys_values(model, layer)
 
 
@@ -312,7 +311,7 @@ def test_what_tinygrad_leaves_out_is_refused_or_told(tmp_path):
 
 @pytest.mark.parametrize("path", [None, 3, ["a"], "", "\0", "."], ids=repr)
 def test_what_is_no_file(path):
-    with pytest.raises((ConfigurationError, ModelFormatError), match="must name a GGUF file|cannot be read"):
+    with pytest.raises((ConfigurationError, ModelFormatError), match=r"must name a GGUF file|cannot be read"):
         st.load_gguf(path)
 
 
@@ -324,7 +323,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("context", [0, -5, 1.5, True, "8"])
 def test_contexts_that_cannot_be(file, context):
-    with pytest.raises(ConfigurationError, match="max_context is .*at least 1"):
+    with pytest.raises(ConfigurationError, match=r"max_context is .*at least 1"):
         st.load_gguf(file, context)
 
 

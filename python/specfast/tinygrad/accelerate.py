@@ -126,7 +126,9 @@ class _Path:
         if caches is None or not isinstance(caches, list | tuple):
             return self.sequence
         if not caches:
-            raise ShapeError("cache is an empty list; give a tensor for each layer, or None for the model's one sequence")
+            raise ShapeError(
+                "cache is an empty list; give a tensor for each layer, or None for the model's one sequence"
+            )
         if caches[0] is None:
             return self.sequence
         key = id(caches[0])

@@ -17,7 +17,7 @@ from .. import _core
 from ..architecture import ModelConfig
 from ..checkpoint import build_model
 from ..compatibility import compare_models
-from ..config import check_option, require_whole
+from ..config import DRAFTERS, check_option, require_whole
 from ..context import Context
 from ..controllers import AutoGamma, FixedGamma
 from ..drafters import CombinedDrafter, CopyDrafter, Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter
@@ -41,7 +41,7 @@ from .accelerate import accelerate, logits, native_model_of, note, report
 from .host import Forward, HostTarget, own_forward
 
 MOST_DRAFTED = 20
-DRAFTERS = ("model", "suffix", "prompt-lookup", "combined", "early-exit", "none")
+_DRAFTERS = (*DRAFTERS, "early-exit")
 
 
 _NEEDED = ("context_length", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base")
@@ -194,7 +194,9 @@ def stream_generate(
     lenience = check_option("lenience", lenience)
     name = drafter_name(drafter, check_option("early_exit", early_exit), draft=draft_model is not None)
     if text is not None and not isinstance(text, TextStream):
-        raise ConfigurationError(f"text is {text!r:.100}, but must be a specfast.text.TextStream, which makes text of tokens")
+        raise ConfigurationError(
+            f"text is {text!r:.100}, but must be a specfast.text.TextStream, which makes text of tokens"
+        )
     _check_forward(forward, vocab, max_context)
     native = None if forward is not None else _native(model)
     if native is None and forward is None:
@@ -217,7 +219,11 @@ def stream_generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         seed=secrets.randbits(53) if seed is None else seed,
     )  # fmt: skip
-    draft = _draft(model, draft_model, size, min(len(tokens) + max_tokens, capacity)) if name in ("model", "combined") else None
+    draft = (
+        _draft(model, draft_model, size, min(len(tokens) + max_tokens, capacity))
+        if name in ("model", "combined")
+        else None
+    )
     law = sampling.law(size, min(size, draft.vocab) if draft else size)  # beyond the common width are no tokens
     rule = "block" if fixed or seed is None else "coupled"  # timing must not change a seed's text
     if law.temperature == 0 or lenience != 1:
@@ -256,10 +262,14 @@ def _tokens(prompt: Sequence[int] | Tensor) -> list[int]:
 def _check_forward(forward: Any, vocab: Any, max_context: Any) -> None:
     if forward is None:
         if vocab is not None or max_context is not None:
-            raise ConfigurationError("vocab= and max_context= are those of a model that forward= runs; give it, or neither")
+            raise ConfigurationError(
+                "vocab= and max_context= are those of a model that forward= runs; give it, or neither"
+            )
         return
     if not callable(forward):
-        raise ConfigurationError(f"forward is {forward!r:.100}, but must be a function of token ids and a start position")
+        raise ConfigurationError(
+            f"forward is {forward!r:.100}, but must be a function of token ids and a start position"
+        )
     if vocab is None or max_context is None:
         raise ConfigurationError("forward= needs vocab= and max_context= of its model beside it")
     require_whole("vocab", vocab, 1)
@@ -283,8 +293,8 @@ def drafter_name(drafter: str | None, early_exit: int | str | None, *, draft: bo
     Raises:
         ConfigurationError: an unknown one, one that lacks what it drafts with, or two ways to draft.
     """
-    if drafter is not None and drafter not in DRAFTERS:
-        raise ConfigurationError(f"drafter is {drafter!r:.100}, but must be one of {', '.join(DRAFTERS)}")
+    if drafter is not None and drafter not in _DRAFTERS:
+        raise ConfigurationError(f"drafter is {drafter!r:.100}, but must be one of {', '.join(_DRAFTERS)}")
     if drafter in ("model", "combined") and not draft:
         raise ConfigurationError(f"the {drafter} drafter needs a draft model; 'suffix' needs none")
     if drafter == "early-exit" and early_exit is None:
