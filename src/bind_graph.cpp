@@ -48,9 +48,9 @@ class Registry {
 };
 
 bool finite(const float* values, int64_t size) {
-  uint32_t highest = 0;  // exponent: all ones in infinite values and NaN
-  for (int64_t i = 0; i < size; i++) highest = std::max(highest, std::bit_cast<uint32_t>(values[i]) & 0x7f800000U);
-  return highest < 0x7f800000U;
+  uint32_t found = 0;  // an exponent of ones, of infinite values and NaN, overflows into the sign
+  for (int64_t i = 0; i < size; i++) found |= (std::bit_cast<uint32_t>(values[i]) & 0x7f800000U) + 0x00800000U;
+  return found < 0x80000000U;
 }
 
 /// One sequence of one model as a graph calls it, and what came of the calls.

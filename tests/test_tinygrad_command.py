@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -236,21 +235,34 @@ def test_characters_that_the_terminal_lacks_are_no_crash(files):
     assert "?" in done.stdout
 
 
-def test_ctrl_c_while_tinygrad_is_imported_is_no_traceback(files):
-    slow = "import sys, runpy, time\nimport specfast, specfast.cli.generate\nprint('.', flush=True)\n"
-    slow += "sys.meta_path.insert(0, type('Slow', (), {'find_spec': staticmethod(lambda name, *_: "
-    slow += "time.sleep(30) if name == 'tinygrad' else None)}))\n"
-    slow += (
-        "sys.argv = ['-m', *sys.argv[1:]]\nrunpy.run_module('specfast.tinygrad', run_name='__main__', alter_sys=False)"
-    )
+def test_ctrl_c_while_tinygrad_is_imported_is_no_traceback(files, tmp_path):
+    (tmp_path / "tinygrad").mkdir()
+    (tmp_path / "tinygrad" / "__init__.py").write_text("import time\nprint('.', flush=True)\ntime.sleep(60)\n")
     child = subprocess.Popen(
-        [sys.executable, "-c", slow, "--model", str(files[0]), "--prompt", "x"],
+        [*WORDS, "--model", str(files[0]), "--prompt", "x"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert child.stdout.readline() == ".\n"
-    time.sleep(1.0)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (130, f"{PREFIX}interrupted\n")
+
+
+def test_ctrl_c_in_the_middle_prints_what_there_is(files):
+    arguments = ("--model", str(files[0]), "--prompt", "x", "--raw", "--json", "--quiet")
+    slow = (
+        "import sys, time, specfast.generation as g\nfrom specfast.tinygrad.__main__ import main\nrounds = g.rounds\n"
+    )
+    slow += "def slowly(*a):\n    for chunk in rounds(*a):\n        yield chunk\n        print('.', flush=True)\n"
+    slow += "        time.sleep(1)\ng.rounds = slowly\nsys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", slow, *arguments]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == ".\n"
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    found = json.loads(out.splitlines()[-1])
+    assert (child.returncode, err, found["finish_reason"]) == (130, "", "interrupted")
+    assert len(found["token_ids"]) >= 1

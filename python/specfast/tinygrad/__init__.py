@@ -24,7 +24,8 @@ def require_host() -> None:
     private.graph_problem()
 
 
-if getattr(sys, "argv", [])[:1] != ["-m"]:  # python -m imports this before its command, which tells errors in one line
+# python -m imports this before its own command, which tells errors in one line.
+if sys.argv[:1] != ["-m"] or "specfast.tinygrad" not in sys.orig_argv:
     require_host()
     from .accelerate import Report, accelerate, cached_keys_values, logits, report, restore
     from .generate import generate, load_gguf, stream_generate
