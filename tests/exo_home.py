@@ -1,7 +1,9 @@
 """Tiny random checkpoints placed where exo's first generation expects its downloads, so that it runs offline."""
 
 import json
+import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,21 @@ TEMPLATE = (
 )
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 MLX = "mlx-community/"
+
+DEEPSEEK = """
+import sys, json, pathlib, mlx.core as mx
+from mlx.utils import tree_flatten
+from exo.inference.mlx.models.deepseek_v3 import Model, ModelArgs
+folder, layers = pathlib.Path(sys.argv[1]), 61
+config = dict(model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], vocab_size=320, hidden_size=32,
+              intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
+              kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=16, qk_nope_head_dim=16,
+              max_position_embeddings=512, rope_scaling=dict(type="yarn", factor=1.0), eos_token_id=301, bos_token_id=300)
+mx.random.seed(3)
+model = Model(ModelArgs.from_dict(config | {"shard": dict(model_id="x", start_layer=0, end_layer=layers - 1, n_layers=layers)}))
+mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"})
+(folder / "config.json").write_text(json.dumps(config))
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,17 @@ class ExoHome:
         index = known / repository.replace("/", "--") / "model.safetensors.index.json"
         index.parent.mkdir(exist_ok=True)
         index.write_text((folder / "model.safetensors.index.json").read_text())
+
+    def add_deepseek(self, python):
+        """Places a random DeepSeek V3, float32, written by exo's own code in the environment of an interpreter."""
+        repository = MLX + "DeepSeek-V3-4bit"
+        folder = self.folder(repository)
+        write_chat_tokenizer(folder, byte_level("<|begin_of_text|>", "<|eot_id|>", "<|deepseek|>", start=None))
+        hidden = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SPECFAST"))}
+        environment = {**hidden, **self.environment()}
+        subprocess.run([python, "-c", DEEPSEEK, str(folder)], check=True, env=environment)
+        self.seal_weights(folder)
+        self.seal(repository)
 
     def add(self, repository, decoder, *, architecture="llama", tokenizer=None, eos=EOT, **config):
         """Places a random Llama or Qwen2 decoder."""

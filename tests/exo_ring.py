@@ -98,7 +98,7 @@ def wait_until(condition, what, seconds=60):
 
 
 @contextlib.contextmanager
-def ring(root, home, names, *, tokens=48, arguments=None, stock=(), environment=None):
+def ring(root, home, names, *, tokens=48, arguments=None, stock=(), environment=None, first=""):
     """Nodes on loopback that have found each other; the last name sorts first and has the first layers.
 
     Args:
@@ -108,6 +108,7 @@ def ring(root, home, names, *, tokens=48, arguments=None, stock=(), environment=
         arguments: by name; else those of "".
         stock: names of nodes that run exo without specfast.
         environment: more variables.
+        first: code that each node runs first.
     """
     arguments = arguments or {}
     base = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SPECFAST"))}
@@ -127,7 +128,7 @@ def ring(root, home, names, *, tokens=48, arguments=None, stock=(), environment=
             (folder / "peers.json").write_text(json.dumps({"peers": peers}))
             more = arguments.get(name, arguments.get("", ()))
             command = [
-                *(PYTHON, "-c", SERVE, *more, "--disable-tui", "--discovery-module", "manual"),
+                *(PYTHON, "-c", first + SERVE, *more, "--disable-tui", "--discovery-module", "manual"),
                 *("--discovery-config-path", str(folder / "peers.json"), "--node-host", "127.0.0.1"),
                 *("--node-port", str(ports[i]), "--chatgpt-api-port", str(ports[len(names) + i]), "--node-id", name),
                 *("--max-generate-tokens", str(tokens)),

@@ -1,11 +1,13 @@
 """Compatibility is read from tokenizer.json and config.json; a pair that does not fit is decoded plainly."""
 
 import json
+import math
 
 import pytest
 import specfast
 from specfast.compatibility import compare_models
 from specfast.errors import ModelFormatError
+from specfast.models import free_bytes
 from tiny_directories import byte_level, decoder_weights, write_model, write_pair, write_tokenizer
 
 
@@ -123,6 +125,19 @@ def test_auto_config_falls_back_to_a_suggestion_that_fits(tmp_path, monkeypatch)
         "  Target: llama-3.1-8b, Draft: stranger",
         "  Target: llama-3.1-8b, Draft: llama-3.2-1b",
     ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(None, 4096e3), ("max", 4096e3), ("3000000", 2.5e6), ("1500000", 1e6), ("100", 0.0)]
+)
+def test_free_memory_is_the_systems_or_what_a_container_leaves(tmp_path, limit, expected):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        (tmp_path / "memory.current").write_text("1000000\n")
+        (tmp_path / "memory.stat").write_text("anon 400000\ninactive_file 500000\n")
+    assert free_bytes(tmp_path / "meminfo", tmp_path) == expected
+    assert free_bytes(tmp_path / "none", tmp_path / "none") == math.inf
 
 
 def test_auto_config_passes_over_a_draft_that_does_not_fit_in_memory(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """exo's chat API with speculation: a request's own options, its end when nobody waits, and the counters."""
 
 import asyncio
+import importlib
 import json
 import threading
 import time
@@ -120,7 +121,7 @@ def test_bad_values_are_answered_with_400(home, options):
 def test_a_bad_number_of_tokens_is_answered_with_400(home, name, value):
     answer = asyncio.run(Served().post(**{name: value}))
     assert answer.status == 400
-    assert "max_tokens" in answer.body["detail"]
+    assert f"{name} is {value!r}" in answer.body["detail"]
 
 
 def test_a_body_that_is_not_json_is_answered_with_400(home):
@@ -233,7 +234,7 @@ def test_an_error_while_decoding_is_the_answer(home, monkeypatch, capfd):
 
     monkeypatch.setattr(served.engine, "step", fail)
     answer = asyncio.run(served.post())
-    assert (answer.status, answer.body) == (500, {"detail": "the model went away"})
+    assert (answer.status, answer.body) == (500, {"detail": "exo failed (ConnectionError: the model went away)"})
     assert "the model went away" in capfd.readouterr().err
     assert served.node.outstanding_requests == {}
 
@@ -289,3 +290,25 @@ def test_another_engine_has_no_counters(home):
         "engine": "DummyInferenceEngine",
         "detail": "start exo with --inference-engine speculative",
     }
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[{"role": "user"}], [{"content": "x"}], [{}], [{"role": "user", "content": "x"}, {"text": "y"}]],
+    ids=str,
+)
+def test_messages_without_role_or_content_are_answered_with_400(home, messages):
+    answer = asyncio.run(Served().post(messages=messages))
+    assert answer.status == 400
+    assert "it needs a role and a content" in answer.body["detail"]
+
+
+def test_what_exo_stumbles_over_is_answered_with_the_reason(home, monkeypatch):
+    served = Served(GREEDY)
+
+    def fail(*_arguments, **_options):
+        raise TypeError("a template without tools")
+
+    monkeypatch.setattr(importlib.import_module("exo.api.chatgpt_api"), "get_repo", fail)
+    answer = asyncio.run(served.post())
+    assert (answer.status, answer.body["detail"]) == (500, "exo failed (TypeError: a template without tools)")

@@ -10,7 +10,7 @@ import pytest
 from exo_home import EOT, SPECIAL, deep_decoder, drafting
 from exo_session import DRAFT, GREEDY, OTHER, OTHER_DRAFT, SMALL, TARGET, Reference, Session, fake_exo, is_home
 from exo_session import repository as repository_of
-from specfast import ConfigurationError
+from specfast import ConfigurationError, UnsupportedModelError
 from specfast.exo import contract, options, requests
 from specfast.exo.engine import SpeculativeEngine
 from specfast.exo.models import ENGINE_CLASSES, ExoModels
@@ -467,9 +467,19 @@ def test_a_part_of_a_model_goes_to_the_hosts_engine(home, layers, capfd):
 def test_a_host_without_its_engine_says_both_reasons(home):
     from exo.inference.shard import Shard
 
-    session = Session(pair(target_engine="tinygrad"))
-    with pytest.raises(ConfigurationError.__base__, match=r"does not speculate.*tinygrad"):
-        asyncio.run(session.engine.ensure_shard(Shard(TARGET, 0, 0, 2)))
+    session, shard = Session(pair(target_engine="tinygrad")), Shard(TARGET, 0, 0, 2)
+    asyncio.run(session.engine.ensure_shard(shard))  # exo's, ahead of requests, which say it
+    with pytest.raises(UnsupportedModelError, match=r"does not speculate.*tinygrad"):
+        asyncio.run(session.engine.encode(shard, "x"))
+
+
+def test_why_a_request_with_a_seed_is_decoded_plainly_is_said(home, capfd):
+    session = Session({"target_model": TARGET})
+    asyncio.run(session.ask(TEXTS[0], request_id="seeded", temperature=1.0, seed=4))
+    asyncio.run(session.ask(TEXTS[0], request_id="free", temperature=1.0))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("specfast: request ")]
+    assert lines[0].endswith("fallback: a seed, and no drafter asked for (--speculative-drafter suffix)")
+    assert lines[1].endswith("fallback: none")
 
 
 def test_models_can_be_changed_at_run_time(home):

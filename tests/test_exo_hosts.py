@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from exo_home import SPECIAL, deep_decoder, drafting
 from exo_session import DRAFT, GREEDY, OTHER, TARGET, Reference, Session, fake_exo, is_home, repository
+from specfast.config import resolve_config
 from specfast.exo import hosts
 from specfast.exo.models import ENGINE_CLASSES
 from tiny_directories import byte_level
@@ -110,3 +111,17 @@ def test_without_tinygrad_its_checkpoints_run_natively(home, monkeypatch, capfd)
     assert "native, from tinygrad's checkpoints" in capfd.readouterr().err
     model = Reference(home.folder(repository(TARGET, MLX)), None)
     assert asyncio.run(session.ask(TEXTS[0])) == model(TEXTS[0], disabled=True, **GREEDY)
+
+
+def test_on_an_apple_gpu_models_run_in_mlx_unless_something_else_was_typed(monkeypatch):
+    def where(**typed):
+        resolved = resolve_config({"target_model": TARGET, **typed})
+        return [hosts.host_of(resolved, role) for role in ("target", "draft")]
+
+    assert where() == ["native", "native"]
+    monkeypatch.setattr(hosts, "on_apple_gpu", lambda: True)
+    assert where() == [installed("mlx")] * 2
+    assert where(target_engine="native") == ["native", "native"]
+    assert where(draft_engine="native") == [installed("mlx"), "native"]
+    assert where(target_engine="tinygrad") == [installed("tinygrad")] * 2
+    assert where(early_exit=2) == ["native", "native"]

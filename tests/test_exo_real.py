@@ -37,21 +37,6 @@ api.ChatGPTAPI.run = run
 from exo.main import run
 run()
 """
-DEEPSEEK = """
-import sys, json, pathlib, mlx.core as mx
-from mlx.utils import tree_flatten
-from exo.inference.mlx.models.deepseek_v3 import Model, ModelArgs
-folder, layers = pathlib.Path(sys.argv[1]), 61
-config = dict(model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], vocab_size=320, hidden_size=32,
-              intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
-              kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=16, qk_nope_head_dim=16,
-              max_position_embeddings=512, rope_scaling=dict(type="yarn", factor=1.0), eos_token_id=301, bos_token_id=300)
-mx.random.seed(3)
-model = Model(ModelArgs.from_dict(config | {"shard": dict(model_id="x", start_layer=0, end_layer=layers - 1, n_layers=layers)}))
-mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"})
-(folder / "config.json").write_text(json.dumps(config))
-"""
-
 TINYGRAD = """
 import asyncio, json, sys
 from pathlib import Path
@@ -311,11 +296,7 @@ def test_the_wrapper_does_the_same_without_the_hook(exo, plain, monkeypatch):
 
 
 def test_deepseek_is_decoded_plainly_with_the_documented_warning(exo):
-    folder = exo.files.folder(MLX + "DeepSeek-V3-4bit")
-    write_chat_tokenizer(folder, byte_level("<|begin_of_text|>", "<|eot_id|>", "<|deepseek|>", start=None))
-    subprocess.run([PYTHON, "-c", DEEPSEEK, str(folder)], check=True, env=exo.environment())
-    exo.files.seal_weights(folder)
-    exo.files.seal(MLX + "DeepSeek-V3-4bit")
+    exo.files.add_deepseek(PYTHON)
     exo.files.add(MLX + "DeepSeek-R1-Distill-Qwen-7B-4bit", drafting(deep_decoder(28)))
     arguments = ("run", "deepseek-v3", "--prompt", PROMPT)
     tokens, printed = exo.run(

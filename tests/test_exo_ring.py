@@ -10,7 +10,8 @@ import pytest
 from exo_home import SPECIAL, deep_decoder, drafting
 from exo_session import DRAFT, GREEDY, TARGET, chat, fake_exo, is_home, repository
 from specfast import ConfigurationError, RingError, _core
-from specfast.exo import contract, held, ring, wire
+from specfast.checkpoint import weight_bytes
+from specfast.exo import acquaintances, contract, held, layers, ring, wire
 from specfast.exo.models import ENGINE_CLASSES
 from specfast.exo.requests import CALLER, Caller
 from tiny_directories import byte_level
@@ -38,7 +39,7 @@ def home(checkpoints, monkeypatch):
     with fake_exo():
         importlib.import_module("exo.models").model_cards[TARGET]["layers"] = 6
         importlib.import_module("exo.networking.grpc.grpc_peer_handle")
-        monkeypatch.setattr(ring, "GREETING_SECONDS", 0.2)
+        monkeypatch.setattr(acquaintances, "GREETING_SECONDS", 0.2)
         yield is_home(checkpoints, monkeypatch)
 
 
@@ -136,10 +137,63 @@ def test_tokens_are_the_single_nodes_in_fewer_laps(names, options):
     assert stats["tokens"] > 1.2 * stats["target_passes"]
     assert 0 < stats["acceptance_rate"] < 1
     for name in names[:-1]:  # each holds its own layers, and nothing of requests that have ended
-        layers = nodes[name].inference_engine.ring.held
-        assert [model.layers for model in layers._models.values()] == [6 // len(names)]
-        assert len(layers) == 0
+        held_there = nodes[name].inference_engine.ring.held
+        assert [len(each.layers) for each in held_there._layers.values()] == [6 // len(names)]
+        assert len(held_there) == 0
         assert nodes[name].outstanding_requests == {}
+
+
+def in_mlx(monkeypatch, *loads):
+    """Has MLX run the layers in loads with True, one after another; the others run natively. More loads are an error."""
+    pytest.importorskip("mlx_lm")
+    gpu = iter(loads)
+    monkeypatch.setattr(layers, "on_apple_gpu", lambda: next(gpu))
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "loads", [(True,) * 3, (True, False, False), (False, True, False), (False, False, True)], ids=str
+)
+def test_layers_in_mlx_are_like_native_ones(monkeypatch, capfd, loads, options):
+    expected = alone(**options)
+    in_mlx(monkeypatch, *loads)
+    nodes = Nodes(**every("abc", target_engine="mlx"))
+    assert asyncio.run(nodes.ask("c", **options)) == expected
+    stats = nodes.stats()
+    assert stats["tokens"] > 1.2 * stats["target_passes"]
+    assert (stats["models"][TARGET]["engine"], stats["models"][TARGET]["draft_engine"]) == (
+        "mlx" if loads[0] else "native", "native",
+    )  # fmt: skip
+    kinds = [type(each) for name in "ba" for each in nodes[name].inference_engine.ring.held._layers.values()]
+    assert kinds == [layers.MlxLayers if in_ring else layers.NativeLayers for in_ring in loads[1:]]
+    assert ("on the mlx host" in capfd.readouterr().err) == loads[0]
+
+
+def test_layers_in_mlx_whose_masks_are_for_first_rows_run_them_one_by_one(monkeypatch):
+    """As exo's DeepSeek has them."""
+    expected = alone(**GREEDY)
+    in_mlx(monkeypatch, True, True)
+    base, several = importlib.import_module("mlx_lm.models.base"), []
+    first_rows = lambda h, cache=None: base.create_causal_mask(h.shape[1]) if h.shape[1] > 1 else None  # noqa: E731
+    monkeypatch.setattr(base, "create_attention_mask", first_rows)
+    run = layers.MlxLayers._run
+    monkeypatch.setattr(
+        layers.MlxLayers, "_run", lambda self, *args: (several.append(self._at_once), run(self, *args))[1]
+    )
+    monkeypatch.setattr(ring, "CHUNK", 5)
+    nodes = Nodes(**every("ab", target_engine="mlx"))
+    assert asyncio.run(nodes.ask("b", **GREEDY)) == expected
+    assert not several[-1]
+
+
+def test_layers_in_mlx_that_exo_cannot_load(monkeypatch, capfd):
+    in_mlx(monkeypatch, True)
+    module = importlib.import_module("exo.inference.mlx.sharded_utils")
+    monkeypatch.setattr(module, "load_model_shard", lambda path, shard: None)
+    nodes = Nodes(**every("ab", target_engine="mlx"))
+    asyncio.run(nodes.ask("b", **GREEDY))
+    assert "decoded plainly by exo's mlx engine" in (printed := capfd.readouterr().err)
+    assert "loads its MLX layers otherwise than known" in printed
 
 
 @pytest.mark.parametrize("chunk", [2, 7])
@@ -202,9 +256,8 @@ def test_a_node_without_specfast_means_plain_decoding_and_one_warning(capfd):
 
 def test_a_protocol_of_another_version_is_a_stranger(monkeypatch, capfd):
     nodes = Nodes(b={**MODELS, **GREEDY}, a={**MODELS, **GREEDY})
-    told = wire.Greeting("a", {}, {}, False, 99)
-    nodes["b"].inference_engine.ring._met["a"] = told
-    monkeypatch.setattr(nodes["a"].inference_engine.ring, "greet", lambda **_: asyncio.sleep(0))
+    nodes["b"].inference_engine.ring.known._met["a"] = wire.Greeting("a", {}, {}, protocol=99)
+    monkeypatch.setattr(nodes["a"].inference_engine.ring.known, "greet", lambda **_: asyncio.sleep(0))
     asyncio.run(nodes.ask("b"))
     assert "node a of the ring" in capfd.readouterr().err
 
@@ -226,7 +279,7 @@ def test_a_node_that_leaves_ends_the_request_with_an_error_and_the_next_works(go
             await nodes.ask(asked, request_id="during", **GREEDY)
         await nodes.notice(gone)
         assert all(
-            len(nodes[name].inference_engine.ring.held._models) == len(nodes[name].inference_engine.ring.held) == 0
+            len(nodes[name].inference_engine.ring.held._layers) == len(nodes[name].inference_engine.ring.held) == 0
             for name in nodes.nodes
             if name != gone
         )
@@ -245,7 +298,7 @@ def test_a_lap_that_was_lost_and_a_node_that_was_started_anew_are_errors():
         engine.ring.held._passing["key"] = held.Passing(*_layers(nodes))
         stops = tuple(wire.Stop(name, 2 * i, 2 * i + 1) for i, name in enumerate("cba"))
         law = wire.law_fields(_core.Law(temperature=0.0))
-        lap = wire.Lap("key", TARGET, 6, stops, 9, (), law, 0, "token", "f32", 64)
+        lap = wire.Lap("key", TARGET, 6, stops, 9, (), law, 0, "token", "f32", None, 64)
         rows = np.zeros((1, 3, 32), np.float32)
         for key, message in (("key", "a lap was lost"), ("other", "started anew")):
             answer = await engine.ring.take(rows, wire.Lap(**{**vars(lap), "key": key}))
@@ -256,8 +309,8 @@ def test_a_lap_that_was_lost_and_a_node_that_was_started_anew_are_errors():
             wire.read_verdict(answer)
 
     def _layers(nodes):
-        (model,) = nodes["b"].inference_engine.ring.held._models.values()
-        return model, _core.Cache(model)
+        (there,) = nodes["b"].inference_engine.ring.held._layers.values()
+        return there, there.new_cache(1024)
 
     asyncio.run(use())
 
@@ -274,6 +327,15 @@ def test_memory_is_checked_before_anything_is_loaded(monkeypatch, node):
     monkeypatch.setattr("specfast.exo.serving.require_memory", lambda needed: None)
     with pytest.raises(RingError, match=r"node a: layers 3 to 5 of llama-3.1-8b.*add a node"):
         asyncio.run(nodes.ask("b", **GREEDY))
+
+
+def test_memory_for_a_draft_is_what_its_weights_take(monkeypatch, home):
+    nodes = Nodes(**every("ab"))
+    needed = []
+    monkeypatch.setattr("specfast.exo.serving.require_memory", lambda parts: needed.append(dict(parts)))
+    asyncio.run(nodes.ask("b", **GREEDY))
+    folder = home.folder(repository(DRAFT, MLX))
+    assert needed[1] == {f"the draft {folder.name}": weight_bytes(folder)}
 
 
 def test_a_client_that_leaves_at_another_node_ends_the_request():
@@ -297,15 +359,17 @@ def test_a_client_that_leaves_at_another_node_ends_the_request():
     asyncio.run(use())
 
 
+@pytest.mark.parametrize("laps", [0, 3])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_the_api_answers_with_the_error(streamed):
+def test_the_api_answers_with_the_error(streamed, laps):
+    """A stream that has not begun is answered as well; one that has is broken off."""
     nodes = Nodes(**every("ab"))
     module = importlib.import_module("exo.api.chatgpt_api")
-    aborted = []
+    aborted, made = [], []
 
     async def use():
         api = module.ChatGPTAPI(nodes["b"], contract.CLASS_NAME, default_model=TARGET)
-        nodes.peers[1].before_answer = lambda: nodes.leave("a")
+        nodes.peers[1].before_answer = lambda: nodes.leave("a") if len(made) == laps else made.append(0)
         transport = SimpleNamespace(is_closing=lambda: False, abort=lambda: aborted.append(True))
         body = {"messages": [{"role": "user", "content": TEXT}], "temperature": 0, "stream": streamed}
         return await api.handle_post_chat_completions(chat(body, transport=transport))
@@ -313,13 +377,129 @@ def test_the_api_answers_with_the_error(streamed):
     answer = asyncio.run(use())
     assert answer.status == 500
     assert "node a left the ring" in answer.body["detail"]
-    assert bool(aborted) == streamed
+    assert bool(aborted) == (streamed and laps > 0)
+
+
+def test_clients_that_leave_while_their_prompts_are_read_leave_nothing_behind(monkeypatch):
+    nodes = Nodes(**every("ab"))
+    monkeypatch.setattr(ring, "CHUNK", 1)
+
+    async def use():
+        engine = nodes["b"].inference_engine
+        for i in range(10):  # more than are let in at once
+            caller = Caller(GREEDY)
+            CALLER.set(caller)
+            await nodes["a"].process_prompt(nodes.shard(), TEXT * 6, request_id=str(i))
+            while not engine.owns(str(i)):
+                await asyncio.sleep(0.001)
+            caller.gone = True
+            for _ in range(500):
+                await asyncio.sleep(0.01)
+                if not engine.owns(str(i)):
+                    break
+        assert nodes.stats()["under_way"] == 0
+        return await asyncio.wait_for(nodes.ask("a", **GREEDY), 20)
+
+    assert asyncio.run(use()) == alone(**GREEDY)
+
+
+def test_a_connection_that_exo_closes_under_a_lap_ends_the_request():
+    """gRPC cancels calls on a channel that is closed, as exo does where a node hangs."""
+    nodes = Nodes(**every("ab"))
+
+    def close():
+        raise asyncio.CancelledError
+
+    async def use():
+        nodes.peers[1].before_answer = close
+        with pytest.raises(RingError, match=r"node a left the ring.*exo closed the connection"):
+            await nodes.ask("b", request_id="one", **GREEDY)
+        assert nodes.stats()["under_way"] == 0
+        nodes.peers[1].before_answer = lambda: None
+        return await nodes.ask("b", request_id="two", **GREEDY)
+
+    assert asyncio.run(use()) == alone(**GREEDY)
+
+
+def test_a_node_that_fell_silent_has_to_greet_before_laps_go_there(monkeypatch):
+    nodes = Nodes(**every("ab"))
+
+    async def use():
+        assert len(await nodes.ask("b", request_id="one", **GREEDY)) == TOKENS
+        there, nodes.peers[1].address = nodes.peers[1].address, None
+        for _ in range(2):
+            with pytest.raises(RingError, match=r"node a (left the ring|does not answer; send the request again)"):
+                await nodes.ask("b", request_id="two", **GREEDY)
+        assert not nodes["b"].inference_engine.ring.known.knows("a")
+        nodes.peers[1].address = there
+        return await nodes.ask("b", request_id="three", **GREEDY)
+
+    assert asyncio.run(use()) == alone(**GREEDY)
+
+
+def test_a_node_started_anew_without_specfast_is_a_stranger_from_the_next_request_on(monkeypatch, capfd):
+    nodes = Nodes(a={**MODELS, **GREEDY}, b={**MODELS, **GREEDY})
+
+    async def use():
+        await nodes.ask("b", request_id="one")
+        stock = Nodes(a=None, b={**MODELS, **GREEDY})["a"]
+        nodes.peers[1].address = stock
+        stock.process_tensor = lambda *_, **__: asyncio.sleep(0)  # exo prints what went wrong, and answers nothing
+        with pytest.raises(RingError, match="node a answers otherwise than specfast"):
+            await nodes.ask("b", request_id="two")
+        del stock.process_tensor
+        stock.peers[0].address = nodes["b"]
+        return await nodes.ask("b", request_id="three")
+
+    assert len(asyncio.run(use())) == TOKENS
+    assert "node a of the ring does not run this specfast" in capfd.readouterr().err
+
+
+def test_models_can_be_changed_at_any_node():
+    nodes = Nodes(**every("ab", draft_model="none"))
+
+    async def use():
+        await nodes.ask("b", request_id="one", **GREEDY)
+        assert nodes.stats()["draft_model"] in (None, "none")
+        nodes["a"].inference_engine.set_models(TARGET, DRAFT)
+        await asyncio.sleep(0.05)
+        await nodes.ask("b", request_id="two", **GREEDY)
+        assert nodes.stats()["draft_model"] == DRAFT
+        nodes["b"].inference_engine.set_models(TARGET, None)
+        await nodes.ask("a", request_id="three", **GREEDY)
+        assert nodes.stats()["draft_model"] is None
+
+    asyncio.run(use())
+
+
+def test_what_exo_asks_of_other_nodes_ahead_of_a_request_is_fetched_and_not_loaded(capfd):
+    nodes = Nodes(**every("ab", lenience=1.5))
+
+    async def use():
+        await nodes.ask("b", request_id="one", **GREEDY)
+        node = nodes["a"]
+        await node.inference_engine.ensure_shard(node.get_current_shard(nodes.shard()))
+        return node.inference_engine._models.host, node.shard_downloader.calls
+
+    host, fetched = asyncio.run(use())
+    assert host is None
+    assert (TARGET, contract.CLASS_NAME) in fetched
+    assert "does not speculate" not in capfd.readouterr().err
+    assert nodes.stats()["lossless"] is True
+
+
+def test_options_of_two_nodes_that_contradict_each_other_are_an_error_that_names_both():
+    nodes = Nodes(b=MODELS, a={"target_model": TARGET, "early_exit": 2})
+    with pytest.raises(
+        ConfigurationError, match=r"two ways to draft.*node b was given draft_model.*node a was given early_exit"
+    ):
+        asyncio.run(nodes.ask("b", **GREEDY))
 
 
 def test_what_travels_is_json_and_comes_back_the_same():
     law = wire.law_fields(_core.Law(temperature=0.7, top_k=5, top_p=0.9, vocab_limit=7))
     lap = wire.Lap(
-        "k", "m", 4, (wire.Stop("b", 0, 1), wire.Stop("a", 2, 3)), 3, (1, 2), law, 2**63, "coupled", "int8", 99
+        "k", "m", 4, (wire.Stop("b", 0, 1), wire.Stop("a", 2, 3)), 3, (1, 2), law, 2**63, "coupled", "int8", "mlx", 99
     )
     state = json.loads(json.dumps(lap.as_state()))
     assert wire.Lap.from_state(state) == lap
@@ -337,9 +517,13 @@ def test_what_travels_is_json_and_comes_back_the_same():
         '{"type": "specfast", "greeting": 1}',
     ):
         assert wire.read_status(status) is None
-    for answer in (None, np.zeros(3, np.uint8), np.ones(2)):
-        with pytest.raises(RingError, match="same version"):
+    assert not any(wire.is_answer(answer) for answer in (None, np.zeros(3, np.uint8), np.ones(2)))
+    for silent in (True, False):
+        answer = wire.write_error(wire.NodeError("c", "it left", silent=silent), "b")
+        assert wire.is_answer(answer)
+        with pytest.raises(wire.NodeError, match="node b: it left") as caught:
             wire.read_verdict(answer)
+        assert (caught.value.node, caught.value.silent) == ("c", silent)
     assert wire.read_verdict(wire.write_verdict(None)) is None
 
 

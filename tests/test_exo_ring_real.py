@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import re
 
 import pytest
 from exo_home import make_home
@@ -148,3 +149,39 @@ def test_a_client_that_leaves_ends_its_request_everywhere(home, tmp_path):
             answer.close()
         wait_until(lambda: nodes["b"].get("/v1/speculation")["under_way"] == 0, nodes["b"].printed)
         assert "cancelled" in nodes["b"].printed()
+
+
+def test_layers_in_exos_own_shards_as_on_an_apple_gpu(home, plain, tmp_path):
+    typed = (*PAIR, "--speculative-target-engine", "mlx")
+    gpu = "from specfast.exo import layers; layers.on_apple_gpu = lambda: True\n"
+    with ring(tmp_path, home, ["a", "b"], arguments={"": typed}, first=gpu) as nodes:
+        for options in ({"temperature": 0}, SAMPLED):
+            status, answer = nodes["a"].chat(**options)
+            assert status == 200, (answer, nodes["b"].printed()[-3000:])
+        assert nodes["b"].emitted() == [plain["greedy"], plain["sampled"]]
+        assert "here on the mlx host" in nodes["b"].printed()
+        laps = nodes["b"].passes()
+        print("tokens, laps:", laps)
+        assert all(made == TOKENS > 1.2 * passes for made, passes in laps)
+
+
+def test_layers_that_only_exos_own_shards_have(home, tmp_path):
+    """DeepSeek V3, whose text loops: what follows is copied, and checked by exo's layers in MLX."""
+    home.add_deepseek(PYTHON)
+    model = ("--speculative-target-model", "deepseek-v3", "--speculative-target-engine", "mlx")
+    typed = (*ENGINE, *model, "--speculative-drafter", "suffix", "--speculative-gamma", "4")
+    body = {"model": "deepseek-v3", "temperature": 0}
+    with ring(tmp_path / "own", home, ["one"], arguments={"": ("--inference-engine", "mlx")}, stock=["one"]) as nodes:
+        assert nodes["one"].chat(**body)[0] == 200
+        (own,) = nodes["one"].emitted()
+    with ring(tmp_path / "ring", home, ["a", "b"], arguments={"": typed}) as nodes:
+        for asked in nodes.values():
+            status, answer = asked.chat(**body)
+            assert status == 200, (answer, nodes["b"].printed()[-3000:])
+        assert nodes["b"].emitted() == [own, own], nodes["b"].printed()
+        assert re.search(r"in a ring, layers 0 to \d+ here on the mlx host", nodes["b"].printed())
+        laps = nodes["b"].passes()
+        print("tokens, laps:", laps)
+        assert all(made == TOKENS > passes for made, passes in laps)
+        stats = nodes["b"].get("/v1/speculation")
+        assert (stats["host_requests"], stats["models"]["deepseek-v3"]["engine"]) == (0, "mlx")

@@ -142,7 +142,7 @@ def test_a_range_reads_its_own_files_only(tmp_path):
 
 
 def test_bytes_of_ranges_are_those_of_the_whole(deep):
-    assert sum(weight_bytes(deep, layers) for layers in ranges_of((1, 3))) == weight_bytes(deep)
+    assert sum(weight_bytes(deep, layers, 4) for layers in ranges_of((1, 3))) == weight_bytes(deep)
 
 
 def test_what_a_range_cannot_do(deep):

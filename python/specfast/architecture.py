@@ -206,7 +206,8 @@ def _quantisation(reader: ConfigReader) -> Quantisation | None:
     return Quantisation(bits, group, overrides)
 
 
-def _eos_ids(directory: Path, values: dict[str, Any], vocab: int) -> tuple[int, ...]:
+def eos_ids(directory: Path, values: dict[str, Any], vocab: int) -> tuple[int, ...]:
+    """End tokens by generation_config.json, else by config.json, whose values these are; raises ModelFormatError."""
     path = directory / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.is_file() else None
     if found is None:
@@ -229,7 +230,7 @@ def read_config(directory: Path) -> ModelConfig:
     """
     values = read_json(directory / "config.json")
     config = parse_config(directory / "config.json", values)
-    return replace(config, eos_ids=_eos_ids(directory, values, config.vocab))
+    return replace(config, eos_ids=eos_ids(directory, values, config.vocab))
 
 
 def parse_config(path: Path | str, values: Mapping[str, Any]) -> ModelConfig:

@@ -406,9 +406,10 @@ def _open(
     return config, gguf_weights(file, config, in_place=in_place), _files(file.tensors)
 
 
-def weight_bytes(path: Path, layers: range | None = None) -> int:
-    """Bytes of the weights `load_model` would read; raises what it raises for the files."""
-    return sum(tensor.data.nbytes for tensor in _open(path, layers)[1].values())
+def weight_bytes(directory: Path, layers: range | None = None, total: int = 0) -> int:
+    """Bytes of a directory's weights, or of those that some of its `total` layers need, of any architecture; raises as
+    `open_weights`."""
+    return sum(tensor.data.nbytes for tensor in open_weights(directory, layers, total).values())
 
 
 def load_model(

@@ -21,7 +21,7 @@ from .measurements_file import load_measurements, measurements_path, save_measur
 from .models import LoadModel, ModelPair, Notify, Prompt, Resolve, check_prompt, print_notice
 from .sampling import Mask, SamplingParams
 from .stats import SpeculationStats
-from .targets import MakeTarget, NativeTarget, Progress
+from .targets import MakeTarget, NativeTarget, Progress, RequestTarget
 from .text import StopStrings, StreamDecoder, TextStream
 
 WORTH_KEEPING = 32  # passes of a request from which measurements are written down
@@ -331,7 +331,7 @@ class Engine:
         )
 
     def _make_drafter(
-        self, name: str, pair: ModelPair, target: NativeTarget, gamma: int | Literal["auto"], ceiling: int
+        self, name: str, pair: ModelPair, target: RequestTarget, gamma: int | Literal["auto"], ceiling: int
     ) -> Drafter:
         if name in ("suffix", "prompt-lookup"):
             return CopyDrafter(name)
@@ -341,10 +341,11 @@ class Engine:
                 self._say_once(f"early exit after layer {found.layers} of {pair.target.model.layers}")
 
             assert pair.early_exit is not None
+            assert isinstance(target, NativeTarget)
             gammas = range(1, ceiling + 1) if gamma == "auto" else (gamma,)
             return EarlyExitDrafter(target, pair.early_exit, gammas=gammas, on_choice=chosen)
         assert pair.draft is not None
-        draws = target.law, target.seed, target.cache.capacity, target.rule, target.adjustments
+        draws = target.law, target.seed, target.capacity, target.rule, target.adjustments
         model = ModelDrafter(pair.draft.model, *draws)
         return model if name == "model" else CombinedDrafter({"suffix": CopyDrafter("suffix"), "model": model})
 

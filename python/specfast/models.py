@@ -260,14 +260,21 @@ def choose_draft(config: SpeculativeConfig, target: Path, notify: Notify, resolv
     return typed
 
 
-def free_bytes() -> float:
-    """Memory that can still be had, as far as the system tells."""
-    meminfo = Path("/proc/meminfo")
+def free_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Memory that can still be had, as far as the system, and the container's limit, tell."""
+    free = math.inf
     if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    return math.inf
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in fields:
+            free = 1024.0 * int(fields["MemAvailable"].split()[0])
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        files = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        cached = int(files.get("inactive_file", 0))  # given back when memory is short
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, max(0.0, int(limit) - used + cached))
 
 
 def _try_draft(target_name: str, target: Path, name: str, notify: Notify, resolve: Resolve) -> DraftChoice:

@@ -14,7 +14,7 @@ from .sampling import follow
 
 PREFILL_CHUNK = 256
 Progress = Callable[[int, int], None]
-MakeTarget = Callable[..., "NativeTarget"]
+MakeTarget = Callable[..., "RequestTarget"]
 _ACCEPT, _RESIDUAL = 1, 2  # purposes of draws, as in csrc/random.hpp
 
 
@@ -30,6 +30,22 @@ class Target(Protocol):
 
     def commit(self, kept: int) -> None:
         """Follows a round that kept `kept` tokens, of which the last is not yet in any cache."""
+
+
+class RequestTarget(Target, Protocol):
+    """What an engine needs of a target besides: what its draft draws with, and word when the request ends."""
+
+    law: _core.Law
+    seed: int
+    rule: str
+    adjustments: _core.Adjustments | None
+
+    @property
+    def capacity(self) -> int:
+        """Most positions of the request."""
+
+    def close(self) -> None:
+        """Called when the request ends."""
 
 
 def prefill(model: _core.Model, cache: _core.Cache, tokens: Sequence[int], progress: Progress | None) -> None:
@@ -67,6 +83,10 @@ class NativeTarget:
         self._lenience = lenience
         self.cache = _core.Cache(model, capacity)
 
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
+
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
         prefill(self.model, self.cache, tokens, progress)
 
@@ -87,7 +107,7 @@ class NativeTarget:
         self.cache.commit(kept)
 
     def close(self) -> None:
-        """Called when the request ends. What is here goes with the object."""
+        """What is here goes with the object."""
 
 
 def judge(

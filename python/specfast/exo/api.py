@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ..errors import ConfigurationError, ContextFullError
+from ..errors import ConfigurationError, ContextFullError, SpecfastError
 from .engine import SpeculativeEngine
 from .requests import CALLER, Caller, request_options
 
@@ -40,23 +40,22 @@ def honour_requests(module: Any) -> None:
         if not isinstance(self.node.inference_engine, SpeculativeEngine):
             return await original(self, request)
         try:
-            body = await request.json()
+            body = await _body_of(request)
             caller = Caller(_options_of(body), watched=True)
         except ConfigurationError as error:
-            return module.web.json_response({"detail": str(error)}, status=400)
-        except ValueError as error:
-            return module.web.json_response({"detail": f"the body is not JSON: {error}"}, status=400)
+            return _failed(module, error)
         waiting = CALLER.set(caller)
         answer = asyncio.ensure_future(original(self, request))
         try:
             while not answer.done() and not _gone(request) and caller.error is None:
                 await asyncio.wait({answer}, timeout=POLL_SECONDS)
             if caller.error is not None:
-                if body.get("stream") and request.transport is not None:
+                if body.get("stream") and caller.begun and request.transport is not None:
                     request.transport.abort()  # what was begun as a success must not end as one
-                refused = isinstance(caller.error, ConfigurationError | ContextFullError)
-                return module.web.json_response({"detail": str(caller.error)}, status=400 if refused else 500)
-            return (await answer) if answer.done() else module.web.Response(status=499)
+                return _failed(module, caller.error)
+            if not answer.done():
+                return module.web.Response(status=499)
+            return _failed(module, failure) if (failure := answer.exception()) else answer.result()
         finally:
             CALLER.reset(waiting)
             answer.cancel()
@@ -67,10 +66,31 @@ def honour_requests(module: Any) -> None:
     module.ChatGPTAPI.handle_post_chat_completions = handle_post_chat_completions
 
 
+def _failed(module: Any, error: BaseException) -> Any:
+    """The answer to a request that an error ended; exceptions that are answers stay exceptions."""
+    if isinstance(error, module.web.HTTPException) or not isinstance(error, Exception):
+        raise error
+    refused = isinstance(error, ConfigurationError | ContextFullError)
+    text = str(error) if isinstance(error, SpecfastError) else f"exo failed ({type(error).__name__}: {error})"
+    return module.web.json_response({"detail": text}, status=400 if refused else 500)
+
+
+async def _body_of(request: Any) -> Any:
+    try:
+        return await request.json()
+    except ValueError as error:
+        raise ConfigurationError(f"the body is not JSON: {error}") from None
+
+
 def _options_of(body: Any) -> dict[str, Any]:
     messages = body.get("messages") if isinstance(body, dict) else None
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise ConfigurationError("a chat request is a JSON object whose 'messages' is a list of one message or more")
+    for message in messages:
+        if not {"role", "content"} <= message.keys():
+            raise ConfigurationError(
+                f"a message has {', '.join(sorted(message)) or 'nothing'}; it needs a role and a content"
+            )
     if not isinstance(body.get("model", ""), str | None):
         raise ConfigurationError(f"model is {body['model']!r}, but must be the name of a model")
     return request_options(body)

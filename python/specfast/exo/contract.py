@@ -59,6 +59,7 @@ SIGNATURES: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "exo.inference.tokenizers": {"resolve_tokenizer": "repo_id"},
     "exo.download.new_shard_download": {"ensure_downloads_dir": ""},
+    "exo.inference.mlx.sharded_utils": {"load_model_shard": "model_path shard lazy model_config"},
     "exo.inference.shard": {"Shard.__init__": "self model_id start_layer end_layer n_layers"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
@@ -12,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import ResolvedConfig
-from ..errors import ConfigurationError
-from .hosts import host_of
+from ..errors import ConfigurationError, SpecfastError
+from .contract import CLASS_NAME
+from .hosts import host_of, typed_engine
 from .models import model_cards, register_models
 from .options import unknown_model, without_engines
 from .requests import CALLER, MOST_CACHED, Caller, Request, Requests
@@ -157,8 +159,16 @@ class SpeculativeEngine:
     # What exo's node and command line call besides.
 
     async def ensure_shard(self, shard: Any) -> None:
-        """Loads a model, its draft with it, unless it is there."""
-        await self._serve(shard)
+        """Loads a model, its draft with it, unless it is there. Layers that another node's laps will ask for are only fetched.
+
+        exo calls this ahead of requests, and nobody looks at what goes wrong: the request itself says it.
+        """
+        with contextlib.suppress(SpecfastError):
+            follows = self.ring is not None and self.emits_many and not shard.is_first_layer()
+            if follows and self.ring and await self.ring.join(shard):
+                await self.shard_downloader.ensure_shard(shard, CLASS_NAME)
+            else:
+                await self._serve(shard)
 
     async def cleanup(self) -> None:
         """Ends all requests and the thread they run in."""
@@ -182,16 +192,20 @@ class SpeculativeEngine:
         request = self._requests.get(request_id)
         if request is None:
             raise ConfigurationError(f"request {request_id} is not under way; send its prompt again")
+        executor = self._executor if request.engine.layers is None else self._leading
+        running = executor.submit(self._step, request)
         try:
-            executor = self._executor if request.engine.layers is None else self._leading
-            tokens: list[int] = await _within(executor, self._step, request)
-        except asyncio.CancelledError:
+            tokens = await asyncio.wrap_future(running)
+        except asyncio.CancelledError:  # nobody will ask for another step
             request.cancel()
+            end = partial(asyncio.get_running_loop().call_soon_threadsafe, self._requests.end, request_id)
+            running.add_done_callback(lambda _: end())
             raise
         except Exception as error:
             request.caller.error = error
             self._requests.end(request_id)
             raise
+        request.caller.begun = True
         if request.caller.gone:
             tokens = [] if self.emits_many else [request.eos]  # nobody to give them to
         over = request.given >= (self._max_tokens or request.given + 1) or not tokens or tokens[-1] == request.eos
@@ -254,13 +268,16 @@ class SpeculativeEngine:
             raise ConfigurationError(wrong)
         self.resolved = self.resolved.with_models(target, draft)
         self._models.clear()
+        if self.ring:
+            self.ring.known.choose(target, draft)
 
     async def _serve(self, shard: Any) -> ServedModel:
         resolved, make_target = self.resolved, None
         leads = self.ring is not None and self.emits_many and shard.is_first_layer() and not is_whole(shard)
         if leads and self.ring and (plan := await self.ring.join(shard)):
             try:
-                resolved, make_target = self.ring.settings(resolved, plan), self.ring.make_target(shard)
+                resolved = self.ring.settings(plan)
+                make_target = self.ring.make_target(shard, typed_engine(resolved, "target"))
             except ConfigurationError as error:
                 (CALLER.get() or Caller()).error = error
                 raise
@@ -282,6 +299,7 @@ class SpeculativeEngine:
         served = self._models.get(name)
         native = served.engine if served else None
         pair = native.pair if native else None
+        config = native.config if native else config
         return {
             "model_family_compatibility": served.compatibility if served else "unknown",
             "lossless": config.lossless or (native is not None and native.drafter == "none"),
@@ -301,7 +319,7 @@ class SpeculativeEngine:
 
     def join_rings(self, node: Any) -> None:
         """Takes part in the rings of a node of exo's, whose engine this is."""
-        self.ring = Ring(node, self.resolved, self._compute, self._models.say_once)
+        self.ring = Ring(node, lambda: self.resolved, self._compute, self._models.say_once)
 
 
 async def _within(executor: Executor, function: Callable[..., Any], *arguments: Any) -> Any:

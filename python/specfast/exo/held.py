@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..checkpoint import load_model, missing_files, weight_bytes
+from ..checkpoint import missing_files, weight_bytes
 from ..errors import RingError
 from ..models import free_bytes
 from .contract import CLASS_NAME
+from .layers import Layers, LayersHost, Positions, as_layers
 from .wire import Lap
 
 MOST_CACHED = 8
@@ -50,26 +51,23 @@ def layers_of(shard: Any) -> range:
 class Passing:
     """A request that passes through this node's layers."""
 
-    model: _core.Model
-    cache: _core.Cache
+    layers: Layers
+    cache: Positions
 
     def take(self, lap: Lap, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | _core.Verdict | None:
         """Runs the rows (M, hidden) float32 of a lap: what the next stop takes, or at the last one what is decided.
 
         Raises:
             RingError: an earlier lap was lost.
-            SpecfastError: what the native pass raises.
+            SpecfastError: what the pass raises.
         """
         self._follow(lap.position)
         if not lap.is_last:
-            return self.model.forward_range(self.cache, rows)
+            return self.layers.forward(self.cache, rows)
         if lap.drafted is None:
-            proposal = _core.Proposal()
-            self.model.verify_range(self.cache, rows, proposal, _core.Law(temperature=0.0), 0, 0)
+            self.layers.read(self.cache, rows)
             return None
-        proposal = _core.Proposal()
-        proposal.set_tokens(np.asarray(lap.drafted, dtype=np.int32))
-        return self.model.verify_range(self.cache, rows, proposal, _core.Law(*lap.law), lap.seed, 0, lap.rule)
+        return self.layers.verify(self.cache, rows, lap.drafted, _core.Law(*lap.law), lap.seed, lap.rule)
 
     def _follow(self, position: int) -> None:
         """Keeps what the first node has kept, and drops the rest."""
@@ -92,7 +90,7 @@ class HeldLayers:
 
     def __init__(self, downloader: Any, compute: Callable[..., Awaitable[Any]]) -> None:
         self._downloader, self._compute = downloader, compute
-        self._models: OrderedDict[tuple[str, range, str], _core.Model] = OrderedDict()
+        self._layers: OrderedDict[tuple[str, range, str | None, str | None], Layers] = OrderedDict()
         self._passing: OrderedDict[str, Passing] = OrderedDict()
         self._loading = asyncio.Lock()
 
@@ -105,8 +103,8 @@ class HeldLayers:
         if passing is None:
             if lap.position > 0:
                 raise RingError("a request in the middle is not known here: this node was started anew; send it again")
-            model = await self._model(lap)
-            passing = self._passing[lap.key] = Passing(model, _core.Cache(model, min(lap.capacity, model.max_context)))
+            layers = await self._layers_of(lap)
+            passing = self._passing[lap.key] = Passing(layers, await self._compute(layers.new_cache, lap.capacity))
             while len(self._passing) > MOST_CACHED:
                 self._passing.popitem(last=False)
         self._passing.move_to_end(lap.key)
@@ -120,18 +118,18 @@ class HeldLayers:
     def rest(self) -> None:
         """Lets the layers go where nothing passes through them; the next lap loads what it needs."""
         if not self._passing:
-            self._models.clear()
+            self._layers.clear()
 
-    async def _model(self, lap: Lap) -> _core.Model:
+    async def _layers_of(self, lap: Lap) -> Layers:
         stop = lap.stop
         layers = range(stop.first, stop.last + 1)
-        name = lap.model, layers, lap.precision
+        name = lap.model, layers, lap.precision, lap.engine
         async with self._loading:
-            if name not in self._models:
+            if name not in self._layers:
                 path = await self._fetch(lap.model, layers, lap.layers)
-                self._models.clear()  # those of requests under way stay with these
-                self._models[name] = await self._compute(_load, path, layers, lap)
-            return self._models[name]
+                self._layers.clear()  # those of requests under way stay with these
+                self._layers[name] = await self._compute(_load, path, layers, lap)
+            return self._layers[name]
 
     async def _fetch(self, model: str, layers: range, total: int) -> Path:
         """The directory with the weights of layers. exo fetches the files of these layers alone, but where the embedding is the head
@@ -152,7 +150,8 @@ class HeldLayers:
         return path
 
 
-def _load(path: Path, layers: range, lap: Lap) -> _core.Model:
+def _load(path: Path, layers: range, lap: Lap) -> Layers:
     named = f"layers {layers.start} to {layers.stop - 1} of {lap.model}"
-    require_memory([(named, weight_bytes(path, layers))])
-    return load_model(path, layers=layers, precision=lap.precision).model
+    require_memory([(named, weight_bytes(path, layers, lap.layers))])
+    host = LayersHost(lap.model, lap.layers, lap.engine)
+    return as_layers(host.load(path, layers=layers, precision=lap.precision).model, layers)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +21,30 @@ MODULES = {"mlx": ("mlx", "mlx_lm"), "tinygrad": ("tinygrad",)}
 
 
 def host_of(resolved: ResolvedConfig, role: Role) -> str:
-    """Where the target or the draft is to run: "mlx" or "tinygrad" where that engine was typed and is installed, else
-    "native". An engine typed for the target alone is the draft's too."""
+    """Where the target or the draft is to run; an engine typed for the target alone is the draft's too. Early exit is the native
+    decoder's where no engine was typed."""
     if role == "draft" and typed_engine(resolved, role) is None:
         role = "target"
     engine = typed_engine(resolved, role)
+    return "native" if engine is None and resolved.config.early_exit is not None else host_named(engine)
+
+
+def host_named(engine: str | None) -> str:
+    """Where a model is to run on this machine: "mlx" or "tinygrad" where that engine was typed and is installed; "mlx" on an
+    Apple GPU where nothing was typed; else "native"."""
+    if engine is None and on_apple_gpu():
+        engine = "mlx"
     modules = MODULES.get(engine or "")
     return str(engine) if modules and all(importlib.util.find_spec(name) for name in modules) else "native"
+
+
+@functools.cache
+def on_apple_gpu() -> bool:
+    """Whether MLX is here with an Apple GPU as its device."""
+    if sys.platform != "darwin" or not importlib.util.find_spec("mlx"):
+        return False
+    mx: Any = importlib.import_module("mlx.core")
+    return bool(mx.metal.is_available() and mx.default_device() == mx.gpu)
 
 
 def typed_engine(resolved: ResolvedConfig, role: Role) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigurationError, RingError
+from ..errors import ConfigurationError, RingError, SpecfastError
 from .contract import CLASS_NAME
 from .engine import SpeculativeEngine
 from .requests import CALLER, Caller
@@ -31,7 +31,7 @@ def keep_engine(module: Any) -> None:
             await self.broadcast_supported_engines(self.get_supported_inference_engines())
             if ring := _ring(self):
                 ring.held.rest()
-                await ring.greet()
+                await ring.known.greet()
         else:
             await original(self)
 
@@ -68,7 +68,7 @@ async def _continue(node: Any, engine: SpeculativeEngine, request_id: str) -> No
             tokens = await engine.step(request_id)
         except Exception as error:
             print(f"specfast: request {request_id} failed and ends here: {error}", file=sys.stderr, flush=True)
-            if not isinstance(error, RingError):
+            if not isinstance(error, SpecfastError):
                 traceback.print_exception(error, limit=-3, file=sys.stderr)
             caller.error = caller.error or error
             tokens = [] if caller.watched else [int(engine.tokenizer.eos_token_id)]
@@ -134,15 +134,20 @@ def join_rings(module: Any) -> None:
     async def send_prompt(
         self: Any, base_shard: Any, prompt: str, request_id: str, target_index: int, inference_state: Any = None
     ) -> None:
-        ring = _ring(self)
-        if ring is None or not await ring.knows(base_shard, target_index):
+        ring, caller = _ring(self), CALLER.get() or Caller()
+        try:
+            first = await ring.first_of(base_shard, target_index) if ring else None
+        except RingError as error:
+            caller.error = error
+            raise
+        if first is None:
             await forward_prompt(self, base_shard, prompt, request_id, target_index, inference_state)
             return
-        caller = CALLER.get() or Caller()
-        caller.request_id = request_id
+        caller.request_id, caller.begun = request_id, True
         options = {"max_tokens": self.max_generate_tokens, **caller.options}
         sending = forward_prompt(self, base_shard, prompt, request_id, target_index, Asked(options).as_state())
-        _keep(asyncio.create_task(_await_answer(self, base_shard, request_id, caller, asyncio.ensure_future(sending))))
+        answer = _await_answer(self, base_shard, request_id, caller, first, asyncio.ensure_future(sending))
+        _keep(asyncio.create_task(answer))
 
     module.Node.__init__ = __init__
     module.Node.process_tensor, module.Node.process_prompt = take_tensor, take_prompt
@@ -150,20 +155,30 @@ def join_rings(module: Any) -> None:
 
 
 async def _await_answer(
-    node: Any, base_shard: Any, request_id: str, caller: Caller, sending: asyncio.Future[None]
+    node: Any, base_shard: Any, request_id: str, caller: Caller, first: str, sending: asyncio.Future[None]
 ) -> None:
-    """Until another node has decoded a prompt that came in here; its tokens come as results. What goes wrong is told here."""
+    """Until the first node has decoded a prompt that came in here; its tokens come as results. What goes wrong is told here."""
     while not sending.done():
         await asyncio.wait({sending}, timeout=POLL_SECONDS)
         if caller.gone:
             sending.cancel()
     node.outstanding_requests.pop(request_id, None)
-    if sending.cancelled() or (error := sending.exception()) is None:
+    error = None if sending.cancelled() else sending.exception()
+    if caller.gone or (error is None and not sending.cancelled()):
         return
-    text = details_of(error)
-    refused = "ConfigurationError" in text or "ContextFullError" in text
-    text = re.sub(r"^Unexpected <class '[^']*'>: ", "", text)  # as gRPC puts another process's exception
-    caller.error = ConfigurationError(text) if refused else RingError(f"the ring's first node: {text}")
+    text = "exo closed the connection" if error is None else details_of(error)
+    refused = re.match(r"Unexpected <class '[^']*\.(ConfigurationError|ContextFullError)'>: ", text)
+    raised = re.match(r"Unexpected <class '[^']*'>: ", text)  # as gRPC puts another process's exception
+    if refused:
+        caller.error = ConfigurationError(text[refused.end() :])
+    elif raised:
+        caller.error = RingError(f"the ring's first node {first}: {text[raised.end() :]}")
+    else:
+        caller.error = RingError(
+            f"the ring's first node {first} left in the middle of a request ({text}); send it again"
+        )
+        if ring := _ring(node):
+            ring.known.lose(first)
     print(f"specfast: request {request_id} failed and ends here: {caller.error}", file=sys.stderr, flush=True)
     if not caller.watched:
         tokenizers, models = importlib.import_module("exo.inference.tokenizers"), importlib.import_module("exo.models")

@@ -15,6 +15,7 @@ from ..generation import Generation
 from ..sampling import SamplingParams
 from ..stats import SpeculationStats
 
+WITH_A_SEED = "a seed, and no drafter asked for (--speculative-drafter suffix)"
 MOST_CACHED = 8
 MOST_KNOWN = 256
 _OPTIONS = ("temperature", "seed", "top_p", "top_k", "min_p")
@@ -29,6 +30,7 @@ class Caller:
         options: what `Engine.stream` takes.
         request_id: once exo has given it one.
         gone: the client does not wait any more.
+        begun: tokens are on their way to who asked.
         error: what ended the request, if that was an error.
         watched: whether who asked looks at `error`; else an end token tells them that nothing more will come.
     """
@@ -36,6 +38,7 @@ class Caller:
     options: Mapping[str, Any] = field(default_factory=dict)
     request_id: str | None = None
     gone: bool = False
+    begun: bool = False
     error: Exception | None = None
     watched: bool = False
 
@@ -53,11 +56,12 @@ def request_options(body: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: body[name] for name in _OPTIONS if body.get(name) is not None}
     resolve_config(request={name: options[name] for name in ("temperature",) if name in options})
     SamplingParams(**{name: value for name, value in options.items() if name != "temperature"})
-    limit = next((body[name] for name in _MAX_TOKENS if body.get(name) is not None), None)
-    if limit is None:
+    name = next((name for name in _MAX_TOKENS if body.get(name) is not None), None)
+    if name is None:
         return options
+    limit = body[name]
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise ConfigurationError(f"max_tokens is {limit!r}, but must be a whole number, at least 1")
+        raise ConfigurationError(f"{name} is {limit!r}, but must be a whole number, at least 1")
     return {**options, "max_tokens": limit}
 
 
@@ -209,7 +213,7 @@ class Request:
         """Why it was decoded plainly, if it was."""
         if self.stats.fallbacks:
             return "drafting failed"
-        return None if self.speculating else (why_plain(self.engine) or "disabled")
+        return None if self.speculating else (why_plain(self.engine) or WITH_A_SEED)
 
 
 class Requests:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import uuid
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as StillWaiting
 from functools import partial
 from typing import Any
@@ -19,18 +20,20 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..config import ResolvedConfig, resolve_config
+from ..config import ResolvedConfig
 from ..context import Context
-from ..errors import ConfigurationError, RingError
-from ..targets import MakeTarget, NativeTarget, Progress
-from .held import HeldLayers
+from ..errors import RingError
+from ..targets import MakeTarget, Progress
+from .acquaintances import Acquaintances, Say
+from .held import HeldLayers, layers_of
+from .layers import Layers, Positions, as_layers
 from .wire import (
-    PROTOCOL,
     Ending,
     Greeting,
     Lap,
+    NodeError,
     Stop,
-    differing,
+    is_answer,
     law_fields,
     read_status,
     read_verdict,
@@ -39,27 +42,42 @@ from .wire import (
 )
 
 CHUNK = 1024  # rows of a prompt that travel together
-GREETING_SECONDS = 3.0
 Plan = tuple[Stop, ...]
-Say = Callable[[str], None]
+Forward = Callable[[], npt.NDArray[np.float32]]
 
 
-class RingTarget(NativeTarget):
+class RingTarget:
     """The first shard of a model as a request's target: the others' work is a lap away. Called from a thread of its own.
 
     Args:
-        send: sends rows and their lap around, and waits for what comes of it.
+        send: has the first layers run, and sends the rows with their lap around; waits for what comes of it.
         end: told the key when the request is over.
         lap: of the request, with position 0 and nothing drafted.
-        *arguments: as for NativeTarget.
+        layers: the first ones.
+        cache: of the request.
+        law, seed, rule, adjustments: as for NativeTarget.
     """
 
     def __init__(
-        self, send: Callable[..., _core.Verdict | None], end: Callable[[str], None], lap: Lap, *arguments: Any
+        self,
+        send: Callable[[Forward, Lap], _core.Verdict | None],
+        end: Callable[[str], None],
+        lap: Lap,
+        layers: Layers,
+        cache: Positions,
+        law: _core.Law,
+        seed: int,
+        rule: str,
+        adjustments: _core.Adjustments | None,
     ) -> None:
-        super().__init__(*arguments)
+        self.law, self.seed, self.rule, self.adjustments = law, seed, rule, adjustments
+        self.layers, self.cache = layers, cache
         self._send, self._end, self._lap = send, end, lap
         self._pending = 1
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None) -> None:
         """Reads whole chunks; what is left of the prompt goes around with the first drafted tokens."""
@@ -88,67 +106,42 @@ class RingTarget(NativeTarget):
 
     def _go(self, tokens: Sequence[int], drafted: Sequence[int] | None) -> _core.Verdict | None:
         self.cache.rollback()
-        rows = self.model.forward_range(self.cache, np.asarray(tokens, dtype=np.int32))
-        return self._send(rows, self._lap.of(self.cache.length, drafted))
+        rows = np.asarray(tokens, dtype=np.int32)
+        return self._send(partial(self.layers.forward, self.cache, rows), self._lap.of(self.cache.length, drafted))
 
 
 class Ring:
-    """A node's part in rings: whom it has met, the laps it sends, and the layers it runs for others.
+    """A node's part in rings: the laps it sends, and the layers it runs for others.
 
     Args:
         node: exo's.
-        resolved: what was typed at this node.
+        resolved: gives what was typed at this node.
         compute: runs a function in the thread that computes.
         say: tells people something, once.
+
+    Attributes:
+        known: the nodes it has met.
+        held: the layers.
     """
 
     can_send = False
     """Whether exo's messages carry state between nodes (set by the peer handle's patch)."""
 
-    def __init__(self, node: Any, resolved: ResolvedConfig, compute: Callable[..., Any], say: Say) -> None:
-        self._node, self._resolved, self._say = node, resolved, say
-        self._met: dict[str, Greeting] = {}
-        self._strangers: set[str] = set()
-        self._heard = asyncio.Event()
-        self._tasks: set[asyncio.Task[Any]] = set()
+    def __init__(
+        self, node: Any, resolved: Callable[[], ResolvedConfig], compute: Callable[..., Any], say: Say
+    ) -> None:
+        self._node, self._compute, self._say = node, compute, say
         self._endings: dict[str, asyncio.Future[None]] = {}
+        self.known = Acquaintances(node, resolved, say)
         self.held = HeldLayers(node.shard_downloader, compute)
         node.on_opaque_status.register("specfast").on_next(self._hear)
-
-    # Greetings.
-
-    async def greet(self, *, answer: bool = True) -> None:
-        """Tells the peers that this node has specfast; those that are gone are forgotten."""
-        present = {peer.id() for peer in self._node.peers}
-        self._met = {node: greeting for node, greeting in self._met.items() if node in present}
-        self._strangers &= present
-        greeting = Greeting(self._node.id, self._resolved.typed, self._resolved.host, answer)
-        await self._node.broadcast_opaque_status("", greeting.as_status())
 
     def _hear(self, _request_id: str, status: str) -> None:
         message = read_status(status)
         if isinstance(message, Ending):
             self.held.end(message.key)
-        elif isinstance(message, Greeting) and message.node != self._node.id:
-            self._met[message.node] = message
-            self._strangers.discard(message.node)
-            self._heard.set()
-            if message.answer:
-                self._later(self.greet(answer=False))
-
-    async def _meet(self, others: Set[str]) -> None:
-        """Greets nodes not heard of, and waits a moment; those who stay silent are strangers until peers change."""
-        deadline = asyncio.get_running_loop().time() + GREETING_SECONDS
-        while missing := others - self._met.keys() - self._strangers:
-            self._heard.clear()
-            await self.greet()
-            if others <= self._met.keys() | self._strangers:
-                return
-            left = deadline - asyncio.get_running_loop().time()
-            try:
-                await asyncio.wait_for(self._heard.wait(), max(left, 0.0))
-            except TimeoutError:
-                self._strangers |= missing
+        elif isinstance(message, Greeting):
+            self.known.hear(message)
 
     def plan(self, shard: Any) -> Plan:
         """The nodes of a model's ring, as this node sees them now."""
@@ -159,98 +152,99 @@ class Ring:
         return tuple(Stop(part.node_id, each.start_layer, each.end_layer) for part, each in parts)
 
     async def join(self, shard: Any) -> Plan | None:
-        """The ring of a model whose first layers are here; None where a node in it is without specfast, which is said."""
+        """The ring of a model; None where a node in it is without specfast, which is said.
+
+        Raises:
+            RingError: a node has fallen silent.
+        """
         plan = self.plan(shard)
         others = {stop.node for stop in plan} - {self._node.id}
-        await self._meet(others)
-        protocol = {self._met[node].protocol for node in others & self._met.keys()}
-        if not self.can_send or others & self._strangers or protocol - {PROTOCOL}:
-            without = ", ".join(sorted(others & self._strangers)) or ", ".join(sorted(others))
+        await self.known.meet(others)
+        strangers = {node for node in others if self.known.is_stranger(node)}
+        if strangers or not self.can_send:
             self._say(
-                f"node {without} of the ring does not run this specfast: plain decoding, by exo's own engines; install "
-                "specfast there and start it with --inference-engine speculative"
+                f"node {', '.join(sorted(strangers or others))} of the ring does not run this specfast: plain decoding, by exo's own "
+                "engines; install specfast there and start it with --inference-engine speculative"
             )
             return None
         return plan
 
-    async def knows(self, shard: Any, index: int) -> bool:
-        """Whether the node with a part of a model takes state with a prompt."""
+    async def first_of(self, shard: Any, index: int) -> str | None:
+        """The node with a part of a model, where it takes state with a prompt."""
         stop = self.plan(shard)[index]
-        if stop.node not in self._met and stop.node != self._node.id:
-            await self._meet({stop.node})
-        return self.can_send and stop.node in self._met
+        if stop.node != self._node.id:
+            await self.known.meet({stop.node})
+        return stop.node if self.can_send and self.known.knows(stop.node) else None
 
-    def settings(self, resolved: ResolvedConfig, plan: Plan) -> ResolvedConfig:
-        """What was typed at any node of a ring; what nobody typed is the default.
-
-        Raises:
-            ConfigurationError: two nodes were given different values.
-        """
-        given: dict[str, list[tuple[str, Any]]] = {}
-        merged: list[dict[str, Any]] = []
-        greetings = [self._met[stop.node] for stop in plan if stop.node in self._met]
-        own = Greeting(self._node.id, resolved.typed, resolved.host)
-        for source in ("typed", "host"):
-            values: dict[str, Any] = {}
-            for greeting in (own, *greetings):
-                for name, value in getattr(greeting, source).items():
-                    given.setdefault(f"{source} {name}", []).append((greeting.node, value))
-                    values[name] = value
-            merged.append(values)
-        if found := differing(given):
-            name, node, value, other, another = found
-            raise ConfigurationError(
-                f"{name.split()[1]} is {value!r} at node {node} and {another!r} at node {other}; give it at one of them, or the "
-                "same at both"
-            )
-        typed, host = merged
-        return self._travelling(typed, host)
-
-    def _travelling(self, typed: Mapping[str, Any], host: Mapping[str, Any]) -> ResolvedConfig:
-        """The options with what a ring cannot do replaced, which is said where it was asked for."""
-        lenience = resolve_config(typed, host=host).config.lenience
-        if typed.get("rule", "coupled") != "coupled" or lenience != 1.0:
-            self._say(
-                "the ring accepts drafts by the coupled rule, which is exact: other rules and leniences have no effect"
-            )
-        if typed.get("early_exit") is not None:
-            self._say(
-                "early exit needs all layers on one node: in the ring the text so far is copied, or a draft model drafts"
-            )
-        kept = {name: value for name, value in typed.items() if name != "early_exit"}
-        return resolve_config({**kept, "rule": "coupled", "lenience": 1.0}, host=host)
+    def settings(self, plan: Plan) -> ResolvedConfig:
+        """What was typed at any node of a ring; raises as `Acquaintances.settings`."""
+        return self.known.settings(stop.node for stop in plan)
 
     # Laps of requests that this node leads.
 
-    def make_target(self, shard: Any) -> MakeTarget:
-        """Makes targets of requests on a model whose first shard is this one."""
-        return partial(self._target, shard, asyncio.get_running_loop())
+    def make_target(self, shard: Any, engine: str | None) -> MakeTarget:
+        """Makes targets of requests on a model whose first shard is this one.
+
+        Args:
+            engine: the target engine that was typed.
+        """
+        return partial(self._target, shard, engine, asyncio.get_running_loop())
 
     def _target(
-        self, shard: Any, loop: asyncio.AbstractEventLoop, model: _core.Model, law: _core.Law, *arguments: Any
+        self,
+        shard: Any,
+        engine: str | None,
+        loop: asyncio.AbstractEventLoop,
+        model: Any,
+        law: _core.Law,
+        _lenience: float,
+        seed: int,
+        capacity: int,
+        rule: str,
+        adjustments: _core.Adjustments | None,
     ) -> RingTarget:
-        _lenience, seed, capacity, rule, _adjustments = arguments
         stops = self.plan(shard)
         if stops[0] != Stop(self._node.id, shard.start_layer, shard.end_layer):
             raise RingError("the ring has just changed; send the request again")
+        layers = as_layers(model, layers_of(shard))
+        precision = model.precision if isinstance(model, _core.Model) else None
         lap = Lap(
-            uuid.uuid4().hex, shard.model_id, shard.n_layers, stops, 0, None, law_fields(law), seed, rule, model.precision,
+            uuid.uuid4().hex, shard.model_id, shard.n_layers, stops, 0, None, law_fields(law), seed, rule, precision, engine,
             capacity,
         )  # fmt: skip
-        return RingTarget(partial(self._wait, loop), partial(self._end, loop), lap, model, law, *arguments)
+        cache = self._await(loop, self._compute(layers.new_cache, capacity))
+        go, end = partial(self._go, loop), partial(self._end, loop)
+        return RingTarget(go, end, lap, layers, cache, law, seed, rule, adjustments)
 
-    def _wait(self, loop: asyncio.AbstractEventLoop, rows: npt.NDArray[np.float32], lap: Lap) -> _core.Verdict | None:
-        """Sends a lap around, from a thread; ends with exo's loop where that ends."""
-        coming = asyncio.run_coroutine_threadsafe(self._send(rows, lap), loop)
+    def _go(self, loop: asyncio.AbstractEventLoop, forward: Forward, lap: Lap) -> _core.Verdict | None:
+        """Runs the first layers and sends a lap around, from a thread."""
+
+        async def go() -> npt.NDArray[np.uint8]:
+            return await self._send(await self._compute(forward), lap)
+
+        try:
+            return read_verdict(self._await(loop, go()))
+        except NodeError as error:
+            loop.call_soon_threadsafe(self.known.lose if error.silent else self.known.forget, error.node)
+            raise
+
+    @staticmethod
+    def _await(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any]) -> Any:
+        """Waits in a thread for what exo's loop does; ends where that ends."""
+        coming = asyncio.run_coroutine_threadsafe(work, loop)
         while True:
             try:
-                return read_verdict(coming.result(1.0))
+                return coming.result(1.0)
+            except CancelledError:
+                raise RingError("exo was stopped in the middle of a request") from None
             except StillWaiting:
                 if not loop.is_running():
                     raise RingError("exo was stopped in the middle of a request") from None
 
     def _end(self, loop: asyncio.AbstractEventLoop, key: str) -> None:
-        loop.call_soon_threadsafe(lambda: self._later(self._node.broadcast_opaque_status("", Ending(key).as_status())))
+        loop.call_soon_threadsafe(
+            lambda: self.known.later(self._node.broadcast_opaque_status("", Ending(key).as_status()))
+        )
 
     # Requests that came in at other nodes.
 
@@ -291,27 +285,38 @@ class Ring:
         """Has the next stop run a lap's rows; what came of it.
 
         Raises:
-            RingError: it is out of reach.
+            NodeError: it is out of reach, or has no specfast any more.
         """
         stop = lap.stop
         peer = next((peer for peer in self._node.peers if peer.id() == stop.node), None)
         if peer is None:
-            raise RingError(f"node {stop.node} has left the ring; send the request again")
+            raise NodeError(stop.node, f"node {stop.node} has left the ring; send the request again", silent=True)
         shard = importlib.import_module("exo.inference.shard").Shard(lap.model, stop.first, stop.last, lap.layers)
         try:
-            answer: npt.NDArray[np.uint8] = await peer.send_tensor(
+            answer: npt.NDArray[np.uint8] | None = await peer.send_tensor(
                 shard, rows[np.newaxis], inference_state=lap.as_state(), request_id=lap.key
             )
+        except asyncio.CancelledError as error:  # gRPC ends calls so where exo closes the connection
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            raise _silent(stop, "exo closed the connection") from error
         except Exception as error:  # exo's transport raises many kinds
-            raise RingError(
-                f"node {stop.node} left the ring in the middle of a request ({details_of(error)}); send it again"
-            ) from error
+            raise _silent(stop, details_of(error)) from error
+        if not is_answer(answer):
+            raise NodeError(
+                stop.node,
+                f"node {stop.node} answers otherwise than specfast does; install specfast there in this version, or send the request "
+                "again for plain decoding",
+                silent=False,
+            )
+        assert answer is not None
         return answer
 
-    def _later(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+def _silent(stop: Stop, why: str) -> NodeError:
+    return NodeError(
+        stop.node, f"node {stop.node} left the ring in the middle of a request ({why}); send it again", silent=True
+    )
 
 
 def details_of(error: BaseException) -> str:

@@ -114,8 +114,9 @@ async def _answer(main: ModuleType, node: Any, model: str, prompt: str, *, timed
         print(f"\nload: {started - loading:.2f} s\n{answer.figures(started, len(tokenizer.encode(text)))}")
         if isinstance(node.inference_engine, SpeculativeEngine):
             stats = node.inference_engine.get_speculation_stats()
-            print(
-                f"acceptance: {stats['acceptance_rate']:.2f}, {stats['tokens_per_target_pass']:.2f} tokens per target pass"
-            )
+            if stats["target_passes"]:  # else another node of the ring led the request, and has the figures
+                print(
+                    f"acceptance: {stats['acceptance_rate']:.2f}, {stats['tokens_per_target_pass']:.2f} tokens per target pass"
+                )
     if caller.error is not None:
         raise caller.error

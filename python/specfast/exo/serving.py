@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import weight_bytes
+from ..checkpoint import LoadedModel, load_model, weight_bytes
 from ..compatibility import Status
 from ..config import NO_DRAFT, ResolvedConfig, SpeculativeConfig, resolve_config
 from ..engine import Engine
@@ -21,7 +21,8 @@ from ..stats import SpeculationStats
 from ..targets import MakeTarget
 from .contract import CLASS_NAME
 from .held import layers_of, require_memory
-from .hosts import Host, host_of
+from .hosts import Host, host_of, typed_engine
+from .layers import LayersHost
 from .mlx_engine import MlxEngine
 from .models import ENGINE_CLASSES, ExoModels
 from .options import without_engines
@@ -49,6 +50,7 @@ class ServedModel:
         compatibility: of its draft.
         hinted: whether the hint at low acceptance was given.
         resolved: the configuration it was loaded for.
+        ring: whether it was loaded for a ring that speculates.
         target, draft: where they run, on a host of specfast's.
     """
 
@@ -61,6 +63,7 @@ class ServedModel:
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     hinted: bool = False
     resolved: ResolvedConfig | None = None
+    ring: bool = False
     target: str = "native"
     draft: str = "native"
 
@@ -68,8 +71,7 @@ class ServedModel:
         """Whether it is what a shard needs: whole models go on when options change, parts follow their ring's."""
         if is_whole(shard):
             return bool(self.shard == shard)
-        known = self.host is not None or self.resolved == resolved
-        return bool(self.shard == shard) and ring == (self.host is None) and known
+        return bool(self.shard == shard) and ring == self.ring and (not ring or self.resolved == resolved)
 
     @property
     def why_plain(self) -> str | None:
@@ -135,6 +137,7 @@ class ServedModels:
             served = self._served.get(shard.model_id)
             if served is None or not served.serves(shard, resolved, ring=make_target is not None):
                 served = await self._load(shard, resolved, make_target)
+                served.resolved, served.ring = resolved, make_target is not None
                 self._drop(shard.model_id)
                 for name in [name for name in self._served if name not in in_use][:-1]:
                     self._drop(name)
@@ -163,7 +166,7 @@ class ServedModels:
         native, target, draft_host = self._engine(config, resolved, locate, shard, make_target)
         try:
             if make_target is not None:
-                await self._compute(_require_memory, config.config, path, layers_of(shard))
+                await self._compute(_require_memory, config.config, path, layers_of(shard), shard.n_layers)
             pair = await self._compute(lambda: native.pair)
         except UnsupportedModelError as error:
             choice = await self._compute(choose_draft, config.config, path, self.say_once, locate.metadata)
@@ -179,9 +182,8 @@ class ServedModels:
         say(f"{shard.model_id}{where}: {draft}, {native.precision} activations, {lossless}")
         tokenizer = await importlib.import_module("exo.inference.tokenizers").resolve_tokenizer(path)
         return ServedModel(
-            shard, tokenizer, native, compatibility=pair.compatibility, resolved=resolved, target=target.name,
-            draft=draft_host.name,
-        )  # fmt: skip
+            shard, tokenizer, native, compatibility=pair.compatibility, target=target.name, draft=draft_host.name
+        )
 
     def _engine(
         self,
@@ -190,13 +192,23 @@ class ServedModels:
         locate: ExoModels,
         shard: Any,
         make_target: MakeTarget | None,
-    ) -> tuple[Engine, Host, Host]:
-        """The engine of a model, and where its target and its draft are to run: in rings natively."""
+    ) -> tuple[Engine, Host | LayersHost, Host]:
+        """The engine of a model, and where its target and its draft are to run: in rings drafts run natively."""
         if make_target is not None:
+            elsewhere = {typed_engine(resolved, "target")} & {"tinygrad"} | {typed_engine(resolved, "draft")} & {
+                "mlx",
+                "tinygrad",
+            }
+            if elsewhere:
+                self.say_once(
+                    "in a ring layers run natively or in MLX, and drafts natively: other engines have no effect there"
+                )
+            layers = LayersHost(shard.model_id, shard.n_layers, typed_engine(resolved, "target"))
             engine = Engine(
-                config, notify=self.say_once, resolve=locate, layers=layers_of(shard), make_target=make_target
-            )
-            return engine, Host("native", self.say_once), Host("native", self.say_once)
+                config, notify=self.say_once, resolve=locate, layers=layers_of(shard), make_target=make_target,
+                load_target=layers.load, load_draft=_load_draft,
+            )  # fmt: skip
+            return engine, layers, Host("native", self.say_once)
         target, draft = (Host(host_of(resolved, role), self.say_once) for role in ("target", "draft"))
         if target.name == "mlx":
             return MlxEngine(config, draft, notify=self.say_once, resolve=locate), target, draft
@@ -257,12 +269,17 @@ def is_whole(shard: Any) -> bool:
     return bool(shard.is_first_layer() and shard.is_last_layer())
 
 
-def _require_memory(config: SpeculativeConfig, path: Path, layers: range) -> None:
-    """Before layers of a target and the draft that was named for it are loaded."""
+def _require_memory(config: SpeculativeConfig, path: Path, layers: range, total: int) -> None:
+    """Before layers of a target are loaded, and the draft that was named for it: its size is known from its name only."""
     named = not config.disabled and config.draft_model not in (None, NO_DRAFT)
     draft = 0.6e9 * (parameters(config.draft_model or "") or 0.0) if named else 0.0  # 4 bit weights with scales
     target = f"layers {layers.start} to {layers.stop - 1} of {config.target_model}"
-    require_memory([(target, weight_bytes(path, layers)), (f"the draft {config.draft_model}", draft)])
+    require_memory([(target, weight_bytes(path, layers, total)), (f"the draft {config.draft_model}", draft)])
+
+
+def _load_draft(directory: Path, **options: Any) -> LoadedModel:
+    require_memory([(f"the draft {directory.name}", weight_bytes(directory))])
+    return load_model(directory, **options)
 
 
 def _draft_engine(resolved: ResolvedConfig) -> str | None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .. import _core
 from ..errors import RingError
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 STATE: Final = "specfast"
 """The key of exo's inference state under which everything of specfast's travels."""
 
@@ -30,6 +30,7 @@ class Greeting:
     Attributes:
         node: its id.
         typed, host: as in ResolvedConfig.
+        chosen: target and draft that were set since, and when ("at", seconds since 1970); the newest of a ring count.
         answer: whether the others are to greet it in turn.
         protocol: of laps; only nodes with the same one make a ring.
     """
@@ -37,6 +38,7 @@ class Greeting:
     node: str
     typed: Mapping[str, Any]
     host: Mapping[str, Any]
+    chosen: Mapping[str, Any] | None = None
     answer: bool = False
     protocol: int = PROTOCOL
 
@@ -92,7 +94,8 @@ class Lap:
         drafted: the tokens of the last rows; None where rows of a prompt are only to be read.
         law: fields of the native Law.
         seed, rule: as for the native verify. A rule that needs the draft's law cannot travel.
-        precision: of the activations, on every stop.
+        precision: of the activations on every stop with native layers; None chooses by the weights.
+        engine: the target engine that was typed, which every stop follows where it can; None is the best there.
         capacity: most positions of the request.
     """
 
@@ -105,7 +108,8 @@ class Lap:
     law: tuple[float, int, float, float, int, bool]
     seed: int
     rule: str
-    precision: str
+    precision: str | None
+    engine: str | None
     capacity: int
     at: int = 1
 
@@ -153,23 +157,45 @@ def write_verdict(verdict: _core.Verdict | None) -> npt.NDArray[np.uint8]:
     return _bytes({} if verdict is None else {"tau": verdict.tau, "next_token": verdict.next_token})
 
 
+class NodeError(RingError):
+    """A node of a ring is the reason.
+
+    Attributes:
+        node: its id.
+        silent: whether it did not answer; else it is not what it was.
+    """
+
+    def __init__(self, node: str, message: str, *, silent: bool) -> None:
+        super().__init__(message)
+        self.node, self.silent = node, silent
+
+
 def write_error(error: Exception, node: str) -> npt.NDArray[np.uint8]:
     """The same for a lap that failed at a node."""
-    return _bytes({"error": str(error) or type(error).__name__, "node": node})
+    about = {"about": error.node, "silent": error.silent} if isinstance(error, NodeError) else {}
+    return _bytes({"error": str(error) or type(error).__name__, "node": node, **about})
 
 
-def read_verdict(answer: npt.NDArray[np.uint8] | None) -> _core.Verdict | None:
+def is_answer(answer: npt.NDArray[np.uint8] | None) -> bool:
+    """Whether it is one of those above."""
+    try:
+        return isinstance(json.loads(np.asarray(answer, dtype=np.uint8).tobytes()), dict)
+    except (ValueError, TypeError):
+        return False
+
+
+def read_verdict(answer: npt.NDArray[np.uint8]) -> _core.Verdict | None:
     """What came of a lap; None where rows were only read.
 
     Raises:
         RingError: it failed; says where and why.
     """
-    try:
-        values = json.loads(np.asarray(answer, dtype=np.uint8).tobytes())
-    except (ValueError, TypeError):
-        raise RingError("a node answered otherwise than specfast does; start all nodes with the same version") from None
+    values = json.loads(np.asarray(answer, dtype=np.uint8).tobytes())
     if "error" in values:
-        raise RingError(f"node {values['node']}: {values['error']}")
+        message = f"node {values['node']}: {values['error']}"
+        if "about" in values:
+            raise NodeError(values["about"], message, silent=values["silent"])
+        raise RingError(message)
     return _core.Verdict(values["tau"], values["next_token"]) if values else None
 
 

@@ -1,6 +1,10 @@
 """As much of a web framework as the API needs."""
 
 
+class HTTPException(Exception):  # noqa: N818 - the framework's name
+    """An answer that is raised."""
+
+
 class Response:
     """An answer."""
 
