@@ -18,7 +18,7 @@ except ImportError as error:
     pytest.skip(f"tinygrad cannot run here: {error}", allow_module_level=True)
 
 from specfast import _core, metal
-from specfast.errors import ConfigurationError, ShapeError
+from specfast.errors import ConfigurationError, NumericalError, ShapeError
 from specfast.tinygrad import metal as tinygrad_metal
 from specfast.tinygrad import private
 from specfast.tinygrad.weights import read_seams
@@ -259,3 +259,12 @@ def test_a_wrong_grid_is_seen(on_metal):
         inputs = [W, W, W, Tensor(x).clone().realize(), Tensor(x).clone().realize()]
         (y,) = tinygrad_metal.launch(replace(how, grid=grid), inputs, [Tensor.zeros(2, N).clone().realize()])
         assert np.allclose(y.numpy(), x @ w.T, atol=1e-4) == right
+
+
+def test_logits_that_are_not_finite_give_no_token(file, on_metal):
+    model = st.load_gguf(file)
+    weight = model.output.weight
+    weight.replace(Tensor.full(weight.shape, float("nan")).contiguous()).realize()
+    st.accelerate(model)
+    with pytest.raises(NumericalError, match="not finite"):
+        next(model.generate(list(PROMPT)))

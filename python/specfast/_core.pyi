@@ -518,8 +518,10 @@ class GraphForward:
 
     void f(float* logits, const void* before, const int32* tokens, const int64* call, int64 a, int64 b): truncates the cache
     to `start`, appends the tokens (M,), commits them, and writes the logits (rows, vocab) of the last rows. call is
-    (number, vocab, rows or 0 for all, M, start), where -1 for M or start means the next of the last arguments. It
-    raises nothing: logits are NaN then, and `problem` tells why; so are those of one that is gone.
+    (number, vocab, rows or 0 for all, M, start, pass), where -1 for M or start means the next of the last arguments, and
+    pass is the next number after `built`, or 0 for one without an order. It raises nothing: logits are NaN then, and
+    `problem` tells why; so are those of one that is gone, and of a pass that runs again while passes of higher numbers
+    wait.
     """
 
     def __init__(self, model: Model, cache: Cache) -> None: ...
@@ -542,3 +544,14 @@ class GraphForward:
     @property
     def calls(self) -> int:
         """Calls so far."""
+
+    @property
+    def last_call(self) -> int:
+        """The last one's number among the calls of all; 0 before the first."""
+
+    @property
+    def built(self) -> int:
+        """The newest pass that the host has in a graph."""
+
+    @built.setter
+    def built(self, arg: int, /) -> None: ...

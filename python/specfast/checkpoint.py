@@ -166,6 +166,9 @@ class _Weights:
 
     def __init__(self, source: Path | str, config: ModelConfig, tensors: Mapping[str, TensorView]) -> None:
         self.source, self.config, self.tensors = source, config, tensors
+        whole = isinstance(source, Path) and is_gguf(source)
+        self._sizes, self._count = ("its metadata", "block_count") if whole else ("config.json", "num_hidden_layers")
+        self._remedy = "download or convert it again" if whole else "the two files belong to different models"
         for prefix in _PREFIXES:
             if any(name.startswith((f"{prefix}embed_tokens.", f"{prefix}layers.")) for name in tensors):
                 self.prefix = prefix
@@ -184,8 +187,8 @@ class _Weights:
         tensor = self.find(name)
         if tensor.shape != shape:
             raise ModelFormatError(
-                f"{self.source}: tensor {name!r} has shape {tensor.shape}, but config.json needs {shape}; "
-                "the two files belong to different models"
+                f"{self.source}: tensor {name!r} has shape {tensor.shape}, but {self._sizes} needs {shape}; "
+                f"{self._remedy}"
             )
         return tensor
 
@@ -255,8 +258,8 @@ class _Weights:
         layers = 1 + max((int(found[1]) for found in map(layer.match, self.tensors) if found), default=-1)
         if layers > self.config.layers:
             raise ModelFormatError(
-                f"{self.source}: the weights have {layers} layers, but config.json says {self.config.layers} "
-                "(num_hidden_layers); the two files belong to different models, download them again"
+                f"{self.source}: the weights have {layers} layers, but {self._sizes} says {self.config.layers} "
+                f"({self._count}); {self._remedy}"
             )
 
     def layer(self, index: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,18 +45,19 @@ def map_file(path: Path) -> tuple[MappedFile, mmap.mmap]:
     """Maps a file; its bytes stay mapped for as long as a view of them lives.
 
     Raises:
-        ModelFormatError: the file is empty or cannot be read.
+        ModelFormatError: the file is empty or cannot be read, or is a pipe or the like, which would be waited for.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise ModelFormatError(f"{path}: cannot be read (no regular file); save what it gives in a file first")
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if status.st_size == 0:
                 raise damaged(path, "the file is empty")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise ModelFormatError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ModelFormatError(f"{path}: cannot be read ({why}); check the path and its permissions") from None
     mapped = MappedFile(path.absolute(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     return mapped, mapping
 

@@ -52,12 +52,12 @@ def run(options: argparse.Namespace) -> int:
     engine = Engine(resolve_config(typed_options(options)), options.precision, options.context, kv_bits=options.kv_bits)
     if options.compare:
         _require_draft_named(engine.config)
-    prompt = _read_prompt(options)
+    prompt = read_prompt(options)
     if options.compare:
         return _compare(engine, prompt, options)
     result = _generate(engine, prompt, options, announce=True)
     if not options.quiet:
-        _print_figures(result.stats, "", options, sys.stderr)
+        print_figures(result.stats, "", options, sys.stderr)
     if options.json:
         print(json.dumps(_as_json(result, engine)))
     return 130 if result.finish_reason == "interrupted" else 0
@@ -101,8 +101,8 @@ def _compare(engine: Engine, prompt: str, options: argparse.Namespace) -> int:
     pairs.sort(key=lambda one: one[0])
     speedup, plain, speculative = pairs[len(pairs) // 2]
     greedy = engine.config.greedy
-    _print_figures(plain.stats, "plain:       ", options, sys.stdout)
-    _print_figures(speculative.stats, "speculative: ", options, sys.stdout)
+    print_figures(plain.stats, "plain:       ", options, sys.stdout)
+    print_figures(speculative.stats, "speculative: ", options, sys.stdout)
     spread = f" (median of {len(pairs)} pairs, {pairs[0][0]:.2f} to {pairs[-1][0]:.2f})" if len(pairs) > 1 else ""
     print(f"speed-up: {speedup:.2f}x{spread}")
     print(f"identical: {'yes' if identical else 'no'}{_why_different(identical, greedy, engine)}")
@@ -151,9 +151,11 @@ def _generate(
     return result
 
 
-def _read_prompt(options: argparse.Namespace) -> str:
+def read_prompt(options: argparse.Namespace) -> str:
     """The prompt from its option, a file, stdin, or the built-in one."""
     if options.prompt is not None:
+        if any("\ud800" <= character <= "\udfff" for character in options.prompt):
+            raise ConfigurationError("the prompt is not UTF-8 text; convert it first")
         return str(options.prompt)
     try:
         if options.prompt_file is not None and str(options.prompt_file) != "-":
@@ -200,7 +202,8 @@ def _prompt_progress(characters: int) -> Iterator[Progress | None]:
         yield update
 
 
-def _print_figures(stats: SpeculationStats, label: str, options: argparse.Namespace, file: Any) -> None:
+def print_figures(stats: SpeculationStats, label: str, options: argparse.Namespace, file: Any) -> None:
+    """The last lines: tokens and rates, and with --time where the time went."""
     if options.time:
         print(
             f"{label}prompt {stats.prompt_tokens} tokens at {stats.prompt_tok_s:.1f} tok/s, "

@@ -113,22 +113,22 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
     )
     add(
         *("--gamma", "--speculative-gamma"),
-        **{"dest": "gamma", "type": _gamma, "metavar": "1-20|auto"},
+        **{"dest": "gamma", "type": parse_gamma, "metavar": "1-20|auto"},
         help="tokens drafted per round (5); auto measures what pays",
     )
     add(
         *("--temperature", "--speculative-temperature"),
-        **{"dest": "temperature", "type": _checked("temperature"), "metavar": "0|0.1-2.0"},
+        **{"dest": "temperature", "type": parse_number("temperature"), "metavar": "0|0.1-2.0"},
         help="sampling temperature (1.0); 0 is greedy",
     )
     add(
         *("--top-k-threshold", "--speculative-top-k"),
-        **{"dest": "top_k_threshold", "type": _checked("top_k_threshold"), "metavar": "0.1-1.0"},
+        **{"dest": "top_k_threshold", "type": parse_number("top_k_threshold"), "metavar": "0.1-1.0"},
         help="share of the vocabulary that is cut (0.9); 1.0 is greedy",
     )
     add(
         *("--lenience", "--speculative-lenience"),
-        **{"dest": "lenience", "type": _checked("lenience"), "metavar": "0.5-2.0"},
+        **{"dest": "lenience", "type": parse_number("lenience"), "metavar": "0.5-2.0"},
         help="above 1.0 accepts more, and changes the output law (1.0)",
     )
     add(
@@ -143,7 +143,7 @@ def add_speculation(group: Any, *, short: bool = True) -> None:
     )
     add(
         *("--early-exit", "--speculative-early-exit"),
-        **{"dest": "early_exit", "type": _early_exit, "metavar": "LAYER|auto"},
+        **{"dest": "early_exit", "type": parse_early_exit, "metavar": "LAYER|auto"},
         help="draft with the target's first layers instead of a draft model; auto measures which",
     )
     add(
@@ -192,7 +192,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
 
 
-def _checked(name: str) -> Callable[[str], float]:
+def parse_number(name: str) -> Callable[[str], float]:
     """A number that SpeculativeConfig accepts for one of its options; argparse tells what is wrong with others."""
 
     def parse(text: str) -> float:
@@ -212,19 +212,21 @@ def _in_range(name: str, value: Any) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _gamma(text: str) -> int | str:
+def parse_gamma(text: str) -> int | str:
+    """A number of tokens to draft, or auto."""
     try:
         value = text if text == "auto" else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer in 1 to 20 nor 'auto'") from None
+        raise argparse.ArgumentTypeError(f"{text!r:.100} is neither an integer in 1 to 20 nor 'auto'") from None
     return value if value == "auto" else int(_in_range("gamma", value))
 
 
-def _early_exit(text: str) -> int | str:
+def parse_early_exit(text: str) -> int | str:
+    """A number of layers, or auto."""
     try:
         value = text if text == "auto" else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a layer nor 'auto'") from None
+        raise argparse.ArgumentTypeError(f"{text!r:.100} is neither the number of a layer nor 'auto'") from None
     return value if value == "auto" else int(_in_range("early_exit", value))
 
 

@@ -6,22 +6,30 @@
 
 from __future__ import annotations
 
-try:
-    import tinygrad  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"specfast.tinygrad needs tinygrad ({error}); install it with: pip install 'specfast[tinygrad]'"
-    ) from error
+import sys
 
-from . import private
 
-private.require_supported()
-private.require_device()
-private.graph_problem()
+def require_host() -> None:
+    """Raises ImportError, an UnsupportedHostError where there is a tinygrad, if none can be used; says what would do."""
+    try:
+        import tinygrad  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ImportError(
+            f"specfast.tinygrad needs tinygrad ({error}); install it with: pip install 'specfast[tinygrad]'"
+        ) from error
+    from . import private  # noqa: PLC0415 - needs tinygrad
 
-from .accelerate import Report, accelerate, cached_keys_values, logits, report, restore  # noqa: E402
-from .generate import generate, load_gguf, stream_generate  # noqa: E402
-from .private import UnsupportedHostError  # noqa: E402
+    private.require_supported()
+    private.require_device()
+    private.graph_problem()
+
+
+# python -m imports this before its own command, which tells errors in one line.
+if sys.argv[:1] != ["-m"] or "specfast.tinygrad" not in sys.orig_argv:
+    require_host()
+    from .accelerate import Report, accelerate, cached_keys_values, logits, report, restore
+    from .generate import generate, load_gguf, stream_generate
+    from .private import UnsupportedHostError
 
 __all__ = [
     "Report",

@@ -11,7 +11,7 @@ from tinygrad import Tensor, TinyJit, dtypes
 
 from .. import _core
 from ..context import Context
-from ..errors import ConfigurationError, ShapeError, UnsupportedModelError
+from ..errors import ShapeError, UnsupportedModelError
 from ..sampling import follow
 from ..targets import Progress, judge
 from . import private
@@ -116,9 +116,3 @@ def own_forward(model: Any) -> tuple[Forward, int, int]:
         return logits
 
     return forward, int(model.token_embd.weight.shape[0]), int(model.max_context)
-
-
-def require_no_draft(drafter: str) -> None:
-    """Raises ConfigurationError for a drafter that needs the target's own native layers."""
-    if drafter == "early-exit":
-        raise ConfigurationError("early exit needs a target that runs natively; use drafter='suffix', or a draft model")

@@ -14,7 +14,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 
 from .. import metal
-from ..errors import ConfigurationError, ShapeError, UnsupportedModelError
+from ..errors import ShapeError, UnsupportedModelError
 from ..metal.launches import Activations, Between, check_heads
 from . import private
 from .weights import Seams, Weight
@@ -74,6 +74,7 @@ class MetalPath:
         if private.graph_problem():
             raise UnsupportedModelError(f"no graph takes the Metal kernels: {private.graph_problem()}")
         config = self.config = seams.config
+        self.max_context, self.vocab, self.layers = config.max_context, config.vocab, config.layers
         check_heads(config.heads, config.kv_heads, config.head_dim)
         weights = {weight.name: weight for weight in seams.weights}
         embed = weights["model.embed_tokens.weight"].tensor
@@ -91,7 +92,6 @@ class MetalPath:
         self.calls = 0
         tensors = {name: self._own(weight) for name, weight in weights.items()}
         self.weight_bytes = sum(t.numel() * self.dtype.itemsize for name, t in tensors.items() if "embed" not in name)
-        self._watched = [(weight, private.identity(weight.tensor)) for weight in seams.weights]
         self._embed = _Matrix(tensors["model.embed_tokens.weight"])
         self._head = _Matrix(tensors["lm_head.weight"])
         self._norm = tensors["model.norm.weight"]
@@ -127,6 +127,9 @@ class MetalPath:
         """Passes built; a replayed graph is not counted, as nothing of ours runs on the host then."""
         return self.calls
 
+    def settle(self) -> None:
+        """Nothing waits on the host: keys and values are tensors of the graph."""
+
     def cached(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer], self.values[layer]
 
@@ -136,13 +139,6 @@ class MetalPath:
 
     def logits(self, tokens: Tensor, start_pos: Any, *, last: bool) -> Tensor:
         """Logits (M, vocab) float32 of tokens (1, M), or (1, vocab) of the last."""
-        for weight, was in self._watched:
-            if private.identity(weight.tensor) is not was:
-                raise ConfigurationError(
-                    f"{weight.own_name} has been replaced since the model was accelerated; call specfast.tinygrad.accelerate again"
-                )
-        if len(tokens.shape) != 2 or tokens.shape[0] != 1:
-            raise ShapeError(f"tokens have the shape {tuple(tokens.shape)}, but (1, M) is needed: one sequence")
         M = tokens.shape[1]
         fixed = isinstance(M, int)
         room = M if fixed else int(M.vmax)

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import math
+import os
 import platform
 import struct
 import sys
@@ -52,11 +53,30 @@ def require_supported() -> None:
 
 
 def require_device() -> None:
-    """Raises UnsupportedHostError where tinygrad finds no device at all."""
+    """Raises UnsupportedHostError where tinygrad has no device that computes; names the cause and, where it is known, the remedy."""
+    asked = os.environ.get("DEV")  # tinygrad sets it once it has chosen one
     try:
-        Tensor([0.0]).clone().realize()
-    except (RuntimeError, FileNotFoundError, AssertionError) as error:
-        raise UnsupportedHostError(f"tinygrad has no usable device ({error}); {CLANG_REMEDY}") from error
+        found = Tensor([1.0]).clone().tolist()
+        if found != [1.0]:
+            raise RuntimeError(f"it makes {found} of [1.0]")
+    except Exception as error:
+        cause: Exception = error
+        if not asked:
+            try:
+                _ = Device["CPU"]  # the last one that is tried; why it failed is not told
+            except Exception as of_cpu:
+                cause = of_cpu
+        raise UnsupportedHostError(f"tinygrad has no usable device ({cause}){_remedy(cause, asked)}") from error
+
+
+def _remedy(cause: Exception, asked: str | None) -> str:
+    missing = str(getattr(cause, "filename", None))
+    if isinstance(cause, FileNotFoundError) and missing == os.environ.get("CC", "clang"):
+        return f"; {CLANG_REMEDY}"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if isinstance(cause, OSError) and cache and missing.startswith(cache):
+        return f"; tinygrad keeps files in XDG_CACHE_HOME, {cache}: name a directory that can be written"
+    return f"; DEV is {asked!r}: use DEV=CPU, or leave it out" if asked else ""
 
 
 def import_llm() -> Any:
@@ -143,6 +163,17 @@ def variable(name: str, most: int, value: int) -> Any:
     from tinygrad import Variable  # noqa: PLC0415
 
     return Variable(name, 0, most).bind(value)
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether a number is one of a graph's, bound or not."""
+    return hasattr(value, "unbind")
+
+
+def synchronize() -> None:
+    """Waits for what graphs gave the CPU device to do."""
+    if not graph_problem() and not in_function():  # where no device may be used
+        Device["CPU"].synchronize()
 
 
 def is_bound(value: Any) -> bool:

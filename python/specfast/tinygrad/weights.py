@@ -23,6 +23,8 @@ from . import private
 SUPPORTED_MODELS = (
     "tinygrad.llm's Transformer (Llama, Mistral, Qwen2, Qwen3; dense), and classes with exo's first-generation layers"
 )
+_LLM_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_EXO_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _LLM = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -47,23 +49,17 @@ EXO_NAMES = {
     "feed_forward.w3": "mlp.up_proj",
     "feed_forward.w2": "mlp.down_proj",
 }
+_FAMILIES = {"llm": ("blk", _LLM_TOP, _LLM), "exo": ("layers", _EXO_TOP, EXO_NAMES)}
 _DTYPES = {dtypes.float32: "F32", dtypes.float16: "F16", dtypes.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: where a checkpoint has it, what the model calls it, and who holds it."""
+    """One parameter: where a checkpoint has it, what the model calls it, and its tensor."""
 
     name: str
     own_name: str
-    holder: Any
-    key: str
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor as it is now."""
-        found: Tensor = getattr(self.holder, self.key)
-        return found
+    tensor: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,11 +74,18 @@ class Seams:
 
 @dataclass(frozen=True)
 class NativeWeights:
-    """A native model over a host's weights, and how they are held: how many as "file blocks", "in place", "realised" (made
-    memory of by tinygrad, then in place) or "copied"."""
+    """A native model over a host's weights.
+
+    Attributes:
+        model: the native model.
+        held: how many parameters are held as "file blocks", "in place", "realised" (made memory of by tinygrad, then in place) or
+            "copied".
+        vectors: the memory, by the model's names, of norms and biases, of which the native model has copies.
+    """
 
     model: _core.Model
     held: Counter[str]
+    vectors: dict[str, npt.NDArray[np.uint8]]
 
 
 def _at(module: Any, path: str) -> Any:
@@ -103,7 +106,16 @@ def _parameters(prefix: str, own: str, module: Any, names: dict[str, str]) -> It
             continue
         for part in ("weight", "bias"):
             if getattr(linear, part, None) is not None:
-                yield Weight(f"{prefix}{name}.{part}", f"{own}{path}.{part}", linear, part)
+                yield Weight(f"{prefix}{name}.{part}", f"{own}{path}.{part}", getattr(linear, part))
+
+
+def weights_of(model: Any, kind: str) -> tuple[Weight, ...]:
+    """The parameters that a model of a family has now."""
+    layers, top, names = _FAMILIES[kind]
+    found = list(_parameters("", "", model, top))
+    for i, layer in enumerate(getattr(model, layers, ())):
+        found += _parameters(f"model.layers.{i}.", f"{layers}.{i}.", layer, names)
+    return tuple(found)
 
 
 def read_seams(model: Any) -> Seams:
@@ -138,13 +150,6 @@ def _llm_seams(source: str, model: Any) -> Seams:
     if c.qk_norm and c.qkv_bias:
         raise _unsupported(source, "QK-norm and biases together")
     inv_freq = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim)
-    weights = [
-        Weight("model.embed_tokens.weight", "token_embd.weight", model.token_embd, "weight"),
-        Weight("model.norm.weight", "output_norm.weight", model.output_norm, "weight"),
-        Weight("lm_head.weight", "output.weight", model.output, "weight"),
-    ]
-    for i, block in enumerate(model.blk):
-        weights += _parameters(f"model.layers.{i}.", f"blk.{i}.", block, _LLM)
     return Seams(
         "llm",
         _config(
@@ -152,7 +157,7 @@ def _llm_seams(source: str, model: Any) -> Seams:
             len(model.blk), c.n_heads, c.n_kv_heads, c.head_dim, c.norm_eps, model.max_context, inv_freq, model.token_embd,
             model.blk[0].ffn_gate,
         ),
-        tuple(weights),
+        weights_of(model, "llm"),
         rope_pairs=False,
     )  # fmt: skip
 
@@ -162,13 +167,6 @@ def _exo_seams(source: str, model: Any) -> Seams:
     if shard is not None and (shard.start_layer, shard.end_layer) != (0, len(model.layers) - 1):
         raise _unsupported(source, f"layers {shard.start_layer} to {shard.end_layer} of {shard.n_layers} only")
     attention = model.layers[0].attention
-    weights = [
-        Weight("model.embed_tokens.weight", "tok_embeddings.weight", model.tok_embeddings, "weight"),
-        Weight("model.norm.weight", "norm.weight", model.norm, "weight"),
-        Weight("lm_head.weight", "output.weight", model.output, "weight"),
-    ]
-    for i, layer in enumerate(model.layers):
-        weights += _parameters(f"model.layers.{i}.", f"layers.{i}.", layer, EXO_NAMES)
     eps = model.layers[0].attention_norm.eps
     given = getattr(model, "inv_freq", None)
     inv_freq = _frequencies(model.freqs_cis) if given is None else np.asarray(given, dtype=np.float64)
@@ -178,7 +176,7 @@ def _exo_seams(source: str, model: Any) -> Seams:
             "llama", len(model.layers), attention.n_heads, attention.n_kv_heads, attention.head_dim, eps, model.max_context,
             inv_freq, model.tok_embeddings, model.layers[0].feed_forward.w1,
         ),
-        tuple(weights),
+        weights_of(model, "exo"),
         rope_pairs=True,
     )  # fmt: skip
 
@@ -211,9 +209,14 @@ def _frequencies(table: Tensor) -> npt.NDArray[np.float64]:
     return found
 
 
+def _devices(seams: Seams) -> set[str]:
+    named = {weight.tensor.device for weight in seams.weights}
+    return {str(name).split(":")[0] for each in named for name in (each if isinstance(each, tuple) else (each,))}
+
+
 def on_metal(seams: Seams) -> bool:
     """Whether a model's weights are on an Apple GPU."""
-    return {str(weight.tensor.device).split(":")[0] for weight in seams.weights} == {"METAL"}
+    return _devices(seams) == {"METAL"}
 
 
 def native_weights(model: Any, seams: Seams, precision: str | None) -> NativeWeights:
@@ -226,11 +229,20 @@ def native_weights(model: Any, seams: Seams, precision: str | None) -> NativeWei
         UnsupportedModelError, ModelFormatError, ShapeError: an architecture, a device or a format without a native form.
     """
     source = f"{type(model).__module__}.{type(model).__name__}"
-    devices = {str(weight.tensor.device).split(":")[0] for weight in seams.weights}
+    devices = _devices(seams)
     if not devices <= {"CPU", "CLANG", "LLVM"}:
         raise UnsupportedModelError(
             f"{source} is on {', '.join(sorted(devices))}; supported: weights on the CPU (DEV=CPU, or .to('CPU')), or all on METAL"
         )
+    for weight in seams.weights:
+        if isinstance(weight.tensor.device, tuple):
+            raise UnsupportedModelError(
+                f"{weight.own_name} is in parts on {', '.join(weight.tensor.device)}; supported: every weight on one device"
+            )
+        if weight.tensor.dtype not in _DTYPES:  # before anything is realised
+            raise UnsupportedModelError(
+                f"{weight.own_name} is {weight.tensor.dtype}; supported: float32, float16, bfloat16"
+            )
     reader = _Reader(seams.config, in_place=not private.graph_problem())
     tensors = {weight.name: reader.read(weight) for weight in seams.weights}
     if len(reader.orders) > 1:
@@ -239,7 +251,7 @@ def native_weights(model: Any, seams: Seams, precision: str | None) -> NativeWei
     native = build_model(
         source, seams.config, tensors, precision=precision, max_context=seams.config.max_context, rope_pairs=pairs
     )
-    return NativeWeights(native, reader.held)
+    return NativeWeights(native, reader.held, reader.vectors)
 
 
 class _Reader:
@@ -247,6 +259,7 @@ class _Reader:
 
     def __init__(self, config: ModelConfig, *, in_place: bool) -> None:
         self.held: Counter[str] = Counter()
+        self.vectors: dict[str, npt.NDArray[np.uint8]] = {}
         self.orders: set[str] = set()  # of Q and K: "turned" if the file's rows are not in the model's order
         self._file: GgufFile | None = None
         self._heads = {"q_proj": config.heads, "k_proj": config.kv_heads}
@@ -254,8 +267,12 @@ class _Reader:
         self._buffer: Any = None
 
     def read(self, weight: Weight) -> TensorView:
-        if not self._in_place:
-            return self._copied(weight)
+        found = self._read_in_place(weight) if self._in_place else self._copied(weight)
+        if self._in_place and len(found.shape) == 1:
+            self.vectors[weight.own_name] = found.data
+        return found
+
+    def _read_in_place(self, weight: Weight) -> TensorView:
         tensor = weight.tensor
         if not private.is_realized(tensor):
             found = self._from_file(weight)
@@ -268,14 +285,12 @@ class _Reader:
             self.held["in place"] += 1
         if weight.name.endswith(("q_proj.weight", "k_proj.weight")):
             self.orders.add("plain")
-        if tensor.dtype not in _DTYPES:
-            raise UnsupportedModelError(f"{weight.own_name} is {tensor.dtype}; supported: float32, float16, bfloat16")
         return TensorView(_DTYPES[tensor.dtype], tuple(tensor.shape), private.memory_of(tensor))
 
     def _copied(self, weight: Weight) -> TensorView:
         self.held["copied"] += 1
         tensor = weight.tensor
-        kind = "F32" if tensor.dtype == dtypes.bfloat16 else _DTYPES.get(tensor.dtype, "F32")
+        kind = "F32" if tensor.dtype == dtypes.bfloat16 else _DTYPES[tensor.dtype]
         values = (tensor if kind == "F16" else tensor.cast(dtypes.float32)).numpy()
         return TensorView(kind, tuple(values.shape), np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
