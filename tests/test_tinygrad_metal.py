@@ -20,7 +20,7 @@ except ImportError as error:
 from specfast import _core, metal
 from specfast.errors import ConfigurationError, NumericalError, ShapeError
 from specfast.tinygrad import metal as tinygrad_metal
-from specfast.tinygrad import private
+from specfast.tinygrad import private, trial
 from specfast.tinygrad.weights import read_seams
 from test_metal_verify_tokens import native_draws, random_round
 from tinygrad import Tensor, TinyJit, UOp, dtypes
@@ -108,6 +108,49 @@ def test_a_model_on_the_executed_launches(on_metal, file):
     assert relative(found, whole[2:3]) > 0.1
 
 
+class Faulty(ExecutedProgram):
+    """Launches of one kernel that go wrong."""
+
+    kernel, fault = "", None
+
+    def __call__(self, buffers, variables=()):
+        outs = super().__call__(buffers, variables)
+        if self.kernel not in self.name:
+            return outs
+        return [type(self).fault(out) if i == self.outs[0] else out for i, out in enumerate(outs)]
+
+
+def raising(_out):
+    raise RuntimeError("the compiler refused it")
+
+
+FAULTS = {
+    "raises": (raising, "tinygrad did not run them (RuntimeError: the compiler refused it)"),
+    "not finite": (lambda out: out * float("nan"), "are not finite"),
+    "wrong": (lambda out: out.flip(1), "of their deviation away from those of tinygrad's layers"),
+    "depends on the rows": (
+        lambda out: out * (1 + 1e-6 * (out.shape[0] == 4)),
+        "has other bits than in a pass of 9",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fault", "reason"), FAULTS.values(), ids=list(FAULTS))
+def test_kernels_that_fail_their_trial_leave_the_model_alone(on_metal, monkeypatch, file, fault, reason):
+    monkeypatch.setattr(Faulty, "kernel", "logits_rows")
+    monkeypatch.setattr(Faulty, "fault", staticmethod(fault))
+    stock, model = st.load_gguf(file), st.load_gguf(file)
+    monkeypatch.setattr(tinygrad_metal.private, "Program", Faulty)
+    with pytest.warns(RuntimeWarning, match="failed their trial"):
+        st.accelerate(model)
+    report = st.report(model)
+    assert report.path == "stock"
+    assert reason in report.reason
+    assert not any(hasattr(block, "cache_kv") for block in model.blk)
+    tokens = [list(islice(each.generate([5, 17, 3]), 4)) for each in (stock, model)]
+    assert tokens[0] == tokens[1]
+
+
 def test_lazy_passes_run_in_the_order_of_their_calls(on_metal, file):
     fast = st.accelerate(st.load_gguf(file))
     text = ids(9, 300)
@@ -187,6 +230,7 @@ def on_a_gpu(model, dtype):
 def test_what_would_be_launched_on_a_gpu(file, monkeypatch, activations):
     """Every program of a pass as tinygrad's renderer for METAL has it: text, signature by index, grid and group."""
     monkeypatch.setattr(private, "is_realized", lambda tensor: True)
+    monkeypatch.setattr(trial, "run", lambda path, model: None)  # there is no device
     model = st.accelerate(
         on_a_gpu(
             st.load_gguf(file), {"f32": dtypes.float32, "f16": dtypes.float16, "bf16": dtypes.bfloat16}[activations]
@@ -261,10 +305,13 @@ def test_a_wrong_grid_is_seen(on_metal):
         assert np.allclose(y.numpy(), x @ w.T, atol=1e-4) == right
 
 
-def test_logits_that_are_not_finite_give_no_token(file, on_metal):
+def test_logits_that_are_not_finite_give_no_token(file, on_metal, monkeypatch):
     model = st.load_gguf(file)
     weight = model.output.weight
     weight.replace(Tensor.full(weight.shape, float("nan")).contiguous()).realize()
+    with pytest.warns(RuntimeWarning, match="tinygrad's layers are not finite, so that nothing can be compared"):
+        st.accelerate(model)
+    monkeypatch.setattr(trial, "run", lambda path, model: None)
     st.accelerate(model)
     with pytest.raises(NumericalError, match="not finite"):
         next(model.generate(list(PROMPT)))

@@ -7,19 +7,15 @@ import warnings
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from .. import metal
 from ..errors import KernelTrialError
-from ..metal.launches import Activations
+from ..metal.trial import CUTS, ROWS, difference
 from .metal import MetalForward
 
-# The most that rounding may do: rms of a row's difference over its deviation. Values that have nothing to do with each other
-# are 1.4 apart. MLX may multiply float32 matrices with 11 bits, float16's.
-LIMITS: dict[Activations, float] = {"f32": 0.05, "f16": 0.05, "bf16": 0.25}
-ROWS = metal.MAX_ROWS
 POSITIONS = metal.SPAN - 4  # in the caches before: the rows see one span of attention, or two
-CUTS = ((0, ROWS), (0, 4, 8, ROWS))  # passes of 9 rows, and of 4, 4 and 1
 
 
 def run(forward: MetalForward, model: nn.Module) -> None:
@@ -63,37 +59,9 @@ def _refusal(forward: MetalForward, model: nn.Module) -> str:
 
 
 def _difference(forward: MetalForward, expected: mx.array, whole: mx.array, parts: mx.array) -> str:
-    """What is wrong with the results of 9 rows in one pass and in several; "" for nothing."""
+    by_modules, in_one, in_parts = (np.array(each.astype(mx.float32)) for each in (expected, whole, parts))
     what = "logits" if forward.last else "values of hidden rows"
-    wild = sum(int(mx.sum(~mx.isfinite(values))) for values in (whole, parts))
-    if wild:
-        return f"{wild} of {whole.size + parts.size} {what} are not finite, and none may be"
-    limit = LIMITS[forward.activations]
-    distance = max(_distance(values, expected) for values in (whole, parts))
-    if not distance <= limit:
-        return (
-            f"{what} are {distance:.3g} of their deviation away from those of mlx-lm's layers, more than the {limit:g} that rounding "
-            f"to {forward.dtype} can explain: they are wrong"
-        )
-    same = _bits(whole) == _bits(parts)
-    for first, end in itertools.pairwise(CUTS[1]):
-        if not mx.all(same[first:end]):
-            most = float(mx.max(mx.abs(whole - parts)[first:end]))
-            return (
-                f"a row of a pass of {end - first} has other bits than in a pass of {ROWS} ({what} up to {most:.3g} apart, but none may be): "
-                "text would change with the number of drafts"
-            )
-    return ""
-
-
-def _distance(values: mx.array, expected: mx.array) -> float:
-    """The largest of the rows' rms differences over the row's deviation."""
-    difference = mx.sqrt(mx.mean(mx.square(values.astype(mx.float32) - expected), axis=1))
-    return float(mx.max(difference / mx.sqrt(mx.var(expected, axis=1))))
-
-
-def _bits(values: mx.array) -> mx.array:
-    return values.view(mx.uint32 if values.dtype == mx.float32 else mx.uint16)
+    return difference(by_modules, in_one, in_parts, forward.activations, host="mlx-lm's layers", what=what)
 
 
 def _rows(forward: MetalForward) -> mx.array:

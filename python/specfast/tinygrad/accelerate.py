@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,15 @@ from tinygrad import Tensor, TinyJit, dtypes
 from .. import _core
 from ..checkpoint import check_precision
 from ..config import require_whole
-from ..errors import ConfigurationError, NumericalError, ShapeError, SpecfastError, UnsupportedModelError
-from . import private
+from ..errors import (
+    ConfigurationError,
+    KernelTrialError,
+    NumericalError,
+    ShapeError,
+    SpecfastError,
+    UnsupportedModelError,
+)
+from . import private, trial
 from .metal import MetalPath
 from .weights import NativeWeights, native_weights, on_metal, read_seams, weights_of
 
@@ -253,10 +261,13 @@ def accelerate(model: Any, precision: str | None = None) -> Any:
         path: _Path | MetalPath
         if on_metal(seams):
             path = MetalPath(seams, precision)
+            trial.run(path, model)
         else:
             weights = native_weights(model, seams, precision)
             path, vectors = _Path(weights, seams.kind), weights.vectors
     except SpecfastError as error:
+        if isinstance(error, KernelTrialError):
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
         _accelerators[model] = _Accelerator(None, reason=str(error))
         return model
     _accelerators[model] = _Accelerator(path, _Watch(model, seams.kind, vectors), private.graph_problem())
