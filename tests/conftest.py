@@ -1,6 +1,7 @@
 """Paths and counts the tests share; what controllers measure stays in memory."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from specfast import _core
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["SPECFAST_MEASUREMENTS"] = "0"
+# A shell's background jobs ignore Ctrl-C, and so would the programs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
