@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <fstream>
 #include <set>
@@ -26,14 +27,20 @@ inline void pause_cpu() {
 #endif
 }
 
-/// Waits until `value` is no longer `old`: some tens of microseconds of spinning, then the kernel's wait.
-void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
-  constexpr int kSpins = 4000;
-  for (int i = 0; i < kSpins; i++) {
-    if (value.load(std::memory_order_acquire) != old) return;
+using Clock = std::chrono::steady_clock;
+
+/// Some tens of microseconds.
+constexpr int kSpins = 4000;
+
+/// Waits until `value` is no longer `old`: spins, then waits in the kernel. Returns how long it waited there.
+Clock::duration wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int spins = kSpins) {
+  for (int i = 0; i < spins; i++) {
+    if (value.load(std::memory_order_acquire) != old) return {};
     pause_cpu();
   }
+  const Clock::time_point start = Clock::now();
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  return Clock::now() - start;
 }
 
 #if defined(__linux__)
@@ -112,49 +119,91 @@ void Barrier::take_core(int id) noexcept {
 void Barrier::wait(int id) noexcept {
   take_core(id);
   const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+  const int threads =
+      threads_.load(std::memory_order_relaxed);  // before the others can go on, to a call of other threads
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.fetch_add(1, std::memory_order_release);
     phase_.notify_all();
     return;
   }
-  wait_for_change(phase_, phase);
+  const Clock::duration waited = wait_for_change(phase_, phase);
+  if (waited > std::chrono::milliseconds(1)) stalled_.fetch_add(waited.count(), std::memory_order_relaxed);
+}
+
+int Share::threads(Clock::time_point now) {
+  trying_ = threads_ < most_ && now >= again_;
+  return threads_ + (trying_ ? 1 : 0);
+}
+
+void Share::saw(int threads, Clock::duration took, Clock::duration stalled, Clock::time_point now) {
+  if (took < std::chrono::milliseconds(1) || threads == 1) return;
+  const bool kept_off = stalled > (threads - 1) * took / 4;
+  if (trying_) {
+    if (kept_off) {
+      hold_ = std::min<Clock::duration>(2 * hold_, std::chrono::seconds(4));
+      again_ = now + hold_;
+    } else {
+      threads_ = threads;
+      in_a_row_ = 0;
+    }
+  } else if (!kept_off) {
+    in_a_row_ = 0;
+    if (threads == most_) hold_ = kFirstHold;
+  } else if (++in_a_row_ == 3) {
+    threads_ = threads - 1;
+    in_a_row_ = 0;
+    again_ = now + hold_;
+  }
 }
 
 struct ThreadPool::Crew {
   /// Starts the threads, or as many of them as the system allows.
-  explicit Crew(int threads) : asked(threads), barrier(threads) {
+  explicit Crew(int threads) : asked(threads), barrier(threads), share(threads) {
     workers.reserve(static_cast<size_t>(threads));
     try {
       for (int id = 1; id < threads; id++) workers.emplace_back([this, id] { work(id); });
     } catch (const std::exception&) {  // std::system_error, or std::bad_alloc: no room for one more
     }
     size = static_cast<int>(workers.size()) + 1;
-    barrier.set_threads(size);
+    share = Share(size);
   }
   ~Crew() {
     stop = true;
-    calls.fetch_add(1, std::memory_order_release);
-    calls.notify_all();
+    begin(size);
     for (auto& worker : workers) worker.join();
   }
+  /// Has the first `threads` threads make the call.
+  void begin(int threads) {
+    barrier.set_threads(threads);
+    const uint32_t number = (calls.load(std::memory_order_relaxed) >> kThreadBits) + 1;
+    calls.store(number << kThreadBits | static_cast<uint32_t>(threads), std::memory_order_release);
+    calls.notify_all();
+  }
   void work(int id) {
+    bool is_in = true;
     for (uint32_t seen = 0;;) {
-      wait_for_change(calls, seen);
-      seen++;
+      wait_for_change(calls, seen, is_in ? kSpins : 0);
+      seen = calls.load(std::memory_order_acquire);
+      const int threads = static_cast<int>(seen & ((1U << kThreadBits) - 1));
+      is_in = id < threads;
+      if (!is_in) continue;  // the call may be over already, and nothing of it is looked at
       if (stop) return;
       barrier.take_core(id);
-      (*call)(Team{id, size, &barrier});
+      (*call)(Team{id, threads, &barrier});
       barrier.wait(id);
     }
   }
 
+  static constexpr int kThreadBits = 12;
+
   const int asked;
-  int size = 1;  // workers read it only once they are called
+  int size = 1;
   Barrier barrier;
+  Share share;
   const Call* call = nullptr;
   bool stop = false;
-  alignas(64) std::atomic<uint32_t> calls{0};
+  alignas(64) std::atomic<uint32_t> calls{0};  // their number, and how many threads the last one has
   std::vector<std::thread> workers;
 };
 
@@ -206,13 +255,20 @@ void ThreadPool::run_erased(bool alone, const Call& call) {
     call(Team{});
     return;
   }
-  call.prepare(call.prepare_context, threads->size);
+  const Clock::time_point start = Clock::now();
+  const int team = threads->share.threads(start);
+  call.prepare(call.prepare_context, team);
+  if (team == 1) {
+    call(Team{});
+    return;
+  }
   threads->call = &call;
   threads->barrier.take_core(0);
-  threads->calls.fetch_add(1, std::memory_order_release);
-  threads->calls.notify_all();
-  call(Team{0, threads->size, &threads->barrier});
+  threads->begin(team);
+  call(Team{0, team, &threads->barrier});
   threads->barrier.wait(0);
+  const Clock::time_point end = Clock::now();
+  threads->share.saw(team, end - start, threads->barrier.take_stalled(), end);
 }
 
 }  // namespace specfast

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -17,19 +18,47 @@ class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads), cores_(static_cast<size_t>(threads)) {}
   /// Fewer threads than it was made for meet here; before any of them waits.
-  void set_threads(int threads) noexcept { threads_ = threads; }
+  void set_threads(int threads) noexcept { threads_.store(threads, std::memory_order_relaxed); }
   void wait(int id) noexcept;
+  /// How long threads have slept here, waits of over a millisecond only, since this was last asked.
+  std::chrono::steady_clock::duration take_stalled() noexcept {
+    return std::chrono::steady_clock::duration(stalled_.exchange(0, std::memory_order_relaxed));
+  }
   /// Notes the core this thread runs on, and leaves it if it is taken.
   void take_core(int id) noexcept;
 
  private:
-  int threads_;
+  std::atomic<int> threads_;
+  std::atomic<std::chrono::steady_clock::rep> stalled_{0};
   struct alignas(64) Core {
     std::atomic<int> number{-1};
   };
   std::vector<Core> cores_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+/// How many threads a call gets. Where other programs keep a thread off its core the others wait for it at every
+/// barrier, and fewer threads are faster: so there is one less after three calls in a row that stood still for a
+/// quarter of their time, and one more is tried again after a quarter of a second, then less and less often.
+class Share {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  explicit Share(int most) : most_(most), threads_(most) {}
+  /// For a call that begins now.
+  int threads(Clock::time_point now);
+  /// What came of it. Calls of less than a millisecond say nothing.
+  void saw(int threads, Clock::duration took, Clock::duration stalled, Clock::time_point now);
+
+ private:
+  static constexpr std::chrono::milliseconds kFirstHold{250};
+
+  int most_, threads_;
+  int in_a_row_ = 0;
+  bool trying_ = false;
+  Clock::duration hold_ = kFirstHold;
+  Clock::time_point again_{};
 };
 
 /// What one thread of a call knows: who it is, how many there are, and where they meet.
@@ -50,14 +79,15 @@ struct Team {
   }
 };
 
-/// Runs functions on all its threads. A second caller at the same time runs alone on its own thread (the results are
-/// the same bits); after a fork the child starts its own threads on first use. Where the system refuses to start them
-/// all (limits on processes or memory), those that did start do the work, again with the same bits.
+/// Runs functions on as many of its threads as get their cores (Share), with the same bits. A second caller at the same
+/// time runs alone on its own thread (the results are the same bits); after a fork the child starts its own threads on
+/// first use. Where the system refuses to start them all (limits on processes or memory), those that did start do the
+/// work, again with the same bits.
 class ThreadPool {
  public:
   static ThreadPool& instance();
 
-  /// Threads asked for. Set by set_size, else the cores this process may use.
+  /// Threads asked for, the most that a call gets. Set by set_size, else the cores this process may use.
   int size();
   void set_size(int threads);
 

@@ -103,7 +103,8 @@ void bind_machine(nb::module_& m) {
         ThreadPool::instance().set_size(threads);
       },
       nb::arg("threads"),
-      "Threads of every native call, 1 to 256; results do not depend on it. More than usable_cpus() makes calls slow.");
+      "The most threads of a native call, 1 to 256; results do not depend on it. Those that other programs keep off "
+      "their cores\nare left out. More than usable_cpus() makes calls slow.");
   m.def("num_threads", [] { return ThreadPool::instance().size(); }, "Threads asked for: set, else one per core.");
   m.def(
       "start_threads", [] { return ThreadPool::instance().start(); }, nb::call_guard<WithoutGil>(),
