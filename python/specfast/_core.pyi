@@ -415,7 +415,8 @@ def build_info() -> dict[str, object]:
 
 def set_num_threads(threads: int) -> None:
     """
-    Threads of every native call, 1 to 256; results do not depend on it. More than usable_cpus() makes calls slow.
+    The most threads of a native call, 1 to 256; results do not depend on it. Those that other programs keep off their cores
+    are left out. More than usable_cpus() makes calls slow.
     """
 
 def num_threads() -> int:
