@@ -23,7 +23,7 @@ from specfast.errors import ConfigurationError, IncompatibleDraftError, ShapeErr
 from specfast.tinygrad import private
 from specfast.tinygrad.host import own_forward
 from tinygrad import Tensor, TinyJit, UOp, dtypes, function
-from tinygrad_models import ids, stock_logits, tensor_of, write_model
+from tinygrad_models import ids, logits, stock_logits, tensor_of, write_model
 
 FULL = os.environ.get("SPECFAST_FULL") == "1"
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K")
@@ -49,10 +49,6 @@ def draft_file(tmp_path_factory):
 @pytest.fixture
 def model(file):
     return st.accelerate(st.load_gguf(file), "f32")
-
-
-def logits(model, tokens, start=0):
-    return st.logits(model, tensor_of(tokens), start).numpy()[0]
 
 
 def relative(found, expected):

@@ -31,7 +31,7 @@ from specfast.tinygrad import private
 from tiny_directories import byte_level
 from tiny_models import random_decoder
 from tinygrad import Tensor, TinyJit, nn
-from tinygrad_models import ids, tensor_of, write_model
+from tinygrad_models import ids, logits, tensor_of, write_model
 
 PROMPT = [5, 17, 3, 99, 42]
 SIZE = len(byte_level().get_vocab(with_added_tokens=True))
@@ -47,10 +47,6 @@ def file(tmp_path_factory):
 @pytest.fixture
 def model(file):
     return st.accelerate(st.load_gguf(file), "f32")
-
-
-def logits(model, tokens, start=0):
-    return st.logits(model, tensor_of(tokens), start).numpy()[0]
 
 
 def text_of(model, count=6, prompt=PROMPT):

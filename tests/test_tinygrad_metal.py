@@ -25,7 +25,7 @@ from specfast.tinygrad.weights import read_seams
 from test_metal_verify_tokens import native_draws, random_round
 from tinygrad import Tensor, TinyJit, UOp, dtypes
 from tinygrad.uop.ops import Ops
-from tinygrad_models import ids, stock_logits, tensor_of, write_model
+from tinygrad_models import ids, logits, stock_logits, tensor_of, write_model
 
 TOLERANCE = 2e-3
 PROMPT = [5, 17, 3, 99, 42]
@@ -86,10 +86,6 @@ def file(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("metal") / "m.gguf"
     write_model(path, *request.param, hidden=128)
     return path
-
-
-def logits(model, tokens, start=0):
-    return st.logits(model, tensor_of(tokens), start).numpy()[0]
 
 
 def test_a_model_on_the_executed_launches(on_metal, file):

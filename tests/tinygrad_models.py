@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HALF", "0")  # tinygrad then keeps the weights of a file exactly
 
 import numpy as np
+import specfast.tinygrad as st
 from gguf_writer import decoder_metadata, decoder_tensors, tokenizer_metadata, write_gguf
 from tiny_directories import byte_level
 from tiny_models import MATRICES, random_decoder
@@ -49,3 +50,8 @@ def ids(count, vocab, seed=0):
 
 def tensor_of(tokens):
     return Tensor(np.asarray(tokens, np.int32)[None]).clone().realize()
+
+
+def logits(model, tokens, start=0):
+    """Logits (M, vocab) of an accelerated model, computed."""
+    return st.logits(model, tensor_of(tokens), start).numpy()[0]

@@ -114,7 +114,8 @@ def judge(
     logits: npt.NDArray[np.float32],
     tokens: npt.NDArray[np.int32],
     q: npt.NDArray[np.float32] | None,
-    context: Context,
+    position: int,
+    round_number: int,
     law: _core.Law,
     seed: int,
     rule: str,
@@ -126,15 +127,16 @@ def judge(
         logits: (gamma + 1, V).
         tokens: drafted, (gamma,).
         q: their laws (gamma, Vq); None where they are certain.
-        context: the text before them.
+        position: of the first of them in the text.
+        round_number: of the request, which keys draws that positions do not.
         law, seed, rule, lenience: as for NativeTarget.
 
     Raises:
         NumericalError: logits that are not finite.
     """
     if law.temperature > 0 and rule == "coupled":
-        return _core.Verdict(*_core.couple_logits(logits, tokens, law, seed, len(context.tokens)))
-    u = [_core.uniform(seed, context.round, at, _ACCEPT) for at in range(len(tokens))]
-    u.append(_core.uniform(seed, context.round, 0, _RESIDUAL))
+        return _core.Verdict(*_core.couple_logits(logits, tokens, law, seed, position))
+    u = [_core.uniform(seed, round_number, at, _ACCEPT) for at in range(len(tokens))]
+    u.append(_core.uniform(seed, round_number, 0, _RESIDUAL))
     rule, q = (rule, q) if law.temperature > 0 and q is not None else ("token", None)
     return _core.Verdict(*_core.verify_logits(logits, q, tokens, np.array(u), law, lenience, rule=rule))

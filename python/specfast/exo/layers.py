@@ -19,6 +19,7 @@ from .. import _core
 from ..architecture import ConfigReader, eos_ids, read_config, read_json
 from ..checkpoint import LoadedModel, load_model
 from ..errors import ContextFullError, KernelTrialError, ModelFormatError, SpecfastError, UnsupportedModelError
+from ..targets import judge
 from .contract import differences
 from .hosts import host_named, on_apple_gpu
 
@@ -224,10 +225,7 @@ class MlxLayers:
         tokens = np.asarray(drafted, dtype=np.int32)
         first = cache.length + len(rows) - len(tokens)  # position of the first token that is decided
         logits = np.asarray(self._run(cache, rows)[-len(tokens) - 1 :].astype(self._mx.float32))
-        if law.temperature > 0 and rule == "coupled":
-            return _core.Verdict(*_core.couple_logits(logits, tokens, law, seed, first))
-        u = np.array([_core.uniform(seed, first, at, 1) for at in range(len(tokens) + 1)])
-        return _core.Verdict(*_core.verify_logits(logits, None, tokens, u, law, 1.0, rule="token"))
+        return judge(logits, tokens, None, first, 0, law, seed, rule)
 
     def _run(self, cache: MlxPositions, rows: npt.NDArray[Any]) -> Any:
         """What the module gives for rows, (M, hidden or vocab), evaluated; the rows are provisional."""

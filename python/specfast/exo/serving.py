@@ -21,7 +21,7 @@ from ..stats import SpeculationStats
 from ..targets import MakeTarget
 from .contract import CLASS_NAME
 from .held import layers_of, require_memory
-from .hosts import Host, host_of, typed_engine
+from .hosts import MODULES, Host, host_of, typed_engine
 from .layers import LayersHost
 from .mlx_engine import MlxEngine
 from .models import ENGINE_CLASSES, ExoModels
@@ -195,11 +195,7 @@ class ServedModels:
     ) -> tuple[Engine, Host | LayersHost, Host]:
         """The engine of a model, and where its target and its draft are to run: in rings drafts run natively."""
         if make_target is not None:
-            elsewhere = {typed_engine(resolved, "target")} & {"tinygrad"} | {typed_engine(resolved, "draft")} & {
-                "mlx",
-                "tinygrad",
-            }
-            if elsewhere:
+            if typed_engine(resolved, "target") == "tinygrad" or typed_engine(resolved, "draft") in MODULES:
                 self.say_once(
                     "in a ring layers run natively or in MLX, and drafts natively: other engines have no effect there"
                 )

@@ -73,7 +73,8 @@ class HostTarget:
             gamma = min(gamma, len(kept) - 1) if kept else gamma
         q = q[:gamma] if q is not None else None
         logits = np.ascontiguousarray(rows[: gamma + 1])
-        return judge(logits, tokens[:gamma], q, context, self.law, self.seed, self.rule, self._lenience)
+        at = len(context.tokens), context.round
+        return judge(logits, tokens[:gamma], q, *at, self.law, self.seed, self.rule, self._lenience)
 
     def commit(self, kept: int) -> None:
         self.length += kept
